@@ -1,0 +1,35 @@
+"""Batch normalization for NumPy on CPUs: as fast as memory allows, right to the last bits, the same bits on every machine.
+
+`BatchNorm` is the layer, `batch_norm` and its kin are functions of arrays, `nn`, `losses`, `optim` and `training` the system around it.
+"""
+
+from importlib.metadata import version as _version
+
+from . import checkpoint, kernels, losses, nn, optim, training
+from .batchnorm import BatchNorm
+from .config import show_config
+from .functional import BatchStats, batch_norm, batch_norm_backward, batch_norm_forward, moments
+from .kernels.threads import get_num_threads, set_num_threads, threads
+from .running import RunningStats
+
+__version__ = _version("fastbn")
+
+__all__ = [
+    "BatchNorm",
+    "BatchStats",
+    "RunningStats",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "checkpoint",
+    "get_num_threads",
+    "kernels",
+    "losses",
+    "moments",
+    "nn",
+    "optim",
+    "set_num_threads",
+    "show_config",
+    "threads",
+    "training",
+]

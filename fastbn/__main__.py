@@ -1,0 +1,228 @@
+"""The command line: `fastbn train`, `fastbn predict`, `fastbn info`; also `python -m fastbn`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fastbn
+from fastbn import checkpoint, data, losses, nn, optim, plots, training
+
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+FUSED = ("relu", "leaky_relu")  # what BatchNorm does in the same pass
+RATES = {"sgd": 0.05, "rmsprop": 1e-3, "adam": 1e-3}
+WITH, WITHOUT = "with batch normalization", "without batch normalization"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 after one sentence on standard error."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, say `head`, has seen enough; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"fastbn: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
+    parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    source = "an .npz (X, y), a .csv, a folder of MNIST-style idx files, or digits, the one in scikit-learn"
+
+    train = commands.add_parser(
+        "train",
+        help="train a network with batch normalization and its twin without",
+        description="Train a network with batch normalization, and its twin without from the same seed and "
+        "mini-batches; report both on held-out data; write model, picture and figures.",
+    )
+    add = train.add_argument
+    rates = ", ".join(f"{rate} for {name}" for name, rate in RATES.items())
+    add("--data", default="digits", help=source + " (default: digits)")
+    add("--target", help="the column of labels in a .csv")
+    add("--out", type=Path, default=Path("fastbn-run"), help="the folder to write into (default: %(default)s)")
+    add("--hidden", type=_widths, default="100,100", help="widths of the hidden layers (default: %(default)s)")
+    add("--activation", choices=ACTIVATIONS, default="relu", help="of the hidden layers (default: %(default)s)")
+    add("--optimizer", choices=RATES, default="adam", help="how steps are taken (default: %(default)s)")
+    add("--lr", type=float, help=f"learning rate (default: {rates})")
+    add("--momentum", type=float, help="of sgd (default: 0.9)")
+    add("--bn-momentum", type=float, default=0.1,
+        help="weight of the newest mini-batch in the running averages (default: %(default)s)")  # fmt: skip
+    add("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
+    add("--batch-size", type=int, default=32, help="examples in a mini-batch (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of split, start values and mini-batches (default: %(default)s)")
+    add("--no-batchnorm", action="store_true", help="train only the network without")
+    train.set_defaults(run=_train)
+
+    predict = commands.add_parser("predict", help="print a label for every example, by a model of train's")
+    predict.add_argument("model", metavar="MODEL", type=Path, help="the model.safetensors that train wrote")
+    predict.add_argument("data", metavar="DATA", help=source + "; of a folder the t10k part, where it has one")
+    predict.add_argument("--target", help="the column of labels in a .csv; accuracy then goes to standard error")
+    predict.set_defaults(run=_predict)
+
+    info = commands.add_parser("info", help="print the configuration")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _widths(text: str) -> list[int]:
+    try:
+        widths = [int(width) for width in text.split(",")]
+    except ValueError:
+        widths = []
+    if not widths or min(widths) < 1:
+        raise argparse.ArgumentTypeError(f"expected widths such as 100,100, got {text!r}")
+    return widths
+
+
+def _load(source: str, target: str | None) -> data.Dataset:
+    return data.load(None if source == "digits" and not Path(source).exists() else source, target)
+
+
+def _train(args: argparse.Namespace) -> None:
+    for package, use in (("safetensors", "saving the model"), ("matplotlib", "learning curves")):
+        if importlib.util.find_spec(package) is None:  # better now than after the training
+            raise ImportError(f'{use} needs {package}: pip install "fastbn[train]"')
+    if args.momentum is not None and args.optimizer != "sgd":
+        raise ValueError(f"--momentum is for --optimizer sgd, got {args.optimizer}")
+    dataset = _load(args.data, args.target)
+    if dataset.y is None or dataset.classes is None:
+        columns = f": name their column with --target, one of {', '.join(dataset.features)}" if dataset.features else ""
+        raise ValueError(f"{args.data}: no labels to learn{columns}")
+    train, held_out = data.split(dataset, seed=args.seed)
+    if held_out.y is None:
+        raise ValueError(f"{args.data}: no labels for the t10k images")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: is a file, expected a folder")
+    n_features, n_classes = train.X.shape[1], len(dataset.classes)
+    print(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
+          f"{n_features} features, {n_classes} classes", flush=True)  # fmt: skip
+
+    results: dict[str, dict[str, Any]] = {}
+    histories: dict[str, training.History] = {}
+    saved = None
+    for name in (WITHOUT,) if args.no_batchnorm else (WITH, WITHOUT):
+        model = _network([n_features, *args.hidden, n_classes], args, batchnorm=name == WITH)
+        optimizer = _optimizer(model, args)
+        try:
+            histories[name] = training.fit(
+                model, (train.X, train.y), losses.softmax_cross_entropy, optimizer, epochs=args.epochs,
+                batch_size=args.batch_size, seed=args.seed, validation=(held_out.X, held_out.y),
+            )  # fmt: skip
+        except FloatingPointError as error:
+            if saved is None:
+                raise FloatingPointError(f"{name}, {error}: try a smaller --lr") from error
+            results[name] = {"diverged": str(error)}
+            continue
+        loss, accuracy = training.evaluate(model, (held_out.X, held_out.y), losses.softmax_cross_entropy)
+        results[name] = {"accuracy": accuracy, "loss": loss, "seconds": sum(histories[name].seconds)}
+        saved = saved or (model.eval(), optimizer)
+    assert saved is not None
+    alone = _one_at_a_time(saved[0], held_out.X)
+    _print_results(results, alone)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = [args.out / name for name in ("model.safetensors", "learning-curves.png", "metrics.json")]
+    metadata = {"fastbn": fastbn.__version__, "data": dataset.name, "classes": dataset.classes.tolist(),
+                "inputs": n_features, "columns": dataset.features}  # fmt: skip
+    checkpoint.save(names[0], *saved, metadata=metadata)
+    plots.learning_curves(histories, names[1])
+    options = {key: value for key, value in vars(args).items() if key not in ("run", "out")}
+    metrics = {"fastbn": fastbn.__version__, "data": dataset.name, "training_examples": len(train.X),
+               "held_out_examples": len(held_out.X), "options": options, "held_out": results, "one_at_a_time": alone,
+               "epochs": {name: dataclasses.asdict(history) for name, history in histories.items()}}  # fmt: skip
+    names[2].write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print("wrote", ", ".join(map(str, names)))
+
+
+def _network(widths: list[int], args: argparse.Namespace, *, batchnorm: bool) -> nn.Sequential:
+    """Dense and activation for every hidden layer, batch normalization between them or not, and Dense at the end."""
+    seeds = np.random.default_rng(args.seed).integers(2**31, size=len(widths)).tolist()
+    layers: list[Any] = []
+    for seed, (n_in, n_out) in zip(seeds, itertools.pairwise(widths[:-1]), strict=False):
+        layers.append(nn.Dense(n_in, n_out, bias=not batchnorm, seed=seed))
+        fused = args.activation if batchnorm and args.activation in FUSED else None
+        if batchnorm:
+            layers.append(fastbn.BatchNorm(n_out, momentum=args.bn_momentum, activation=fused))
+        if fused is None:
+            layers.append(ACTIVATIONS[args.activation]())
+    return nn.Sequential(*layers, nn.Dense(widths[-2], widths[-1], seed=seeds[-1]))
+
+
+def _optimizer(model: nn.Sequential, args: argparse.Namespace) -> optim.SGD | optim.RMSprop | optim.Adam:
+    lr = RATES[args.optimizer] if args.lr is None else args.lr
+    if args.optimizer == "sgd":
+        return optim.SGD(model, lr, momentum=0.9 if args.momentum is None else args.momentum)
+    return optim.RMSprop(model, lr) if args.optimizer == "rmsprop" else optim.Adam(model, lr)
+
+
+def _one_at_a_time(model: Any, X: np.ndarray) -> dict[str, Any]:
+    """Compare outputs for examples that go through the model alone with those of the batch; 1,000 at most."""
+    X = X[:1000]
+    batch = model(X)
+    alone = np.concatenate([model(X[i : i + 1]) for i in range(len(X))])
+    return {
+        "examples": len(X),
+        "largest_difference": float(np.abs(alone - batch).max()),
+        "other_predictions": int(np.count_nonzero(alone.argmax(axis=1) != batch.argmax(axis=1))),
+    }
+
+
+def _print_results(results: dict[str, dict[str, Any]], alone: dict[str, Any]) -> None:
+    print(f"\n{'held-out data, running averages':<32}{'accuracy':>9}{'loss':>9}{'seconds':>9}")
+    for name, row in results.items():
+        if "diverged" in row:
+            print(f"{name:<32}diverged: {row['diverged']}")
+        else:
+            print(f"{name:<32}{row['accuracy']:>8.2%} {row['loss']:>8.4f}{row['seconds']:>9.1f}")
+    other = alone["other_predictions"]
+    print(f"\none example at a time agrees with the batch: {alone['examples']} examples, largest difference of an output "
+          f"{alone['largest_difference']:.1e}, {f'{other} other' if other else 'same'} predictions")  # fmt: skip
+
+
+def _predict(args: argparse.Namespace) -> None:
+    model = checkpoint.load(args.model).eval()
+    trained = checkpoint.read_metadata(args.model)
+    if not {"classes", "inputs", "columns", "data"} <= trained.keys():
+        raise ValueError(f"{args.model}: its metadata hold no labels: expected a model that fastbn train wrote")
+    dataset = _load(args.data, args.target)
+    dataset = dataset.held_out or dataset
+    _check_columns(args, dataset, trained)
+    chosen = np.concatenate([model(dataset.X[i : i + 1024]).argmax(axis=1) for i in range(0, len(dataset.X), 1024)])
+    labels = [trained["classes"][k] for k in chosen]
+    sys.stdout.write("".join(f"{label}\n" for label in labels))
+    if dataset.y is not None and dataset.classes is not None:
+        right = sum(map(lambda a, b: a == b, labels, dataset.classes[dataset.y].tolist()))
+        print(f"accuracy {right / len(labels):.2%}, {right} of {len(labels)}", file=sys.stderr)
+
+
+def _check_columns(args: argparse.Namespace, dataset: data.Dataset, trained: dict[str, Any]) -> None:
+    got, expected = dataset.X.shape[1], trained["inputs"]
+    if got != expected:
+        hint = " (--target names a column of labels)" if dataset.features and args.target is None else ""
+        raise ValueError(f"{args.data}: expected {expected} features, as in {trained['data']}, got {got}{hint}")
+    for i, (name, known) in enumerate(zip(dataset.features or (), trained["columns"] or (), strict=False), 1):
+        if name != known:
+            raise ValueError(f"{args.data}: expected feature {i} to be {known!r}, as in {trained['data']}, got {name!r}")
+
+
+def _info(args: argparse.Namespace) -> None:
+    fastbn.show_config()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

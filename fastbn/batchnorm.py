@@ -1,0 +1,391 @@
+"""The BatchNorm layer: parameters, mode, running statistics, the saved batch. No arithmetic on x stands here."""
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import functional
+
+Array = NDArray[Any]
+
+
+class BatchNorm:
+    """Batch normalization (Ioffe & Szegedy 2015) of arrays of any shape with C features along one axis.
+
+    Training: ``y = (x - mean)/sqrt(var + eps)*weight + bias`` with the mean and the 1/m variance of each feature over the batch, and
+    ``running = (1 - momentum)*running + momentum*batch``, where running_var takes the m/(m-1) variance. Inference: the same with the
+    running statistics. One class serves (N, C), (N, C, L), (N, C, H, W) and, by `axis`, channels-last.
+
+    Parameters
+    ----------
+    num_features : int
+        C, at least 1.
+    eps : float
+        Positive.
+    momentum : float or None
+        Weight of the newest batch in the running statistics, as PyTorch's (the lectures' beta is ``1 - momentum``; Keras's 0.99 is 0.01
+        here). None: the plain average of all batches.
+    affine : bool
+        Whether there are weight (ones) and bias (zeros), of shape (C,).
+    track_running_stats : bool
+        Where False, inference has no statistics and uses the batch's, as PyTorch's.
+    axis : int
+        The feature axis: 1 for (N, C, ...), -1 for channels-last, 0 for (C, ...).
+    dtype : {"float32", "float64"}
+        Of weight, bias and their gradients. x may be of either dtype: y has x's. Statistics are float64.
+    activation : {None, "relu", "leaky_relu"}
+        Applied in the same pass, forward and backward; leaky_relu's slope is 0.01.
+    unbiased : bool
+        Whether running_var takes the m/(m-1) variance, or the 1/m one, as Keras's and ONNX's.
+    num_threads : int, optional
+        For this layer; default: `fastbn.get_num_threads()`.
+
+    Attributes
+    ----------
+    weight, bias : numpy.ndarray of shape (C,), or None
+        Assigning copies into the array.
+    running_mean, running_var : numpy.ndarray of shape (C,), float64, or None
+        Assigning copies into the array.
+    num_batches_tracked : int
+    training : bool
+    params, grads : dict of numpy.ndarray
+        ``weight`` and ``bias``, and the gradients of the last backward (zeros before it); the arrays stay the same ones.
+
+    Notes
+    -----
+    forward keeps a reference to x: change x before backward, and the gradients are wrong. An affine layer that feeds BatchNorm needs no
+    bias. Inference may be called from several threads at once.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> bn = fastbn.BatchNorm(2)
+    >>> x = np.array([[1, 10], [3, 30]], dtype=np.float32)
+    >>> bn(x).round(3)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> bn.running_mean
+    array([0.2, 2. ])
+    >>> bn.eval()(x[:1]).shape
+    (1, 2)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        axis: int = 1,
+        dtype: DTypeLike = "float32",
+        activation: str | None = None,
+        unbiased: bool = True,
+        num_threads: int | None = None,
+    ) -> None:
+        self._num_features = operator.index(num_features)
+        if self._num_features < 1:
+            raise ValueError(f"expected num_features to be at least 1, got {num_features}")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"expected eps to be positive and finite, got {eps!r}")
+        if momentum is not None and not math.isfinite(momentum):
+            raise ValueError(f"expected momentum to be finite or None, got {momentum!r}")
+        self._dtype = np.dtype(dtype)
+        if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise TypeError(f"expected dtype float32 or float64, got {self._dtype}")
+        if activation not in (None, "relu", "leaky_relu"):
+            raise ValueError(f"expected activation None, 'relu' or 'leaky_relu', got {activation!r}")
+        if num_threads is not None and operator.index(num_threads) < 1:
+            raise ValueError(f"expected num_threads to be at least 1, got {num_threads}")
+        self._eps = float(eps)
+        self._momentum = None if momentum is None else float(momentum)
+        self._axis = operator.index(axis)
+        self._activation = activation
+        self._unbiased = bool(unbiased)
+        self._num_threads = num_threads
+        self.training = True
+        self.params: dict[str, Array] = {}
+        self.grads: dict[str, Array] = {}
+        if affine:
+            for name in ("weight", "bias"):
+                self.params[name] = np.zeros(self._num_features, self._dtype)
+                self.grads[name] = np.zeros(self._num_features, self._dtype)
+        self._running_mean = np.zeros(self._num_features) if track_running_stats else None
+        self._running_var = np.zeros(self._num_features) if track_running_stats else None
+        self._connect()
+        self.reset_parameters()
+        self.reset_running_stats()
+
+    def _connect(self) -> None:
+        # A dictionary look-up less in each call.
+        self._weight = self.params.get("weight")
+        self._bias = self.params.get("bias")
+        self._saved: tuple[ArrayLike, functional.BatchStats, bool] | None = None
+
+    # --- the layer ---------------------------------------------------------------------------------------------------
+
+    def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x: with its own statistics in training, with the running ones in inference.
+
+        Parameters
+        ----------
+        x : array_like of float32 or float64
+            C features along `axis`; integers and bool become float64. Strided and byte-swapped arrays are copied first.
+        out : numpy.ndarray, optional
+            Of x's shape and dtype, receives y. May be x itself; backward is then not possible.
+
+        Returns
+        -------
+        numpy.ndarray
+            y, of x's shape, dtype and memory order; `out` itself where given.
+
+        Raises
+        ------
+        ValueError
+            For another number of features, one value per feature in training, an out of another shape or partly overlapping x.
+        TypeError
+            For other dtypes and masked arrays.
+        numpy.exceptions.AxisError
+            Where x has no such axis.
+        """
+        mean = self._running_mean
+        training = self.training or mean is None
+        if training:
+            # Without training, statistics are computed for want of others, as PyTorch's, and nothing is averaged.
+            momentum = self._momentum
+            if momentum is None:
+                momentum = 1 / (self.num_batches_tracked + 1)
+            y, stats, kept = functional.forward(
+                x, self._num_features, self._weight, self._bias, self._eps, mean, self._running_var, momentum,
+                self._unbiased, self._axis, self._activation, out, self._num_threads,
+            )  # fmt: skip
+            if mean is not None and stats.count:
+                self.num_batches_tracked += 1
+        else:
+            y, stats, kept = functional.infer(
+                x, self._num_features, self._weight, self._bias, self._eps, mean, self._running_var,
+                self._axis, self._activation, out, self._num_threads,
+            )  # fmt: skip
+        self._saved = (x, stats, training) if kept else None
+        return y
+
+    __call__ = forward
+
+    def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
+        """Gradients of the last forward, a training or an inference one; may be called again.
+
+        ``dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))`` after a training forward, ``weight/sqrt(var + eps)*g`` after
+        an inference one, where g is the gradient before the activation. ``grads["weight"] = sum g*x_hat``, ``grads["bias"] = sum g``.
+
+        Parameters
+        ----------
+        dy : array_like of x's shape
+            The gradient of the loss with respect to y.
+        out : numpy.ndarray, optional
+            Of x's shape and dtype, receives dx. May be dy itself, never x.
+
+        Returns
+        -------
+        numpy.ndarray
+            dx, of x's shape, dtype and memory order; `out` itself where given.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first forward, and after one whose out was x.
+        ValueError, TypeError
+            For arrays that do not fit.
+        """
+        saved = self._saved
+        if saved is None:
+            raise RuntimeError("expected a forward before backward, and one that did not overwrite x")
+        x, stats, training = saved
+        return functional.backward_into(
+            dy, x, self._num_features, stats, self._weight, self._bias, self._eps, training, self._axis,
+            self._activation, out, self._num_threads, self.grads.get("weight"), self.grads.get("bias"),
+        )  # fmt: skip
+
+    def fold(self) -> tuple[Array, Array]:
+        """The inference forward as one affine map.
+
+        Returns
+        -------
+        scale, shift : numpy.ndarray of shape (C,), float64
+            In exact arithmetic the inference forward is ``x*scale + shift``, before the activation.
+
+        Raises
+        ------
+        ValueError
+            Without running statistics.
+        """
+        if self._running_mean is None or self._running_var is None:
+            raise ValueError("expected running statistics to fold, got a layer with track_running_stats=False")
+        scale = 1 / np.sqrt(self._running_var + self._eps)
+        shift = np.zeros_like(scale)
+        if self._weight is not None and self._bias is not None:
+            scale *= self._weight
+            shift += self._bias
+        return scale, shift - self._running_mean * scale
+
+    # --- mode and state ------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, or with False to inference; returns the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch to inference; returns the layer."""
+        return self.train(False)
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, running variance 1, no batches."""
+        self.num_batches_tracked = 0
+        if self._running_mean is not None and self._running_var is not None:
+            self._running_mean[...] = 0
+            self._running_var[...] = 1
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0."""
+        if self._weight is not None and self._bias is not None:
+            self._weight[...] = 1
+            self._bias[...] = 0
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of parameters and running statistics, under PyTorch's keys."""
+        state = {name: array.copy() for name, array in self._arrays().items()}
+        if self._running_mean is not None:
+            state["num_batches_tracked"] = np.array(self.num_batches_tracked, dtype=np.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+        """Copy parameters and running statistics in, as `state_dict` gives them, or PyTorch's BatchNorm layers.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            All of this layer's keys and no others.
+
+        Raises
+        ------
+        ValueError
+            For missing or unknown keys and other shapes; nothing is changed then.
+        TypeError
+            For values that are not real numbers; nothing is changed then.
+        """
+        arrays = self._arrays()
+        expected = set(arrays) | ({"num_batches_tracked"} if self._running_mean is not None else set())
+        if set(state) != expected:
+            raise ValueError(f"expected the keys {sorted(expected)}, got {sorted(state)}")
+        given = {name: np.asarray(value) for name, value in state.items()}
+        for name, value in given.items():
+            shape = arrays[name].shape if name in arrays else ()
+            if value.shape != shape:
+                raise ValueError(f"expected {name} of shape {shape}, got {value.shape}")
+            if value.dtype.kind not in ("fiub" if name in arrays else "iu"):
+                raise TypeError(f"expected {name} of real numbers, got {value.dtype}")
+        for name, array in arrays.items():
+            array[...] = given[name]
+        if "num_batches_tracked" in given:
+            self.num_batches_tracked = int(given["num_batches_tracked"])
+
+    def _arrays(self) -> dict[str, Array]:
+        arrays = dict(self.params)
+        if self._running_mean is not None and self._running_var is not None:
+            arrays |= {"running_mean": self._running_mean, "running_var": self._running_var}
+        return arrays
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_saved", "_weight", "_bias")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect()
+
+    # --- what it is ----------------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments: ``BatchNorm(**bn.config())`` is a fresh layer of the same kind."""
+        return {
+            "num_features": self._num_features,
+            "eps": self._eps,
+            "momentum": self._momentum,
+            "affine": self._weight is not None,
+            "track_running_stats": self._running_mean is not None,
+            "axis": self._axis,
+            "dtype": self._dtype.name,
+            "activation": self._activation,
+            "unbiased": self._unbiased,
+            "num_threads": self._num_threads,
+        }
+
+    def __repr__(self) -> str:
+        config = self.config()
+        plain = BatchNorm(config.pop("num_features")).config()
+        changed = "".join(f", {name}={value!r}" for name, value in config.items() if value != plain[name])
+        return f"BatchNorm({self._num_features}{changed})"
+
+    @property
+    def num_features(self) -> int:
+        return self._num_features
+
+    @property
+    def eps(self) -> float:
+        return self._eps
+
+    @property
+    def momentum(self) -> float | None:
+        return self._momentum
+
+    @property
+    def axis(self) -> int:
+        return self._axis
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._dtype
+
+    @property
+    def weight(self) -> Array | None:
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: ArrayLike) -> None:
+        self._assign("weight", self._weight, value)
+
+    @property
+    def bias(self) -> Array | None:
+        return self._bias
+
+    @bias.setter
+    def bias(self, value: ArrayLike) -> None:
+        self._assign("bias", self._bias, value)
+
+    @property
+    def running_mean(self) -> Array | None:
+        return self._running_mean
+
+    @running_mean.setter
+    def running_mean(self, value: ArrayLike) -> None:
+        self._assign("running_mean", self._running_mean, value)
+
+    @property
+    def running_var(self) -> Array | None:
+        return self._running_var
+
+    @running_var.setter
+    def running_var(self, value: ArrayLike) -> None:
+        self._assign("running_var", self._running_var, value)
+
+    def _assign(self, name: str, array: Array | None, value: ArrayLike) -> None:
+        if array is None:
+            raise ValueError(f"expected no {name}: this layer was made without")
+        given = np.asarray(value)
+        if given.shape not in ((), array.shape):
+            raise ValueError(f"expected {name} of shape {array.shape}, got {given.shape}")
+        array[...] = given

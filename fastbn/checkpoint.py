@@ -1,0 +1,215 @@
+"""Checkpoints: a model, and an optimizer's state, in one safetensors file.
+
+The model's tensors have PyTorch's keys, so that other readers of safetensors can use them; the optimizer's have the
+prefix "optimizer.". The architecture is JSON in the file's metadata, built from a fixed table of layer classes:
+nothing is unpickled, nothing is looked up by name elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import nn
+from .batchnorm import BatchNorm
+from .nn import Array, Sequential
+
+__all__ = ["load", "read_metadata", "restore", "save"]
+
+_Path = str | os.PathLike[str]
+_OPTIMIZER = "optimizer."
+_CLASSES = {c.__name__: c for c in (BatchNorm, nn.Dense, nn.Dropout, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.Tanh)}
+
+
+def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, Any] | None = None) -> None:
+    """Write a model, and the state of its optimizer, to a safetensors file.
+
+    The file appears whole or not at all: it is written beside its place, flushed to disk, then renamed.
+
+    Parameters
+    ----------
+    path : path
+        Overwritten if it exists.
+    model : nn.Sequential, BatchNorm or a layer of fastbn.nn
+        Every layer's mode (training or inference) is saved as well.
+    optimizer : optional
+        One of fastbn.optim. Its rate and the like are not saved: they are its constructor's arguments.
+    metadata : dict, optional
+        Anything that JSON can hold, for `read_metadata`.
+
+    Raises
+    ------
+    TypeError
+        A layer of a class of your own, which `load` could not build, or metadata that JSON cannot hold.
+    FileNotFoundError
+        The folder does not exist.
+    ImportError
+        safetensors is not installed.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from fastbn import BatchNorm, checkpoint, nn
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> checkpoint.save(path, nn.Sequential(nn.Dense(4, 2, seed=0), BatchNorm(2)), metadata={"trained on": "nothing"})
+    >>> checkpoint.read_metadata(path)
+    {'trained on': 'nothing'}
+    >>> len(checkpoint.load(path))
+    2
+    """
+    safetensors = _safetensors()
+    texts = {"format": "fastbn", "fastbn.model": json.dumps(_describe(model))}
+    texts["fastbn.metadata"] = json.dumps({} if metadata is None else metadata)
+    tensors = model.state_dict()
+    if optimizer is not None:
+        tensors |= {_OPTIMIZER + key: array for key, array in optimizer.state_dict().items()}
+    content = safetensors.numpy.save(tensors, texts)
+
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {path.parent}")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(path: _Path) -> Any:
+    """Build the model that `save` wrote, every layer in the mode in which it was saved.
+
+    Returns
+    -------
+    model : nn.Sequential, BatchNorm or a layer of fastbn.nn
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file is damaged, truncated or not one of `save`: the message names the file and what is wrong.
+    ImportError
+        safetensors is not installed.
+    """
+    tensors, texts = _read(path)
+    description = _json(path, texts, "fastbn.model")
+    with _naming(path):
+        model = _build(description)
+        model.load_state_dict(_of_model(tensors))
+    return model
+
+
+def restore(path: _Path, model: Any, optimizer: Any = None) -> None:
+    """Put weights, and an optimizer's state, into objects that exist already.
+
+    Parameters
+    ----------
+    path : path
+        A file of `save`, or, without an optimizer, any safetensors file with the model's keys and shapes,
+        as PyTorch users write it from a `state_dict()`.
+    model, optimizer
+        Changed in place, or, after an error, not at all.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file is damaged or truncated, or its tensors are not this model's or this optimizer's: the message names
+        the file and what is wrong.
+    ImportError
+        safetensors is not installed.
+    """
+    tensors, _ = _read(path)
+    before = model.state_dict()
+    with _naming(path):
+        model.load_state_dict(_of_model(tensors))
+        if optimizer is not None:
+            state = {key.removeprefix(_OPTIMIZER): a for key, a in tensors.items() if key.startswith(_OPTIMIZER)}
+            try:
+                optimizer.load_state_dict(state)
+            except BaseException:
+                model.load_state_dict(before)
+                raise
+
+
+def read_metadata(path: _Path) -> dict[str, Any]:
+    """The `metadata` that were given to `save`; empty where none were.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, ImportError
+        As `load`.
+    """
+    metadata = _json(path, _read(path)[1], "fastbn.metadata")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: damaged checkpoint, expected metadata to be a dict, got {metadata!r}")
+    return metadata
+
+
+def _describe(model: Any) -> dict[str, Any]:
+    if type(model) is Sequential:
+        return {"class": "Sequential", "training": model.training, "layers": [_describe(layer) for layer in model]}
+    if _CLASSES.get(type(model).__name__) is not type(model):
+        raise TypeError(f"cannot save a {type(model).__name__}: expected Sequential, {', '.join(_CLASSES)}")
+    return {"class": type(model).__name__, "training": model.training, "config": model.config()}
+
+
+def _build(description: Any) -> Any:
+    match description:
+        case {"class": "Sequential", "training": bool(training), "layers": list(layers)}:
+            model = Sequential(*map(_build, layers))
+            model.training = training  # not .train(training): the layers have modes of their own
+            return model
+        case {"class": str(name), "training": bool(training), "config": dict(config)} if name in _CLASSES:
+            return _CLASSES[name](**config).train(training)
+    raise ValueError(f"expected a layer of a known class, got {str(description)[:100]}")
+
+
+def _of_model(tensors: dict[str, Array]) -> dict[str, Array]:
+    return {key: array for key, array in tensors.items() if not key.startswith(_OPTIMIZER)}
+
+
+def _read(path: _Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """All tensors, copied out of the file, and the metadata."""
+    safetensors = _safetensors()
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a safetensors file that NumPy can hold, or a damaged one ({error})") from error
+
+
+def _json(path: _Path, texts: dict[str, str], key: str) -> Any:
+    if key not in texts:
+        raise ValueError(f"{path}: not a fastbn checkpoint, its metadata hold no {key!r}")
+    try:
+        return json.loads(texts[key])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged checkpoint, {key!r} is not JSON ({error})") from error
+
+
+@contextlib.contextmanager
+def _naming(path: _Path) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be loaded: {error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError('checkpoints need safetensors: pip install "fastbn[train]"') from error
+    return safetensors

@@ -1,0 +1,744 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True
+"""Batch normalization as functions of arrays.
+
+Design: the one place that checks arguments, chooses the view and allocates. Every function reads as: check everything,
+run the kernels without the GIL, and only then change what the caller holds (running averages). An array whose memory is
+some transpose of a C-contiguous one is worked on as it lies, through the view (M, C, S); anything else is copied once.
+"""
+import operator
+
+import numpy as np
+from numpy.exceptions import AxisError
+
+cimport numpy as cnp
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.pycapsule cimport PyCapsule_GetPointer
+
+from fastbn.kernels cimport cpu
+from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
+
+from fastbn import kernels
+
+cnp.import_array()
+
+cdef Table *KERNELS = <Table *>PyCapsule_GetPointer(kernels.table, "fastbn.kernels.Table")
+
+
+cdef class BatchStats:
+    """Mean and variance of each feature over one batch; immutable.
+
+    Parameters
+    ----------
+    mean, var : array_like of shape (C,)
+        Kept as float64. var is the one of 1/m.
+    count : int
+        Values per feature, m.
+    mean_low : array_like of shape (C,), optional
+        What rounding took from the mean: the mean is ``mean + mean_low``.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> stats = fastbn.moments([[1.0, 10.0], [3.0, 10.0]])
+    >>> stats.mean, stats.var, stats.count
+    (array([ 2., 10.]), array([1., 0.]), 2)
+    """
+    cdef cnp.ndarray data      # (3, C) float64: mean, mean_low, var
+    cdef readonly Py_ssize_t count
+
+    def __init__(self, mean, var, count, mean_low=None):
+        mean = np.asarray(mean, dtype=np.float64)
+        var = np.asarray(var, dtype=np.float64)
+        low = np.zeros_like(mean) if mean_low is None else np.asarray(mean_low, dtype=np.float64)
+        if mean.ndim != 1 or var.shape != mean.shape or low.shape != mean.shape:
+            raise ValueError(f"expected mean, var and mean_low of one shape (C,), got {mean.shape}, {var.shape} and {low.shape}")
+        if operator.index(count) < 0:
+            raise ValueError(f"expected count to be at least 0, got {count}")
+        self.data = np.stack([mean, low, var])
+        self.count = count
+
+    cdef row(self, Py_ssize_t i):
+        cdef cnp.ndarray view = self.data[i]
+        cnp.PyArray_CLEARFLAGS(view, cnp.NPY_ARRAY_WRITEABLE)
+        return view
+
+    @property
+    def mean(self):
+        """The mean's high part, (C,) float64, read-only."""
+        return self.row(0)
+
+    @property
+    def mean_low(self):
+        """The mean's low part, (C,) float64, read-only: below half a unit in the last place of the high part."""
+        return self.row(1)
+
+    @property
+    def var(self):
+        """The variance of 1/m, (C,) float64, read-only."""
+        return self.row(2)
+
+    def __repr__(self):
+        return f"BatchStats(mean={self.mean!r}, var={self.var!r}, count={self.count})"
+
+    def __reduce__(self):
+        return BatchStats, (self.mean, self.var, self.count, self.mean_low)
+
+
+cdef double *stats_row(BatchStats stats, Py_ssize_t i) noexcept:
+    return <double *>cnp.PyArray_DATA(stats.data) + i * cnp.PyArray_DIM(stats.data, 1)
+
+
+cdef BatchStats empty_stats(Py_ssize_t C, Py_ssize_t count):
+    cdef BatchStats stats = BatchStats.__new__(BatchStats)
+    cdef cnp.npy_intp shape[2]
+    shape[0] = 3
+    shape[1] = C
+    stats.data = cnp.PyArray_SimpleNew(2, shape, cnp.NPY_FLOAT64)
+    stats.count = count
+    return stats
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------------
+
+cdef cnp.ndarray floating(object a, str name):
+    """a as a float32 or float64 array in native byte order; integers and bool become float64."""
+    cdef cnp.ndarray array
+    cdef int kind
+    if type(a) is np.ndarray:
+        array = a
+    else:
+        if isinstance(a, np.ma.MaskedArray):
+            raise TypeError(f"expected {name} without a mask, got a masked array: its mask would be lost (moments takes mask=)")
+        array = np.asarray(a)
+    kind = cnp.PyArray_TYPE(array)
+    if kind == cnp.NPY_FLOAT32 or kind == cnp.NPY_FLOAT64:
+        if cnp.PyArray_ISNOTSWAPPED(array):
+            return array
+        return array.astype(array.dtype.newbyteorder("="))
+    if array.dtype.kind in "biu":
+        return array.astype(np.float64)
+    raise TypeError(f"expected {name} of dtype float32 or float64 (or integers), got {array.dtype}")
+
+
+cdef int feature_axis(cnp.ndarray x, object axis) except -1:
+    cdef int ndim = cnp.PyArray_NDIM(x)
+    cdef Py_ssize_t k = operator.index(axis) if type(axis) is not int else axis
+    if not -ndim <= k < ndim:
+        raise AxisError(axis, ndim)
+    return <int>(k + ndim if k < 0 else k)
+
+
+cdef bint dense(cnp.ndarray x, int axis, Py_ssize_t *M, Py_ssize_t *S) noexcept:
+    """Whether x's memory is a C-contiguous (M, C, S), in whatever order its axes lie there."""
+    cdef int ndim = cnp.PyArray_NDIM(x)
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(x)
+    cdef cnp.npy_intp *strides = cnp.PyArray_STRIDES(x)
+    cdef int i
+    cdef int inner
+    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(x)
+    cdef Py_ssize_t whole = size * cnp.PyArray_SIZE(x)
+    M[0] = 1
+    S[0] = 1
+    if not cnp.PyArray_ISALIGNED(x):
+        return False
+    if cnp.PyArray_IS_C_CONTIGUOUS(x):
+        for i in range(axis):
+            M[0] *= shape[i]
+        for i in range(axis + 1, ndim):
+            S[0] *= shape[i]
+        return True
+    # Walk from the innermost axis outwards: the next one is that whose stride is what has been covered so far.
+    while size < whole:
+        inner = -1
+        for i in range(ndim):
+            if shape[i] > 1 and strides[i] == size:
+                inner = i
+        if inner < 0:
+            return False
+        if inner != axis:
+            if strides[inner] < strides[axis] or shape[axis] == 1:
+                S[0] *= shape[inner]
+            else:
+                M[0] *= shape[inner]
+        size *= shape[inner]
+    return True
+
+
+cdef bint same_layout(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether two arrays of one shape and dtype place their elements alike."""
+    cdef int i
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) > 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i):
+            return False
+    return cnp.PyArray_ISALIGNED(b)
+
+
+cdef tuple shape_of(cnp.ndarray a):
+    return tuple([cnp.PyArray_DIM(a, i) for i in range(cnp.PyArray_NDIM(a))])
+
+
+cdef bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
+    cdef int i
+    if cnp.PyArray_NDIM(a) != cnp.PyArray_NDIM(b):
+        return False
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) != cnp.PyArray_DIM(b, i):
+            return False
+    return True
+
+
+cdef bint overlap(cnp.ndarray a, cnp.ndarray b):
+    """Whether a and b share memory; never a wrong no."""
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=10000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+cdef bint identical(cnp.ndarray a, cnp.ndarray b) noexcept:
+    return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and same_layout(a, b)
+
+
+cdef cnp.ndarray checked_out(object out, cnp.ndarray x):
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"expected out to be a NumPy array, got {type(out).__name__}")
+    cdef cnp.ndarray given = out
+    if not same_shape(given, x):
+        raise ValueError(f"expected out of shape {shape_of(x)}, got {shape_of(given)}")
+    if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(x) or not cnp.PyArray_ISNOTSWAPPED(given):
+        raise TypeError(f"expected out of dtype {x.dtype}, got {given.dtype}")
+    if not cnp.PyArray_ISWRITEABLE(given):
+        raise ValueError("expected out to be writeable, got a read-only array")
+    return given
+
+
+cdef Activation activation_of(object name) except? RELU:
+    if name is None:
+        return IDENTITY
+    if name == "relu":
+        return RELU
+    if name == "leaky_relu":
+        return LEAKY_RELU
+    raise ValueError(f"expected activation None, 'relu' or 'leaky_relu', got {name!r}")
+
+
+cdef double checked_eps(object eps) except -1:
+    cdef double value = eps
+    if not 0 < value < np.inf:
+        raise ValueError(f"expected eps to be positive and finite, got {eps!r}")
+    return value
+
+
+cdef int checked_threads(object num_threads) except -1:
+    if num_threads is None:
+        return 0
+    count = operator.index(num_threads)
+    if not 1 <= count <= 65536:
+        raise ValueError(f"expected num_threads to be at least 1 and at most 65536, got {num_threads!r}")
+    return count
+
+
+cdef int load(object a, double *to, Py_ssize_t C, double default, str name) except -1:
+    """The (C,) parameter a as float64."""
+    cdef Py_ssize_t i
+    cdef Py_ssize_t stride
+    cdef cnp.ndarray array
+    cdef char *data
+    if a is None:
+        for i in range(C):
+            to[i] = default
+        return 0
+    array = floating(a, name)
+    if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != C:
+        raise ValueError(f"expected {name} of shape ({C},), got {shape_of(array)}")
+    if not cnp.PyArray_ISALIGNED(array):
+        array = array.copy()
+    data = <char *>cnp.PyArray_DATA(array)
+    stride = cnp.PyArray_STRIDE(array, 0)
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
+        for i in range(C):
+            to[i] = (<double *>(data + i * stride))[0]
+    else:
+        for i in range(C):
+            to[i] = (<float *>(data + i * stride))[0]
+    return 0
+
+
+# --- one call ------------------------------------------------------------------------------------------------------------
+
+cdef class Call:
+    """The arrays of one call and the job made of them. All arguments are checked before anything is computed."""
+    cdef Job job
+    cdef cnp.ndarray x          # as the kernels read it: dense
+    cdef cnp.ndarray dy
+    cdef cnp.ndarray y          # as the kernels write it: laid out as x
+    cdef object out             # what the caller gets
+    cdef bint inplace           # out is the input itself
+    cdef double *room           # (4, C) float64: weight, bias, and their gradients
+
+    def __dealloc__(self):
+        PyMem_Free(self.room)
+
+    cdef int begin(self, cnp.ndarray x, object axis, object activation, object eps, object num_threads) except -1:
+        cdef int k = feature_axis(x, axis)
+        cdef Job *job = &self.job
+        if not dense(x, k, &job.M, &job.S):
+            # In the order of x's memory, as far as a dense array can have it.
+            x = np.array(x, order="K", copy=True, subok=False)
+            dense(x, k, &job.M, &job.S)
+        self.x = x
+        job.C = cnp.PyArray_DIM(x, k)
+        job.x = cnp.PyArray_DATA(x)
+        job.is_float64 = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
+        job.activation = activation_of(activation)
+        job.eps = checked_eps(eps)
+        job.num_threads = cpu.threads(checked_threads(num_threads))
+        return 0
+
+    cdef int parameters(self, object weight, object bias) except -1:
+        cdef Py_ssize_t C = self.job.C
+        self.room = <double *>PyMem_Malloc(max(4 * C, 1) * sizeof(double))
+        if self.room == NULL:
+            raise MemoryError()
+        self.job.weight = self.room
+        self.job.bias = self.room + C
+        self.job.dweight = self.room + 2 * C
+        self.job.dbias = self.room + 3 * C
+        load(weight, self.job.weight, C, 1, "weight")
+        load(bias, self.job.bias, C, 0, "bias")
+        return 0
+
+    cdef int statistics(self, BatchStats stats) except -1:
+        if cnp.PyArray_DIM(stats.data, 1) != self.job.C:
+            raise ValueError(f"expected statistics of shape ({self.job.C},), got ({cnp.PyArray_DIM(stats.data, 1)},)")
+        self.job.mean = stats_row(stats, 0)
+        self.job.mean_low = stats_row(stats, 1)
+        self.job.var = stats_row(stats, 2)
+        return 0
+
+    cdef int output(self, object out, cnp.ndarray given, cnp.ndarray inplace) except -1:
+        """Where the result goes: `out`, or a new array laid out as x. `inplace` is the one input that out may be."""
+        cdef cnp.ndarray target
+        if out is None:
+            if cnp.PyArray_IS_C_CONTIGUOUS(self.x):
+                target = cnp.PyArray_SimpleNew(cnp.PyArray_NDIM(self.x), cnp.PyArray_DIMS(self.x), cnp.PyArray_TYPE(self.x))
+            else:
+                target = np.empty_like(self.x, order="K", subok=False)
+            self.out = target
+        else:
+            target = checked_out(out, self.x)
+            self.out = out
+            if given is not inplace and overlap(target, given):
+                raise ValueError("expected out to share no memory with x, whose values the gradients need")
+            self.inplace = identical(target, inplace)
+            if not self.inplace and overlap(target, inplace):
+                raise ValueError("expected out to be the input itself or to share no memory with it, got a partly overlapping array")
+        self.y = target if same_layout(self.x, target) else np.empty_like(self.x, order="K", subok=False)
+        self.job.y = cnp.PyArray_DATA(self.y)
+        return 0
+
+    cdef int finish(self) except -1:
+        if self.y is not self.out:
+            np.copyto(self.out, self.y)
+        return 0
+
+
+cdef int call(int (*kernel)(Job *) noexcept nogil, Job *job) except -1:
+    cdef int status
+    if job.M * job.C * job.S == 0:
+        return 0
+    with nogil:
+        status = kernel(job)
+    if status:
+        raise MemoryError()
+    return 0
+
+
+cdef int check_features(Call c, object x, object features, object axis) except -1:
+    if features is not None and features != c.job.C:
+        raise ValueError(f"expected x with {features} features along axis {axis}, got shape {shape_of(c.x)}")
+    return 0
+
+
+cdef double *running_array(object a, Py_ssize_t C, str name) except NULL:
+    """The memory of a running average that can be updated in place."""
+    if type(a) is not np.ndarray:
+        raise TypeError(f"expected {name} to be a NumPy array, which training updates in place, got {type(a).__name__}")
+    cdef cnp.ndarray array = a
+    if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != C:
+        raise ValueError(f"expected {name} of shape ({C},), got {shape_of(array)}")
+    return <double *>cnp.PyArray_DATA(array)
+
+
+def forward(x, features, weight, bias, eps, mean, var, factor, bint unbiased, axis, activation, out, num_threads):
+    """Training forward: (y, BatchStats, whether x is still there). What BatchNorm and the public functions below have in common.
+
+    features: the expected number, or None.  mean, var: (C,) float64 running averages, contiguous, updated as
+    ``(1 - factor)*old + factor*batch``, or None.
+    """
+    cdef Call c = Call.__new__(Call)
+    cdef cnp.ndarray given = floating(x, "x")
+    cdef BatchStats stats
+    cdef double *running_mean = NULL
+    cdef double *running_var = NULL
+    cdef double f = 0
+    cdef double correction
+    cdef Py_ssize_t i
+    cdef Py_ssize_t m
+    cdef Job *job = &c.job
+    c.begin(given, axis, activation, eps, num_threads)
+    check_features(c, x, features, axis)
+    c.parameters(weight, bias)
+    c.output(out, given, given)
+    if mean is not None:
+        f = factor
+        running_mean = running_array(mean, job.C, "running_mean")
+        running_var = running_array(var, job.C, "running_var")
+    m = job.M * job.S
+    if m == 1 and job.C:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(c.x)}")
+    stats = empty_stats(job.C, m)
+    if m == 0:
+        stats.data.fill(np.nan)
+    c.statistics(stats)
+    call(KERNELS.moments, job)
+    call(KERNELS.normalize, job)
+    c.finish()
+    if running_mean != NULL and m:
+        correction = (<double>m / (m - 1) if unbiased else 1.0)
+        for i in range(job.C):
+            running_mean[i] = (1 - f) * running_mean[i] + f * job.mean[i]
+            running_var[i] = (1 - f) * running_var[i] + f * (job.var[i] * correction)
+    return c.out, stats, not c.inplace
+
+
+def infer(x, features, weight, bias, eps, mean, var, axis, activation, out, num_threads):
+    """Inference with given statistics: (y, BatchStats, whether x is still there), the statistics as they were at the call."""
+    cdef Call c = Call.__new__(Call)
+    cdef cnp.ndarray given = floating(x, "x")
+    cdef BatchStats stats
+    c.begin(given, axis, activation, eps, num_threads)
+    check_features(c, x, features, axis)
+    c.parameters(weight, bias)
+    c.output(out, given, given)
+    stats = empty_stats(c.job.C, 0)
+    c.statistics(stats)
+    load(mean, c.job.mean, c.job.C, 0, "running_mean")
+    load(None, c.job.mean_low, c.job.C, 0, "mean_low")
+    load(var, c.job.var, c.job.C, 1, "running_var")
+    call(KERNELS.normalize, &c.job)
+    c.finish()
+    return c.out, stats, not c.inplace
+
+
+def moments(x, axis=1, *, mask=None):
+    """Mean and variance of each feature, in one pass over x.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Any shape; integers and bool become float64.
+    axis : int
+        The feature axis, of length C.
+    mask : array_like of bool, optional
+        x's shape without the feature axis: True where a position counts. The valid positions are copied.
+
+    Returns
+    -------
+    BatchStats
+        ``mean``, ``mean_low``, ``var`` (of 1/m), float64 of shape (C,), and ``count`` m; NaN where m is 0. For float32 the relative
+        error of the standard deviation is below 1e-7, that of the mean below 1e-7 standard deviations.
+
+    Raises
+    ------
+    TypeError
+        For other dtypes and masked arrays.
+    numpy.exceptions.AxisError
+        Where x has no such axis.
+    ValueError
+        For a mask of another shape.
+
+    Notes
+    -----
+    Sums of ``x - pivot``, the pivot a value close to the mean, in blocks of a size that only x's shape decides, merged in order by the
+    rule of Chan, Golub & LeVeque (1979). The bits do not depend on the number of threads or on the processor.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.moments([[1.0, 10.0], [3.0, 30.0]]).mean
+    array([ 2., 20.])
+    >>> fastbn.moments([[1.0, 10.0], [3.0, 30.0]], mask=[True, False]).mean
+    array([ 1., 10.])
+    """
+    cdef Call c = Call.__new__(Call)
+    cdef cnp.ndarray given = floating(x, "x")
+    cdef BatchStats stats
+    if mask is not None:
+        k = feature_axis(given, axis)
+        mask = np.asarray(mask)
+        rest = shape_of(given)[:k] + shape_of(given)[k + 1:]
+        if mask.dtype != np.bool_:
+            raise TypeError(f"expected mask of dtype bool, got {mask.dtype}")
+        if mask.shape != rest:
+            raise ValueError(f"expected mask of shape {rest}, x's without the feature axis, got {mask.shape}")
+        given = np.moveaxis(given, k, -1)[mask]
+        axis = 1
+    c.begin(given, axis, None, 1, None)
+    stats = empty_stats(c.job.C, c.job.M * c.job.S)
+    if stats.count == 0:
+        stats.data.fill(np.nan)
+    c.statistics(stats)
+    call(KERNELS.moments, &c.job)
+    return stats
+
+
+def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axis=1, activation=None, out=None, num_threads=None):
+    """Normalise x with its own statistics, and return them for the backward pass.
+
+    ``y = activation((x - mean)/sqrt(var + eps)*weight + bias)`` with the mean and the 1/m variance of each feature
+    (Ioffe & Szegedy 2015, algorithm 1).
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Any shape, C features along `axis`; integers and bool become float64. Strided and byte-swapped arrays are copied first.
+    weight, bias : array_like of shape (C,), optional
+        Default 1 and 0.
+    eps : float
+        Positive.
+    running : RunningStats, optional
+        Updated in the same call.
+    axis : int
+        The feature axis.
+    activation : {None, "relu", "leaky_relu"}
+        Applied in the same pass; leaky_relu's slope is 0.01.
+    out : numpy.ndarray, optional
+        Of x's shape and dtype, receives y; may be x itself.
+    num_threads : int, optional
+        For this call; default: the process-wide number.
+
+    Returns
+    -------
+    y : numpy.ndarray
+        x's shape, dtype and memory order; `out` itself where given.
+    stats : BatchStats
+        Mean and 1/m variance, float64.
+
+    Raises
+    ------
+    ValueError
+        One value per feature; wrong shapes; eps not positive; an out that partly overlaps x.
+    TypeError
+        For other dtypes and masked arrays.
+    numpy.exceptions.AxisError
+        Where x has no such axis.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> y, stats = fastbn.batch_norm_forward(np.array([[1.0], [3.0]]), eps=1e-12)
+    >>> y.round(6).tolist(), stats.mean.tolist()
+    ([[-1.0], [1.0]], [2.0])
+    """
+    if running is None:
+        return forward(x, None, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)[:2]
+    if running.momentum is None or running.debias:
+        raise_unless_fits(x, axis, running)
+        y, stats, _ = forward(x, None, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)
+        running.update(stats)
+        return y, stats
+    y, stats, _ = forward(x, len(running.mean), weight, bias, eps, running.mean, running.var, running.momentum, running.unbiased, axis,
+                       activation, out, num_threads)
+    running._counted(stats)
+    return y, stats
+
+
+cdef int raise_unless_fits(object x, object axis, object running) except -1:
+    cdef cnp.ndarray given = floating(x, "x")
+    cdef int k = feature_axis(given, axis)
+    if cnp.PyArray_DIM(given, k) != len(running.mean):
+        raise ValueError(f"expected x with {len(running.mean)} features along axis {axis}, got shape {shape_of(given)}")
+    return 0
+
+
+def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *,
+               axis=1, activation=None, unbiased=True, out=None, num_threads=None):
+    """Batch normalization, with the order and the meaning of the arguments of ``torch.nn.functional.batch_norm``.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Any shape, C features along `axis`.
+    running_mean, running_var : array of shape (C,), optional
+        In training updated in place, ``new = (1 - momentum)*old + momentum*batch`` (float32 or float64 arrays); otherwise the statistics
+        to normalise with.
+    weight, bias : array_like of shape (C,), optional
+        Default 1 and 0.
+    training : bool
+        Normalise with the batch's statistics, rather than with the running ones.
+    momentum : float
+        Weight of the batch in the running averages, finite.
+    eps : float
+        Positive.
+    axis, activation, out, num_threads
+        As in `batch_norm_forward`.
+    unbiased : bool
+        Whether running_var takes the m/(m-1) variance, as PyTorch's, or the 1/m one, as Keras's and ONNX's.
+
+    Returns
+    -------
+    y : numpy.ndarray
+        x's shape, dtype and memory order; `out` itself where given.
+
+    Raises
+    ------
+    ValueError
+        ``training=False`` without running statistics; one of the two without the other; else as `batch_norm_forward`.
+    TypeError, numpy.exceptions.AxisError
+        As `batch_norm_forward`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.batch_norm(np.array([[1.0, 5.0]]), np.array([1.0, 1.0]), np.array([4.0, 4.0]), eps=1e-12).round(6)
+    array([[0., 2.]])
+    """
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("expected both running_mean and running_var or neither, got one of them")
+    if not training:
+        if running_mean is None:
+            raise ValueError("expected running_mean and running_var where training=False, got None")
+        return infer(x, None, weight, bias, eps, running_mean, running_var, axis, activation, out, num_threads)[0]
+    if running_mean is None:
+        return forward(x, None, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)[0]
+    if not np.isfinite(momentum):
+        raise ValueError(f"expected momentum to be finite, got {momentum!r}")
+    mean, var = updatable(running_mean, "running_mean"), updatable(running_var, "running_var")
+    y = forward(x, None, weight, bias, eps, mean, var, momentum, unbiased, axis, activation, out, num_threads)[0]
+    for given, used in ((running_mean, mean), (running_var, var)):
+        if used is not given:
+            np.copyto(given, used, casting="same_kind")
+    return y
+
+
+cdef cnp.ndarray updatable(object a, str name):
+    """a itself, or a float64 copy whose values go back to a."""
+    if not isinstance(a, np.ndarray) or a.dtype.kind != "f" or a.itemsize not in (4, 8):
+        raise TypeError(f"expected {name} to be a float32 or float64 NumPy array, which training updates in place, "
+                        f"got {getattr(a, 'dtype', type(a).__name__)}")
+    if not a.flags.writeable:
+        raise ValueError(f"expected {name} to be writeable, got a read-only array")
+    return a if type(a) is np.ndarray and a.dtype == np.float64 and a.flags.carray else np.array(a, dtype=np.float64)
+
+
+def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, training=True, axis=1, activation=None, out=None,
+                        num_threads=None):
+    """The gradients of a batch normalization.
+
+    With g the gradient before the activation and x_hat the normalised x: ``dbias = sum g``, ``dweight = sum g*x_hat``, and
+    ``dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))`` (Ioffe & Szegedy 2015, section 3, gathered).
+
+    Parameters
+    ----------
+    dy : array_like of x's shape
+        The gradient of the loss with respect to y; converted to x's dtype.
+    x : array_like of float32 or float64
+        The input of the forward pass, unchanged since.
+    stats : BatchStats
+        What the forward pass returned.
+    weight, bias, eps, axis, activation
+        As in the forward pass; bias matters for the activation only.
+    training : bool
+        False where the statistics are constants: ``dx = weight/sqrt(var + eps)*g``.
+    out : numpy.ndarray, optional
+        Of x's shape and dtype, receives dx; may be dy itself, never x.
+    num_threads : int, optional
+        For this call; default: the process-wide number.
+
+    Returns
+    -------
+    dx : numpy.ndarray
+        x's shape, dtype and memory order; `out` itself where given.
+    dweight, dbias : numpy.ndarray of shape (C,)
+        float64.
+
+    Raises
+    ------
+    ValueError, TypeError, numpy.exceptions.AxisError
+        For arguments that do not fit, with one sentence that says what was expected.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.array([[0.0], [1.0], [5.0]])
+    >>> y, stats = fastbn.batch_norm_forward(x)
+    >>> dx, dweight, dbias = fastbn.batch_norm_backward(np.ones((3, 1)), x, stats)
+    >>> bool(abs(dx).max() < 1e-15), dbias.tolist()
+    (True, [3.0])
+    """
+    cdef cnp.npy_intp shape[1]
+    cdef Call c = backward_call(dy, x, None, stats, weight, bias, eps, training, axis, activation, out, num_threads)
+    shape[0] = c.job.C
+    dweight = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
+    dbias = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
+    store(c.job.dweight, dweight, c.job.C)
+    store(c.job.dbias, dbias, c.job.C)
+    return c.out, dweight, dbias
+
+
+def backward_into(dy, x, features, stats, weight, bias, eps, bint training, axis, activation, out, num_threads, dweight, dbias):
+    """As batch_norm_backward, with the gradients of weight and bias written into given arrays (or None); returns dx."""
+    cdef Call c = backward_call(dy, x, features, stats, weight, bias, eps, training, axis, activation, out, num_threads)
+    if dweight is not None:
+        store(c.job.dweight, dweight, c.job.C)
+        store(c.job.dbias, dbias, c.job.C)
+    return c.out
+
+
+cdef int store(double *values, cnp.ndarray to, Py_ssize_t C) except -1:
+    cdef Py_ssize_t i
+    cdef float *f32
+    cdef double *f64
+    if cnp.PyArray_TYPE(to) == cnp.NPY_FLOAT64:
+        f64 = <double *>cnp.PyArray_DATA(to)
+        for i in range(C):
+            f64[i] = values[i]
+    else:
+        f32 = <float *>cnp.PyArray_DATA(to)
+        for i in range(C):
+            f32[i] = <float>values[i]
+    return 0
+
+
+cdef Call backward_call(object dy, object x, object features, object stats, object weight, object bias, object eps, bint training,
+                        object axis, object activation, object out, object num_threads):
+    cdef Call c = Call.__new__(Call)
+    cdef cnp.ndarray given = floating(x, "x")
+    cdef cnp.ndarray gradient = floating(dy, "dy")
+    cdef Py_ssize_t i
+    cdef Job *job = &c.job
+    if not isinstance(stats, BatchStats):
+        raise TypeError(f"expected stats to be a BatchStats, as batch_norm_forward returns, got {type(stats).__name__}")
+    c.begin(given, axis, activation, eps, num_threads)
+    check_features(c, x, features, axis)
+    if not same_shape(gradient, given):
+        raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
+    c.parameters(weight, bias)
+    c.statistics(stats)
+    c.output(out, given, gradient)
+    if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not same_layout(c.x, gradient):
+        c.dy = np.empty_like(c.x, order="K", subok=False)
+        np.copyto(c.dy, gradient, casting="same_kind")
+    else:
+        c.dy = gradient
+    job.dy = cnp.PyArray_DATA(c.dy)
+    job.training = training
+    for i in range(job.C):
+        job.dweight[i] = 0
+        job.dbias[i] = 0
+    call(KERNELS.backward, job)
+    c.finish()
+    return c

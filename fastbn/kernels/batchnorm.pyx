@@ -1,0 +1,753 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True, infer_types=True
+"""The loops over x, compiled once for each instruction set.
+
+Design: everything is *strips*, rows of lanes. A lane is a column of a strip and belongs to one feature, so that
+the compiler vectorises across lanes and no sum ever crosses a vector register: one arithmetic for all builds.
+
+- rows (S small): one row of x is C*S lanes; short rows are folded, k of them seen as one, so that C = 3 runs as wide as C = 1000.
+  Wide rows are cut into blocks of at most LANES lanes.
+- planes (S long): a contiguous run of one feature is cut into strips of RUN_LANES lanes, or of an eighth of what is left.
+
+Work is cut into tasks by shape alone; a task owns its lanes' partial sums, and they are merged in the order of the tasks,
+so the bits do not depend on the number of threads. One traversal (`visit`) serves the operations below.
+
+Passes over memory (reads + writes): moments 1 + 0, normalize 1 + 1, backward 2*2 + 1.
+"""
+from cython.parallel cimport prange
+from cpython.pycapsule cimport PyCapsule_New
+from libc.math cimport sqrt
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
+
+cdef extern from *:
+    """
+    /* Without it the compiler must assume that a store to y changes x, and gives up on vectorising. x and y may be the
+       very same array all the same: each element is read before the same element is written. */
+    #if defined(_MSC_VER) || defined(__GNUC__)
+    #define FASTBN_RESTRICT __restrict
+    #else
+    #define FASTBN_RESTRICT restrict
+    #endif
+    typedef float *FASTBN_RESTRICT fastbn_f32;
+    typedef double *FASTBN_RESTRICT fastbn_f64;
+    """
+    ctypedef float *f32 "fastbn_f32"
+    ctypedef double *f64 "fastbn_f64"
+
+ctypedef fused row:
+    f32
+    f64
+
+ctypedef fused real:
+    float
+    double
+
+cdef enum:
+    LANES = 512          # lanes of a strip: x's eight rows, the sums and the parameters of a strip stay in L1
+    FOLD = 128           # rows shorter than this are folded
+    RUN_LANES = 128      # lanes of a strip within a plane: eight rows are 1024 elements
+    PLANE = 64           # S from here on is a plane
+    PIECE = 16384        # a longer plane is cut into pieces of this many elements (a multiple of 8*RUN_LANES)
+    TASKS = 64           # threads that a large shape can keep busy
+    CHUNK = 16384        # fewest elements that are worth a task
+    THREADED = 65536     # fewest elements that are worth a parallel region
+
+cdef enum Operation:
+    MOMENTS     # sums of d and d*d, d = x - pivot, eight rows at a time in x's dtype
+    EXACT       # the same, row by row in float64
+    NORMALIZE
+    GRADIENTS   # sums of dy and dy*x_hat
+    BACKWARD    # dx, where the statistics depend on x
+    SCALE       # dx, where they are constants
+
+# Rows of the parameter table, each (C,) in x's dtype, or (lanes,) once spread over the lanes of a strip.
+cdef enum Parameter:
+    HIGH = 0     # the mean's high part; the pivot in MOMENTS and EXACT
+    LOW = 1      # the mean's low part
+    WEIGHT = 2   # weight * invstd
+    BIAS = 3
+    INVSTD = 4
+    MEAN_DY = 5
+    SLOPE = 6    # invstd * mean(dy * x_hat)
+    PARAMETERS = 7
+
+ctypedef struct Work:
+    Job *job
+    void *params          # (PARAMETERS, C) in x's dtype
+    double *part          # (chunks, C, 3): pivot and the two sums of each task
+    bint planes
+    Py_ssize_t width      # lanes of one row of x: C*S
+    Py_ssize_t fold       # rows of x in one row of lanes
+    Py_ssize_t block      # lanes of a strip
+    Py_ssize_t blocks     # strips side by side (rows), or features (planes)
+    Py_ssize_t units      # rows of lanes (rows), or pieces of one feature (planes)
+    Py_ssize_t chunk      # units of a task
+    Py_ssize_t chunks
+    Py_ssize_t pieces     # pieces of a plane
+    Py_ssize_t piece      # elements of a piece
+
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef void plan(Work *w) noexcept nogil:
+    """Cut the work by shape alone: the thread count must not be looked at here."""
+    cdef Job *job = w.job
+    cdef Py_ssize_t wanted, worth
+    w.planes = job.S >= PLANE
+    w.width = job.C * job.S
+    w.fold = 1
+    w.pieces = 1
+    w.piece = job.S
+    if w.planes:
+        if job.S > PIECE:
+            w.piece = PIECE
+            w.pieces = ceil_div(job.S, PIECE)
+        w.block = RUN_LANES
+        w.blocks = job.C
+        w.units = job.M * w.pieces
+        worth = ceil_div(job.M * job.S, CHUNK)
+    else:
+        if w.width < FOLD:
+            w.fold = min(FOLD // w.width, job.M)
+        w.block = w.fold * w.width if w.width <= LANES else LANES // job.S * job.S
+        w.blocks = ceil_div(w.width, w.block) if w.fold == 1 else 1
+        w.units = ceil_div(job.M, w.fold)
+        worth = ceil_div(w.units * w.block, CHUNK)
+    wanted = min(ceil_div(TASKS, w.blocks), worth)
+    w.chunk = ceil_div(w.units, wanted)
+    if not w.planes:
+        w.chunk = ceil_div(w.chunk, 8) * 8
+    w.chunks = ceil_div(w.units, w.chunk)
+
+
+# --- arithmetic on lanes ----------------------------------------------------------------------------------------------
+
+cdef inline real act(real z, const Activation activation) noexcept nogil:
+    if activation == RELU:
+        return <real>0 if z < 0 else z
+    if activation == LEAKY_RELU:
+        return z * <real>0.01 if z < 0 else z
+    return z
+
+
+cdef inline real unact(real dy, real z, const Activation activation) noexcept nogil:
+    """The gradient before the activation, from the one behind it."""
+    if activation == RELU:
+        return <real>0 if z <= 0 else dy
+    if activation == LEAKY_RELU:
+        return dy * <real>0.01 if z <= 0 else dy
+    return dy
+
+
+cdef inline real tree(real a, real b, real c, real d, real e, real f, real g, real h) noexcept nogil:
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+
+
+cdef inline void add(f64 total, f64 lost, Py_ssize_t i, double t, const bint compensate) noexcept nogil:
+    """total[i] += t; what rounding loses goes to lost[i] (Knuth's TwoSum), where t is itself a float64 sum."""
+    cdef double s
+    cdef double b
+    if compensate:
+        s = total[i] + t
+        b = s - total[i]
+        lost[i] += (total[i] - (s - b)) + (t - b)
+        total[i] = s
+    else:
+        total[i] += t
+
+
+cdef inline void add_eight(row x, Py_ssize_t ld, Py_ssize_t n, row pivot, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    """Eight rows of n lanes, ld apart: s1 += sum d, s2 += sum d*d, d = x - pivot.
+
+    float32: trees of eight keep the error of both sums below 6 units in the last place, whatever the data; the rest is float64.
+    """
+    cdef Py_ssize_t l
+    for l in range(n):
+        p = pivot[l]
+        d0 = x[l] - p
+        d1 = x[ld + l] - p
+        d2 = x[2 * ld + l] - p
+        d3 = x[3 * ld + l] - p
+        d4 = x[4 * ld + l] - p
+        d5 = x[5 * ld + l] - p
+        d6 = x[6 * ld + l] - p
+        d7 = x[7 * ld + l] - p
+        add(s1, e1, l, tree(d0, d1, d2, d3, d4, d5, d6, d7), sizeof(x[0]) == 8)
+        add(s2, e2, l, tree(d0 * d0, d1 * d1, d2 * d2, d3 * d3, d4 * d4, d5 * d5, d6 * d6, d7 * d7), sizeof(x[0]) == 8)
+
+
+cdef inline void add_one(row x, Py_ssize_t n, row pivot, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    cdef Py_ssize_t l
+    cdef double d
+    for l in range(n):
+        d = <double>x[l] - <double>pivot[l]
+        add(s1, e1, l, d, sizeof(x[0]) == 8)
+        add(s2, e2, l, d * d, sizeof(x[0]) == 8)
+
+
+cdef inline void add_eight_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation,
+                                     f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    """Eight rows: s1 += sum g, s2 += sum g*x_hat, where g is the gradient before the activation."""
+    cdef Py_ssize_t l
+    for l in range(n):
+        hi = params[l]
+        lo = params[LOW * step + l]
+        w = params[WEIGHT * step + l]
+        b = params[BIAS * step + l]
+        r = params[INVSTD * step + l]
+        c0 = (x[l] - hi) - lo
+        c1 = (x[ld + l] - hi) - lo
+        c2 = (x[2 * ld + l] - hi) - lo
+        c3 = (x[3 * ld + l] - hi) - lo
+        c4 = (x[4 * ld + l] - hi) - lo
+        c5 = (x[5 * ld + l] - hi) - lo
+        c6 = (x[6 * ld + l] - hi) - lo
+        c7 = (x[7 * ld + l] - hi) - lo
+        g0 = unact(dy[l], c0 * w + b, activation)
+        g1 = unact(dy[ld + l], c1 * w + b, activation)
+        g2 = unact(dy[2 * ld + l], c2 * w + b, activation)
+        g3 = unact(dy[3 * ld + l], c3 * w + b, activation)
+        g4 = unact(dy[4 * ld + l], c4 * w + b, activation)
+        g5 = unact(dy[5 * ld + l], c5 * w + b, activation)
+        g6 = unact(dy[6 * ld + l], c6 * w + b, activation)
+        g7 = unact(dy[7 * ld + l], c7 * w + b, activation)
+        add(s1, e1, l, tree(g0, g1, g2, g3, g4, g5, g6, g7), sizeof(x[0]) == 8)
+        add(s2, e2, l, tree(g0 * (c0 * r), g1 * (c1 * r), g2 * (c2 * r), g3 * (c3 * r),
+                            g4 * (c4 * r), g5 * (c5 * r), g6 * (c6 * r), g7 * (c7 * r)), sizeof(x[0]) == 8)
+
+
+cdef inline void add_one_gradient(row x, row dy, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation,
+                                  f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    cdef Py_ssize_t l
+    for l in range(n):
+        c = (x[l] - params[l]) - params[LOW * step + l]
+        g = unact(dy[l], c * params[WEIGHT * step + l] + params[BIAS * step + l], activation)
+        add(s1, e1, l, g, sizeof(x[0]) == 8)
+        add(s2, e2, l, <double>g * <double>(c * params[INVSTD * step + l]), sizeof(x[0]) == 8)
+
+
+cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
+                                const Activation activation) noexcept nogil:
+    """y = activation((x - mean)*weight*invstd + bias); four rows share the loads of the parameters."""
+    cdef Py_ssize_t r = 0
+    cdef Py_ssize_t l
+    while r + 4 <= rows:
+        for l in range(n):
+            hi = params[l]
+            lo = params[LOW * step + l]
+            w = params[WEIGHT * step + l]
+            b = params[BIAS * step + l]
+            y[l] = act(((x[l] - hi) - lo) * w + b, activation)
+            y[ld + l] = act(((x[ld + l] - hi) - lo) * w + b, activation)
+            y[2 * ld + l] = act(((x[2 * ld + l] - hi) - lo) * w + b, activation)
+            y[3 * ld + l] = act(((x[3 * ld + l] - hi) - lo) * w + b, activation)
+        x += 4 * ld
+        y += 4 * ld
+        r += 4
+    while r < rows:
+        for l in range(n):
+            y[l] = act(((x[l] - params[l]) - params[LOW * step + l]) * params[WEIGHT * step + l] + params[BIAS * step + l], activation)
+        x += ld
+        y += ld
+        r += 1
+
+
+cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
+                               const Activation activation) noexcept nogil:
+    """dx = weight*invstd*(g - mean(g) - x_hat*mean(g*x_hat))  (Ioffe & Szegedy 2015, section 3, gathered)."""
+    cdef Py_ssize_t r
+    cdef Py_ssize_t l
+    for r in range(rows):
+        for l in range(n):
+            c = (x[l] - params[l]) - params[LOW * step + l]
+            w = params[WEIGHT * step + l]
+            g = unact(dy[l], c * w + params[BIAS * step + l], activation)
+            dx[l] = ((g - params[MEAN_DY * step + l]) - c * params[SLOPE * step + l]) * w
+        x += ld
+        dy += ld
+        dx += ld
+
+
+cdef inline void scale_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
+                            const Activation activation) noexcept nogil:
+    """dx = weight*invstd*g: the statistics were constants."""
+    cdef Py_ssize_t r
+    cdef Py_ssize_t l
+    for r in range(rows):
+        for l in range(n):
+            w = params[WEIGHT * step + l]
+            z = ((x[l] - params[l]) - params[LOW * step + l]) * w + params[BIAS * step + l]
+            dx[l] = unact(dy[l], z, activation) * w
+        x += ld
+        dy += ld
+        dx += ld
+
+
+# --- one strip ----------------------------------------------------------------------------------------------------------
+
+cdef void strip(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
+                row params, Py_ssize_t step, f64 sums) noexcept nogil:
+    """The operation on `rows` rows of n lanes, the first at element `at`, ld elements apart.
+
+    params: (PARAMETERS, step), the first n of each row used.  sums: (4, LANES), two sums and what they lost.
+    """
+    cdef row dy = <row>w.job.dy + at
+    cdef row y = <row>w.job.y + at
+    cdef f64 s1 = sums
+    cdef f64 e1 = sums + LANES
+    cdef f64 s2 = sums + 2 * LANES
+    cdef f64 e2 = sums + 3 * LANES
+    cdef Activation a = w.job.activation
+    x += at
+    # Each activation is a loop of its own: a test inside the loop would not vectorise with every compiler.
+    if op == NORMALIZE:
+        if a == IDENTITY:
+            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY)
+        elif a == RELU:
+            normalize_rows(x, y, ld, rows, n, params, step, RELU)
+        else:
+            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU)
+    elif op == BACKWARD:
+        if a == IDENTITY:
+            backward_rows(x, dy, y, ld, rows, n, params, step, IDENTITY)
+        elif a == RELU:
+            backward_rows(x, dy, y, ld, rows, n, params, step, RELU)
+        else:
+            backward_rows(x, dy, y, ld, rows, n, params, step, LEAKY_RELU)
+    elif op == SCALE:
+        if a == IDENTITY:
+            scale_rows(x, dy, y, ld, rows, n, params, step, IDENTITY)
+        elif a == RELU:
+            scale_rows(x, dy, y, ld, rows, n, params, step, RELU)
+        else:
+            scale_rows(x, dy, y, ld, rows, n, params, step, LEAKY_RELU)
+    elif op == GRADIENTS:
+        while rows >= 8:
+            if a == IDENTITY:
+                add_eight_gradients(x, dy, ld, n, params, step, IDENTITY, s1, e1, s2, e2)
+            elif a == RELU:
+                add_eight_gradients(x, dy, ld, n, params, step, RELU, s1, e1, s2, e2)
+            else:
+                add_eight_gradients(x, dy, ld, n, params, step, LEAKY_RELU, s1, e1, s2, e2)
+            x += 8 * ld
+            dy += 8 * ld
+            rows -= 8
+        while rows > 0:
+            add_one_gradient(x, dy, n, params, step, a, s1, e1, s2, e2)
+            x += ld
+            dy += ld
+            rows -= 1
+    else:
+        while op == MOMENTS and rows >= 8:
+            add_eight(x, ld, n, params, s1, e1, s2, e2)
+            x += 8 * ld
+            rows -= 8
+        while rows > 0:
+            add_one(x, n, params, s1, e1, s2, e2)
+            x += ld
+            rows -= 1
+
+
+# --- one task: chunk k of the units, block b of the lanes ----------------------------------------------------------------
+
+cdef void visit(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
+    """The operation on every strip of a task."""
+    cdef Py_ssize_t first = k * w.chunk
+    cdef Py_ssize_t end = min(first + w.chunk, w.units)
+    cdef Py_ssize_t u
+    cdef Py_ssize_t at
+    cdef Py_ssize_t n
+    cdef Py_ssize_t ld
+    cdef Py_ssize_t rows
+    if w.planes:
+        for u in range(first, end):
+            at = u % w.pieces * w.piece
+            n = min(w.piece, w.job.S - at)
+            at += (u // w.pieces * w.job.C + b) * w.job.S
+            rows = n // (8 * RUN_LANES) * 8
+            strip(w, op, x, at, RUN_LANES, rows, RUN_LANES, params, step, sums)
+            at += rows * RUN_LANES
+            n -= rows * RUN_LANES
+            strip(w, op, x, at, n // 8, 8, n // 8, params, step, sums)
+            strip(w, op, x, at + n // 8 * 8, 8, 1, n % 8, params, step, sums)
+        return
+    ld = w.fold * w.width
+    at = first * ld + b * w.block
+    n = min(w.block, ld - b * w.block)
+    rows = min(end, w.job.M // w.fold) - first
+    strip(w, op, x, at, ld, rows, n, params, step, sums)
+    if rows < end - first:
+        strip(w, op, x, at + rows * ld, ld, 1, w.job.M % w.fold * w.width, params, step, sums)
+
+
+cdef inline Py_ssize_t features(Work *w, Py_ssize_t b) noexcept nogil:
+    """How many features block b holds; the first is number b * features(w, 0)."""
+    if w.planes:
+        return 1
+    if w.blocks == 1:
+        return w.job.C
+    return min(w.block // w.job.S, w.job.C - b * (w.block // w.job.S))
+
+
+cdef Py_ssize_t count(Work *w, Py_ssize_t k) noexcept nogil:
+    """Elements of one feature in chunk k."""
+    cdef Py_ssize_t first = k * w.chunk
+    cdef Py_ssize_t end = min(first + w.chunk, w.units)
+    cdef Py_ssize_t last
+    if w.planes:
+        # The last piece of a plane is shorter: as many of them as planes end within the chunk.
+        last = end // w.pieces - first // w.pieces
+        return (end - first - last) * w.piece + last * (w.job.S - (w.pieces - 1) * w.piece)
+    return (min(end * w.fold, w.job.M) - first * w.fold) * w.job.S
+
+
+cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t used, row lanes, Py_ssize_t *step) noexcept nogil:
+    """One value for each lane of block b, from one for each feature: the first `used` rows of `lanes` (PARAMETERS, LANES).
+
+    table: (used, pitch), its first column that of the block's first feature; handed back as it is where each lane is a feature.
+    """
+    cdef Py_ssize_t p
+    cdef Py_ssize_t i
+    cdef Py_ssize_t c
+    cdef Py_ssize_t s
+    cdef Py_ssize_t n = features(w, b)
+    cdef Py_ssize_t S = RUN_LANES if w.planes else w.job.S
+    cdef Py_ssize_t copies = 1 if w.planes else w.fold
+    cdef row lane
+    if S == 1 and copies == 1:
+        step[0] = pitch
+        return table
+    step[0] = LANES
+    for p in range(used):
+        lane = lanes + p * LANES
+        for i in range(copies):
+            for c in range(n):
+                for s in range(S):
+                    lane[0] = table[p * pitch + c]
+                    lane += 1
+    return lanes
+
+
+cdef inline void merge(f64 sums, Py_ssize_t i, Py_ssize_t j) noexcept nogil:
+    """Add lane j's sums to lane i's."""
+    cdef Py_ssize_t a
+    for a in range(2):
+        add(sums, sums + LANES, i, sums[j], True)
+        sums[LANES + i] += sums[LANES + j]
+        sums += 2 * LANES
+
+
+cdef void gather(Work *w, Py_ssize_t b, f64 sums) noexcept nogil:
+    """Add up the lanes of each feature of block b: the sums of its i-th feature are left in lane i."""
+    cdef Py_ssize_t n = features(w, b)
+    cdef Py_ssize_t i
+    cdef Py_ssize_t j
+    cdef Py_ssize_t S = w.job.S
+    if w.planes:
+        j = RUN_LANES // 2
+        while j:
+            for i in range(j):
+                merge(sums, i, i + j)
+            j //= 2
+    else:
+        for j in range(w.width, w.fold * w.width):
+            merge(sums, j % w.width, j)
+        if S > 1:
+            for i in range(n):
+                for j in range(i * S + 1, (i + 1) * S):
+                    merge(sums, i * S, j)
+                for j in range(4):
+                    sums[j * LANES + i] = sums[j * LANES + i * S]
+    for i in range(n):
+        sums[i] += sums[LANES + i]
+        sums[2 * LANES + i] += sums[3 * LANES + i]
+
+
+cdef void total(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
+    """The task's two sums of each feature of block b: sums[i] and sums[2*LANES + i]."""
+    cdef Py_ssize_t n = RUN_LANES if w.planes else w.block
+    cdef Py_ssize_t a
+    for a in range(4):
+        memset(sums + a * LANES, 0, n * sizeof(double))
+    visit(w, op, k, b, x, params, step, sums)
+    gather(w, b, sums)
+
+
+cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) noexcept nogil:
+    """The mean of eight elements, evenly spaced over the chunk, of each feature of block b (of 32 in a plane, where neighbours are alike).
+
+    A tree of eight equal values is exact: a constant feature is its own pivot.
+    """
+    cdef Py_ssize_t C = w.job.C
+    cdef Py_ssize_t S = w.job.S
+    cdef Py_ssize_t first = k * w.chunk
+    cdef Py_ssize_t n = min(first + w.chunk, w.units) - first
+    cdef Py_ssize_t i
+    cdef Py_ssize_t c
+    cdef Py_ssize_t u
+    cdef Py_ssize_t at
+    cdef Py_ssize_t o[32]
+    if w.planes:
+        # Steps of 20/32 of a piece, near the golden ratio, so that the places within the planes differ, however many planes there are.
+        for i in range(32):
+            u = first + i * n // 32
+            at = u % w.pieces * w.piece
+            o[i] = (u // w.pieces * C + b) * S + at + (2 * (i * 20 % 32) + 1) * min(w.piece, S - at) // 64
+        pivot[0] = (((tree(x[o[0]], x[o[1]], x[o[2]], x[o[3]], x[o[4]], x[o[5]], x[o[6]], x[o[7]]) * <float>0.125
+                      + tree(x[o[8]], x[o[9]], x[o[10]], x[o[11]], x[o[12]], x[o[13]], x[o[14]], x[o[15]]) * <float>0.125)
+                     + (tree(x[o[16]], x[o[17]], x[o[18]], x[o[19]], x[o[20]], x[o[21]], x[o[22]], x[o[23]]) * <float>0.125
+                        + tree(x[o[24]], x[o[25]], x[o[26]], x[o[27]], x[o[28]], x[o[29]], x[o[30]], x[o[31]]) * <float>0.125))
+                    * <float>0.25)
+        return
+    n = min((first + n) * w.fold, w.job.M) - first * w.fold
+    for i in range(8):
+        o[i] = (first * w.fold + (2 * i + 1) * n // 16) * w.width + b * w.block + S // 2
+    for i in range(features(w, b)):
+        c = i * S
+        pivot[i] = tree(x[o[0] + c], x[o[1] + c], x[o[2] + c], x[o[3] + c],
+                        x[o[4] + c], x[o[5] + c], x[o[6] + c], x[o[7] + c]) * <float>0.125
+
+
+cdef inline bint trusted(double s1, double s2, double n, const bint is_float64) noexcept nogil:
+    """Whether the sums about the pivot keep their accuracy once the mean is taken out of them.
+
+    The pivot must be within sqrt(3) std of the mean, and float32 squares must have been neither too large nor too small.
+    """
+    cdef double d = s1 / n
+    cdef double q = s2 / n
+    if not q - d * d >= 0.25 * q:
+        return False
+    return is_float64 or 1e-30 < q < 1e36
+
+
+cdef void task_moments(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row lanes, f64 sums) noexcept nogil:
+    cdef double pivots[LANES]
+    cdef double again[4 * LANES]
+    cdef row pivot = <row><void *>pivots
+    cdef double n = count(w, k)
+    cdef double *part
+    cdef Py_ssize_t step
+    cdef Py_ssize_t c
+    cdef bint redo = False
+    choose_pivots(w, k, b, x, pivot)
+    total(w, MOMENTS, k, b, x, spread(w, b, pivot, LANES, 1, lanes, &step), LANES, sums)
+    part = w.part + 3 * (k * w.job.C + b * features(w, 0))
+    for c in range(features(w, b)):
+        part[3 * c] = pivot[c]
+        part[3 * c + 1] = sums[c]
+        part[3 * c + 2] = sums[2 * LANES + c]
+        if not trusted(sums[c], sums[2 * LANES + c], n, w.job.is_float64):
+            redo = True
+            # Sums of d suffer neither from overflow nor from the distance by much: this is close to the mean.
+            pivot[c] += sums[c] / n
+    if not redo:
+        return
+    # The data is still in cache. Features that were right the first time keep their bits, whatever stands beside them.
+    total(w, EXACT, k, b, x, spread(w, b, pivot, LANES, 1, lanes, &step), LANES, again)
+    for c in range(features(w, b)):
+        if not trusted(sums[c], sums[2 * LANES + c], n, w.job.is_float64):
+            part[3 * c] = pivot[c]
+            part[3 * c + 1] = again[c]
+            part[3 * c + 2] = again[2 * LANES + c]
+
+
+cdef void task(Work *w, Operation op, Py_ssize_t i, row x) noexcept nogil:
+    cdef double sums[4 * LANES]
+    cdef double room[PARAMETERS * LANES]
+    cdef row lanes = <row><void *>room
+    cdef row params
+    cdef Py_ssize_t step
+    cdef Py_ssize_t b = i % w.blocks
+    cdef Py_ssize_t k = i // w.blocks
+    cdef Py_ssize_t first = b * features(w, 0)
+    cdef Py_ssize_t c
+    cdef double *part
+    if op == MOMENTS:
+        task_moments(w, k, b, x, lanes, sums)
+        return
+    params = spread(w, b, <row>w.params + first, w.job.C, PARAMETERS, lanes, &step)
+    if op != GRADIENTS:
+        visit(w, op, k, b, x, params, step, sums)
+        return
+    total(w, op, k, b, x, params, step, sums)
+    part = w.part + 3 * (k * w.job.C + first)
+    for c in range(features(w, b)):
+        part[3 * c + 1] = sums[c]
+        part[3 * c + 2] = sums[2 * LANES + c]
+
+
+cdef void run(Work *w, Operation op, row x) noexcept nogil:
+    """Every task of the operation. Only the number of threads is not given by the shape."""
+    cdef Py_ssize_t tasks = w.blocks * w.chunks
+    cdef Py_ssize_t i
+    cdef int threads = <int>min(<Py_ssize_t>w.job.num_threads, tasks)
+    if threads < 2 or w.job.M * w.job.C * w.job.S < THREADED:
+        for i in range(tasks):
+            task(w, op, i, x)
+    else:
+        for i in prange(tasks, schedule="static", num_threads=threads):
+            task(w, op, i, x)
+
+
+# --- O(C): from sums to statistics, from statistics to the parameters of the loops ------------------------------------------
+
+cdef inline void two_sum(double a, double b, double *high, double *low) noexcept nogil:
+    cdef double s = a + b
+    cdef double t = s - a
+    low[0] = (a - (s - t)) + (b - t)
+    high[0] = s
+
+
+cdef void merge_moments(Work *w) noexcept nogil:
+    """The chunks' sums, each about a pivot of its own, into mean and variance (Chan, Golub & LeVeque 1979)."""
+    cdef Job *job = w.job
+    cdef Py_ssize_t C = job.C
+    cdef Py_ssize_t c
+    cdef Py_ssize_t k
+    cdef double m = <double>job.M * job.S
+    cdef double n
+    cdef double d
+    cdef double mean
+    cdef double part_mean
+    cdef double lost
+    cdef double s
+    cdef double *part
+    for c in range(C):
+        # The mean, relative to the first pivot.
+        part = w.part + 3 * c
+        s = 0
+        lost = 0
+        for k in range(w.chunks):
+            d = part[3 * k * C] - part[0]
+            add(&s, &lost, 0, part[3 * k * C + 1], True)
+            add(&s, &lost, 0, count(w, k) * d, True)
+        mean = (s + lost) / m
+        two_sum(part[0], mean, &job.mean[c], &job.mean_low[c])
+        s = 0
+        lost = 0
+        for k in range(w.chunks):
+            n = count(w, k)
+            part_mean = part[3 * k * C + 1] / n
+            d = (part[3 * k * C] - part[0]) + part_mean - mean
+            add(&s, &lost, 0, part[3 * k * C + 2] - part[3 * k * C + 1] * part_mean, True)
+            add(&s, &lost, 0, n * d * d, True)
+        s += lost
+        job.var[c] = 0 if s < 0 else s / m
+
+
+cdef void prepare(Work *w, row x) noexcept nogil:
+    """The parameter table, in x's dtype: the mean in two parts, so that x - mean does not cancel."""
+    cdef Job *job = w.job
+    cdef row table = <row>w.params
+    cdef Py_ssize_t C = job.C
+    cdef Py_ssize_t c
+    cdef double invstd
+    for c in range(C):
+        invstd = 1 / sqrt(job.var[c] + job.eps)
+        table[c] = job.mean[c]
+        table[LOW * C + c] = (job.mean[c] - table[c]) + job.mean_low[c]
+        table[WEIGHT * C + c] = job.weight[c] * invstd
+        table[BIAS * C + c] = job.bias[c]
+        table[INVSTD * C + c] = invstd
+        table[MEAN_DY * C + c] = 0
+        table[SLOPE * C + c] = 0
+
+
+cdef void merge_gradients(Work *w, row x) noexcept nogil:
+    cdef Job *job = w.job
+    cdef row table = <row>w.params
+    cdef Py_ssize_t C = job.C
+    cdef Py_ssize_t c
+    cdef Py_ssize_t k
+    cdef Py_ssize_t a
+    cdef double m = <double>job.M * job.S
+    cdef double s[2]
+    cdef double lost[2]
+    for c in range(C):
+        for a in range(2):
+            s[a] = 0
+            lost[a] = 0
+            for k in range(w.chunks):
+                add(s, lost, a, w.part[3 * (k * C + c) + 1 + a], True)
+            s[a] += lost[a]
+        job.dbias[c] = s[0]
+        job.dweight[c] = s[1]
+        table[MEAN_DY * C + c] = s[0] / m
+        table[SLOPE * C + c] = s[1] / m / sqrt(job.var[c] + job.eps)
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------------
+
+cdef int moments_of(Job *job, row x) noexcept nogil:
+    cdef Work w
+    w.job = job
+    plan(&w)
+    w.part = <double *>malloc(3 * w.chunks * job.C * sizeof(double))
+    if w.part == NULL:
+        return -1
+    run(&w, MOMENTS, x)
+    merge_moments(&w)
+    free(w.part)
+    return 0
+
+
+cdef int normalize_of(Job *job, row x) noexcept nogil:
+    cdef Work w
+    w.job = job
+    plan(&w)
+    w.params = malloc(PARAMETERS * job.C * sizeof(x[0]))
+    if w.params == NULL:
+        return -1
+    prepare(&w, x)
+    run(&w, NORMALIZE, x)
+    free(w.params)
+    return 0
+
+
+cdef int backward_of(Job *job, row x) noexcept nogil:
+    cdef Work w
+    w.job = job
+    plan(&w)
+    w.part = <double *>malloc(3 * w.chunks * job.C * sizeof(double))
+    w.params = malloc(PARAMETERS * job.C * sizeof(x[0]))
+    if w.part != NULL and w.params != NULL:
+        prepare(&w, x)
+        run(&w, GRADIENTS, x)
+        merge_gradients(&w, x)
+        run(&w, BACKWARD if job.training else SCALE, x)
+        free(w.part)
+        free(w.params)
+        return 0
+    free(w.part)
+    free(w.params)
+    return -1
+
+
+cdef int moments(Job *job) noexcept nogil:
+    if job.is_float64:
+        return moments_of(job, <f64>job.x)
+    return moments_of(job, <f32>job.x)
+
+
+cdef int normalize(Job *job) noexcept nogil:
+    if job.is_float64:
+        return normalize_of(job, <f64>job.x)
+    return normalize_of(job, <f32>job.x)
+
+
+cdef int backward(Job *job) noexcept nogil:
+    if job.is_float64:
+        return backward_of(job, <f64>job.x)
+    return backward_of(job, <f32>job.x)
+
+
+cdef Table TABLE
+TABLE.moments = moments
+TABLE.normalize = normalize
+TABLE.backward = backward
+
+table = PyCapsule_New(&TABLE, "fastbn.kernels.Table", NULL)

@@ -1,0 +1,112 @@
+"""How many threads a call may use: process-wide, as BLAS and OpenMP have it, and the guard for forked children."""
+
+import operator
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import cpu
+
+
+def _cgroup_quota() -> int | None:
+    """Processors that the Linux control group grants this process, or None where it sets no limit."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    granted = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, files = Path("/sys/fs/cgroup"), ("cpu.max",)
+        elif "cpu" in controllers.split(","):
+            root, files = Path("/sys/fs/cgroup/cpu"), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        else:
+            continue
+        # A limit anywhere above counts; within a container the path may not be there, and the root speaks for it.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                quota, period = " ".join((folder / name).read_text().strip() for name in files).split()
+            except (OSError, ValueError):
+                continue
+            if quota not in ("max", "-1"):
+                granted.append(max(1, -(-int(quota) // int(period))))
+    return min(granted, default=None)
+
+
+def _checked(n: int) -> int:
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"expected the number of threads as an integer, got {type(n).__name__}") from None
+    if not 1 <= count <= 1 << 16:
+        raise ValueError(f"expected the number of threads to be at least 1 and at most 65536, got {count}")
+    return count
+
+
+def get_num_threads() -> int:
+    """Threads that a large call uses.
+
+    The number set with `set_num_threads`; by default the smallest of OpenMP's limit (``OMP_NUM_THREADS``, or threadpoolctl's), the
+    processors that this process may run on, and its control group's quota. 1 in a forked child and in a serial build.
+    Results have the same bits for every number.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> before = fastbn.set_num_threads(1)
+    >>> fastbn.get_num_threads()
+    1
+    >>> _ = fastbn.set_num_threads(before)
+    """
+    return cpu.current_threads()
+
+
+def set_num_threads(n: int) -> int:
+    """Set the number of threads for the whole process, and return the number before.
+
+    Parameters
+    ----------
+    n : int
+        At least 1; more than there are processors is honoured.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where n is not a positive integer.
+    """
+    count = _checked(n)
+    before = get_num_threads()
+    cpu.set_requested(count)
+    return before
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """A context in which the whole process uses n threads.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> with fastbn.threads(1):
+    ...     fastbn.get_num_threads()
+    1
+    """
+    count = _checked(n)
+    before = cpu.get_requested()
+    cpu.set_requested(count)
+    try:
+        yield
+    finally:
+        cpu.set_requested(before)
+
+
+_quota = _cgroup_quota()
+if _quota is not None:
+    cpu.set_quota(_quota)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=cpu.after_fork_in_child)

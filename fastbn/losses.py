@@ -1,0 +1,170 @@
+"""Losses: each takes (prediction, target) and returns the loss, a float, and its gradient by the prediction.
+
+# Design: a loss and its gradient share their exponentials, so one function returns both. The gradient has the
+# prediction's shape and dtype; the mean is taken in float64. NaN and inf pass through, without warnings.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .nn import Array, as_float
+
+__all__ = ["mse", "sigmoid_cross_entropy", "softmax_cross_entropy"]
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def softmax_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
+    """Mean over the rows of -log softmax(prediction)[target], as PyTorch's `cross_entropy`.
+
+    Parameters
+    ----------
+    prediction : (N, K) float32 or float64 array
+        Logits: what comes before the softmax. Integers and bool become float64.
+    target : (N,) integer array
+        Labels from 0 to K - 1.
+
+    Returns
+    -------
+    loss : float
+    gradient : (N, K) array of the prediction's dtype
+        (softmax(prediction) - onehot(target)) / N
+
+    Raises
+    ------
+    ValueError
+        For wrong shapes, an empty batch, or a label out of range.
+    TypeError
+        For labels that are not integers, or a prediction of another type.
+
+    Notes
+    -----
+    With z = prediction - max(prediction), taken row by row, a row's loss is log(sum(exp(z))) - z[target]:
+    no exponential overflows, and the sum is at least 1 (Goodfellow et al., "Deep Learning", 2016, section 4.1).
+
+    Examples
+    --------
+    >>> from fastbn import losses
+    >>> loss, gradient = losses.softmax_cross_entropy([[0.0, 0.0], [1000.0, 0.0]], [1, 0])
+    >>> round(loss, 6)
+    0.346574
+    >>> gradient
+    array([[ 0.25, -0.25],
+           [ 0.  ,  0.  ]])
+    """
+    logits, labels = as_float(prediction), np.asarray(target)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"expected prediction (N, K) and labels (N,), got {logits.shape} and {labels.shape}")
+    n, k = logits.shape
+    if n == 0:
+        raise ValueError("expected at least one example, got an empty batch")
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"expected integer labels, got {labels.dtype}")
+    if labels.min() < 0 or labels.max() >= k:
+        wrong = labels[(labels < 0) | (labels >= k)][0]
+        raise ValueError(f"expected labels from 0 to {k - 1} for K = {k} classes, got {wrong}")
+    rows = np.arange(n)
+    z = np.empty_like(logits)
+    np.subtract(logits, logits.max(axis=1, keepdims=True), out=z)
+    at_label = z[rows, labels]
+    np.exp(z, out=z)
+    sums = z.sum(axis=1, keepdims=True)
+    loss = np.mean(np.log(sums[:, 0]) - at_label, dtype=np.float64)
+    z /= sums * n
+    z[rows, labels] -= 1 / n
+    return float(loss), z
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def mse(prediction: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
+    """Mean over all elements of (prediction - target)^2, as PyTorch's `mse_loss`.
+
+    Parameters
+    ----------
+    prediction, target : float32 or float64 arrays of one shape
+        Nothing is broadcast. Integers and bool become float64.
+
+    Returns
+    -------
+    loss : float
+    gradient : array like prediction
+        2 (prediction - target) / size
+
+    Raises
+    ------
+    ValueError
+        For two shapes, or an empty batch.
+    TypeError
+        For arrays of another type.
+
+    Examples
+    --------
+    >>> from fastbn import losses
+    >>> losses.mse([1.0, 2.0], [0.0, 2.0])
+    (0.5, array([1., 0.]))
+    """
+    y, t = _pair(prediction, target)
+    gradient = np.empty_like(y)
+    np.subtract(y, t, out=gradient)
+    loss = np.square(gradient, dtype=np.float64).mean()
+    gradient *= 2 / gradient.size
+    return float(loss), gradient
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def sigmoid_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
+    """Mean over all elements of -t log s(z) - (1 - t) log(1 - s(z)), as `binary_cross_entropy_with_logits`.
+
+    s is the sigmoid, z the prediction, t the target; the function meant is PyTorch's.
+
+    Parameters
+    ----------
+    prediction : float32 or float64 array
+        Logits: what comes before the sigmoid. Integers and bool become float64.
+    target : array of the prediction's shape
+        Probabilities, or classes 0 and 1. Nothing is broadcast.
+
+    Returns
+    -------
+    loss : float
+    gradient : array like prediction
+        (s(prediction) - target) / size
+
+    Raises
+    ------
+    ValueError
+        For two shapes, an empty batch, or a target outside [0, 1].
+    TypeError
+        For arrays of another type.
+
+    Notes
+    -----
+    Computed as max(z, 0) - z t + log(1 + exp(-|z|)), where no exponential overflows.
+
+    Examples
+    --------
+    >>> from fastbn import losses
+    >>> loss, gradient = losses.sigmoid_cross_entropy([0.0, 1000.0], [1, 1])
+    >>> round(loss, 6), gradient
+    (0.346574, array([-0.25,  0.  ]))
+    """
+    z, t = _pair(prediction, target)
+    if t.min() < 0 or t.max() > 1:
+        raise ValueError(f"expected targets within [0, 1], got {t.min()} to {t.max()}")
+    e = np.exp(-np.abs(z))
+    loss = np.mean(np.maximum(z, 0) - z * t + np.log1p(e), dtype=np.float64)
+    gradient = np.empty_like(z)
+    np.divide(np.where(z < 0, e, 1), e + 1, out=gradient)
+    gradient -= t
+    gradient /= gradient.size
+    return float(loss), gradient
+
+
+def _pair(prediction: ArrayLike, target: ArrayLike) -> tuple[Array, Array]:
+    y, t = as_float(prediction), as_float(target)
+    if y.shape != t.shape:
+        raise ValueError(f"expected a target of the prediction's shape {y.shape}, got {t.shape}")
+    if y.size == 0:
+        raise ValueError("expected at least one example, got an empty batch")
+    return y, t

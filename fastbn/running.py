@@ -1,0 +1,181 @@
+"""Averages over batches: exponentially weighted, debiased, or exact."""
+
+import math
+import operator
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .functional import BatchStats
+
+Array = NDArray[np.float64]
+
+
+class RunningStats:
+    """Mean and variance of each feature over many batches.
+
+    Parameters
+    ----------
+    num_features : int
+        C.
+    momentum : float or None
+        Weight of the newest batch, finite: ``new = (1 - momentum)*old + momentum*batch``, from mean 0 and variance 1. None keeps the
+        exact statistics of every value seen, merged by the rule of Chan, Golub & LeVeque (1979).
+    unbiased : bool
+        Whether var is of 1/(m-1), as PyTorch's running variance, or of 1/m, as Keras's and ONNX's.
+    debias : bool
+        Start the average at zero and divide it by ``1 - (1 - momentum)**t`` after t batches (Kingma & Ba 2015, section 3): without it the
+        first averages lean towards the start.
+
+    Attributes
+    ----------
+    mean, var : numpy.ndarray of shape (C,), float64
+        Of an exponentially weighted average without debias: the live arrays. Otherwise computed when asked for; NaN before the first value.
+    count : int
+        Values per feature seen.
+    num_batches : int
+        Batches seen.
+
+    Raises
+    ------
+    ValueError
+        For a momentum that is not finite, or debias without momentum.
+
+    Examples
+    --------
+    Parts of a data set counted apart and merged equal the whole:
+
+    >>> import numpy as np, fastbn
+    >>> x = np.arange(12.0).reshape(6, 2)
+    >>> left, right = fastbn.RunningStats(2, momentum=None), fastbn.RunningStats(2, momentum=None)
+    >>> left.update(fastbn.moments(x[:2]))
+    >>> right.update(fastbn.moments(x[2:]))
+    >>> left.merge(right)
+    >>> left.mean.tolist(), left.count
+    ([5.0, 6.0], 6)
+    """
+
+    def __init__(
+        self, num_features: int, momentum: float | None = 0.1, *, unbiased: bool = True, debias: bool = False
+    ) -> None:
+        self.num_features = operator.index(num_features)
+        if self.num_features < 1:
+            raise ValueError(f"expected num_features to be at least 1, got {num_features}")
+        if momentum is not None and not math.isfinite(momentum):
+            raise ValueError(f"expected momentum to be finite or None, got {momentum!r}")
+        if debias and momentum is None:
+            raise ValueError("expected a momentum where debias=True, got None: exact statistics have no bias")
+        self.momentum = momentum
+        self.unbiased = bool(unbiased)
+        self.debias = bool(debias)
+        self._mean: Array = np.zeros(self.num_features)
+        self._low: Array = np.zeros(self.num_features)  # exact: what rounding took from _mean
+        self._spread: Array = np.zeros(self.num_features)  # exact: the sum of squared deviations; else the variance
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        self.count = 0
+        self.num_batches = 0
+        self._rest = 1.0  # (1 - momentum)**num_batches, as a running product
+        self._mean[...] = 0
+        self._low[...] = 0
+        self._spread[...] = 0 if self.debias or self.momentum is None else 1
+
+    @property
+    def mean(self) -> Array:
+        if self.momentum is None:
+            return self._mean.copy() if self.count else np.full(self.num_features, np.nan)
+        return self._debiased(self._mean) if self.debias else self._mean
+
+    @property
+    def var(self) -> Array:
+        if self.momentum is None:
+            degrees = self.count - self.unbiased
+            return self._spread / degrees if degrees > 0 else np.full(self.num_features, np.nan)
+        return self._debiased(self._spread) if self.debias else self._spread
+
+    def _debiased(self, average: Array) -> Array:
+        if self.num_batches == 0:
+            return np.full(self.num_features, np.nan)
+        return average / (1 - self._rest)
+
+    def update(self, stats: BatchStats) -> None:
+        """Take one batch in. An empty batch changes nothing.
+
+        Parameters
+        ----------
+        stats : BatchStats
+            Of num_features features.
+
+        Raises
+        ------
+        ValueError
+            For another number of features; for a single value where an unbiased variance is averaged.
+        """
+        self._check(stats.mean.shape)
+        if stats.count == 0:
+            return
+        if self.momentum is None:
+            self._merge(stats.mean, stats.mean_low, stats.var * stats.count, stats.count)
+        else:
+            if self.unbiased and stats.count == 1:
+                raise ValueError("expected more than 1 value per feature for an unbiased variance, got 1")
+            correction = stats.count / (stats.count - 1) if self.unbiased else 1.0
+            self._mean[...] = (1 - self.momentum) * self._mean + self.momentum * stats.mean
+            self._spread[...] = (1 - self.momentum) * self._spread + self.momentum * (stats.var * correction)
+        self._counted(stats)
+
+    def merge(self, other: Self) -> None:
+        """Take in everything that another one has seen.
+
+        Parameters
+        ----------
+        other : RunningStats
+            Of momentum None, as this one.
+
+        Raises
+        ------
+        ValueError
+            Where either is an exponentially weighted average, which has no such sum, or for another number of features.
+        """
+        if self.momentum is not None or other.momentum is not None:
+            raise ValueError(
+                f"expected momentum=None on both sides of merge, got {self.momentum!r} and {other.momentum!r}"
+            )
+        self._check(other._mean.shape)
+        if other.count == 0:
+            return
+        self._merge(other._mean, other._low, other._spread, other.count)
+        self.count += other.count
+        self.num_batches += other.num_batches
+
+    def _merge(self, mean: Array, low: Array, spread: Array, count: int) -> None:
+        total = self.count + count
+        delta = (mean - self._mean) + (low - self._low)
+        self._spread += spread + delta * delta * (self.count * count / total)
+        # Knuth's TwoSum, so that a mean far above the deviations loses nothing over many batches.
+        step = delta * (count / total) + self._low
+        high = self._mean + step
+        back = high - self._mean
+        self._low[...] = (self._mean - (high - back)) + (step - back)
+        self._mean[...] = high
+
+    def _counted(self, stats: BatchStats) -> None:
+        """Count a batch whose statistics the averages hold already."""
+        if stats.count:
+            self.count += stats.count
+            self.num_batches += 1
+            if self.momentum is not None:
+                self._rest *= 1 - self.momentum
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if shape != (self.num_features,):
+            raise ValueError(f"expected statistics of shape ({self.num_features},), got {shape}")
+
+    def __repr__(self) -> str:
+        return (
+            f"RunningStats({self.num_features}, momentum={self.momentum!r}, "
+            f"unbiased={self.unbiased}, debias={self.debias})"
+        )

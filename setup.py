@@ -1,0 +1,105 @@
+"""Build of the compiled core; everything else about the package stands in pyproject.toml.
+
+`fastbn/kernels/batchnorm.pyx` is compiled once for each instruction set, into modules of different names; the package
+chooses among them at import. FASTBN_REQUIRE_OPENMP=1 makes a missing OpenMP an error (for wheels).
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+# Contraction of a*b + c is off: a build with fused multiply-add must give the bits of a build without.
+GNU_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+MSVC_FLAGS = ["/O2", "/fp:precise"]
+BUILDS = {
+    "baseline": {"gnu": [], "msvc": []},
+    "v3": {"gnu": ["-march=x86-64-v3"], "msvc": ["/arch:AVX2"]},
+}
+OPENMP_CANDIDATES = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
+OPENMP_PROGRAM = """
+#include <omp.h>
+int main(void) {
+    int threads = 0;
+    #pragma omp parallel num_threads(2) reduction(+:threads)
+    threads += 1;
+    return threads < 1;
+}
+"""
+
+
+def is_x86_64() -> bool:
+    # The target, which is not the machine that builds when macOS or a cross compiler says so.
+    target = os.environ.get("_PYTHON_HOST_PLATFORM") or os.environ.get("ARCHFLAGS") or platform.machine()
+    return any(name in target.lower() for name in ("x86_64", "amd64"))
+
+
+class BuildExt(build_ext):
+    """Adds what depends on the compiler: its flags, and OpenMP where a program with it compiles and runs."""
+
+    def build_extensions(self) -> None:
+        kind = "msvc" if self.compiler.compiler_type == "msvc" else "gnu"
+        compile_openmp, link_openmp = self.find_openmp(kind)
+        for ext in self.extensions:
+            ext.extra_compile_args += MSVC_FLAGS if kind == "msvc" else GNU_FLAGS
+            ext.extra_compile_args += BUILDS[ext.name.rpartition("_")[2]][kind] if "batchnorm_" in ext.name else []
+            ext.extra_compile_args += compile_openmp
+            ext.extra_link_args += link_openmp
+        super().build_extensions()
+
+    def find_openmp(self, kind: str) -> tuple[list[str], list[str]]:
+        candidates = [(["/openmp"], [])] if kind == "msvc" else OPENMP_CANDIDATES
+        for flags in candidates:
+            if self.runs(OPENMP_PROGRAM, *flags):
+                return flags
+        message = "no OpenMP found: a program with `#pragma omp parallel` did not compile and run"
+        if os.environ.get("FASTBN_REQUIRE_OPENMP") == "1":
+            raise CompileError(f"{message}, and FASTBN_REQUIRE_OPENMP=1 asks for it")
+        print(f"warning: {message}; fastbn is built serial", file=sys.stderr)
+        return [], []
+
+    def runs(self, program: str, compile_args: list[str], link_args: list[str]) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(program)
+            try:
+                objects = self.compiler.compile([str(source)], folder, extra_postargs=compile_args)
+                self.compiler.link_executable(objects, "probe", folder, extra_postargs=link_args)
+            except (CompileError, LinkError):
+                return False
+            if os.environ.get("_PYTHON_HOST_PLATFORM"):
+                return True  # a cross build cannot run what it makes
+            found = Path(folder, self.compiler.executable_filename("probe"))
+            return subprocess.run([found], timeout=60).returncode == 0
+
+
+def extension(name: str, source: str) -> Extension:
+    return Extension(
+        name,
+        [source],
+        include_dirs=[numpy.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION")],
+    )
+
+
+def cythonized(extensions: list[Extension], folder: str) -> list[Extension]:
+    return cythonize(extensions, build_dir=f"build/cython/{folder}", language_level=3)
+
+
+builds = BUILDS if is_x86_64() else ["baseline"]
+modules = cythonized(
+    [extension(f"fastbn.{name}", f"fastbn/{name.replace('.', '/')}.pyx") for name in ("functional", "kernels.cpu")], "once"
+)
+for build in builds:
+    # A folder for each: the C files of one source would overwrite each other.
+    modules += cythonized([extension(f"fastbn.kernels.batchnorm_{build}", "fastbn/kernels/batchnorm.pyx")], build)
+
+setup(ext_modules=modules, cmdclass={"build_ext": BuildExt})

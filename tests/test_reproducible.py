@@ -1,0 +1,161 @@
+"""The same bits for every thread count, build, alignment, and with out= or without.
+
+As a script it prints one digest: `python tests/test_reproducible.py THREADS OFFSET`. It must be the same everywhere.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import fastbn
+import numpy as np
+import pytest
+from fastbn import kernels
+
+# Rows, folded rows, planes, short planes; small ones, and some above every threshold for opening threads.
+SHAPES = [(3, 2), (40, 3), (300, 64), (100_000, 5), (33, 1000), (700, 1000), (16, 32, 9, 9), (6, 70, 7), (2, 3, 50_000), (1000, 3, 2)]
+
+
+def values(shape, seed, dtype):
+    """Numbers made of integers alone, so that every machine makes the same ones (a libm might not)."""
+    state = np.arange(np.prod(shape), dtype=np.uint64) + np.uint64(seed << 32)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    return (((state >> np.uint64(40)).astype(np.float64) / 2**22 - 2) * 3 + 40).reshape(shape).astype(dtype)
+
+
+def place(a, offset):
+    """a copied to an address that is `offset` elements past a multiple of 64."""
+    buffer = np.empty(a.nbytes + 256, np.uint8)
+    start = (-buffer.ctypes.data) % 64 + offset * a.itemsize
+    placed = buffer[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
+    placed[...] = a
+    return placed
+
+
+def results(shape, dtype, activation, threads=None, offset=0, given=False, order="C"):
+    """Every number that fastbn makes of one batch, by name."""
+    c = shape[1]
+
+    def array(seed):
+        a = values(shape, seed, dtype)
+        return place(a, offset) if order == "C" else np.asarray(a, order=order)
+
+    def out(like):
+        return (np.full_like(like, np.nan) if order != "C" else place(np.zeros_like(like), offset)) if given else None
+
+    x, dy = array(1), array(2)
+    dy -= 40
+    bn = fastbn.BatchNorm(c, dtype=dtype, activation=activation, num_threads=threads)
+    bn.weight[...], bn.bias[...] = (values((c,), seed, dtype) - 40 for seed in (3, 4))
+    found = {"y": bn(x, out=out(x)), "dx": bn.backward(dy, out=out(x))}
+    found |= {f"grad {k}": g.copy() for k, g in bn.grads.items()}
+    found |= {"mean": bn.running_mean.copy(), "var": bn.running_var.copy()}
+    stats = fastbn.moments(x)
+    found |= {"moments": np.stack([stats.mean, stats.mean_low, stats.var])}
+    bn.eval()
+    found |= {"eval y": bn(x, out=out(x)), "eval dx": bn.backward(dy, out=out(x))}
+    found |= {f"eval grad {k}": g.copy() for k, g in bn.grads.items()}
+    for options in ({"momentum": None}, {"debias": True}):
+        running = fastbn.RunningStats(c, **options)
+        for part in np.array_split(x, 2) if len(x) > 3 else [x]:
+            fastbn.batch_norm_forward(part, running=running)
+        found[f"running {options}"] = np.stack([running.mean, running.var])
+    return {k: np.ascontiguousarray(v).tobytes() for k, v in found.items()}
+
+
+def digest(threads, offset, given):
+    h = hashlib.sha256()
+    for dtype in ("float32", "float64"):
+        for shape in SHAPES:
+            for activation in (None, "relu", "leaky_relu"):
+                for part in results(shape, dtype, activation, threads, offset, given).values():
+                    h.update(part)
+    return h.hexdigest()
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert [k for k in a if a[k] != b[k]] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_threads_alignment_and_out_change_no_bit(shape, dtype, order):
+    expected = results(shape, dtype, "relu", 1, order=order)
+    for threads in (2, 3, 5):
+        same(results(shape, dtype, "relu", threads, order=order), expected)
+    for offset in (1, 3):
+        same(results(shape, dtype, "relu", 1, offset, given=True, order=order), expected)
+    same(results(shape, dtype, "relu", 1, 0, given=True, order=order), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(40, 3), (700, 100), (8, 16, 49), (2, 3, 3136)], ids=str)
+def test_in_place_changes_no_bit(shape, dtype):
+    x, dy = values(shape, 1, dtype), values(shape, 2, dtype) - 40
+    y, stats = fastbn.batch_norm_forward(x)
+    dx, _, _ = fastbn.batch_norm_backward(dy, x, stats)
+    assert fastbn.batch_norm_backward(dy, x, stats, out=dy)[0].tobytes() == dx.tobytes()
+    assert fastbn.batch_norm_forward(x, out=x)[0].tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_copied_layouts_change_no_bit(dtype):
+    """A strided or byte-swapped x is copied; what is then computed is what its plain copy gives."""
+    x = values((64, 24), 1, dtype)
+    y = fastbn.batch_norm_forward(np.ascontiguousarray(x[::2, ::3]))[0]
+    assert (fastbn.batch_norm_forward(x[::2, ::3])[0] == y).all()
+    assert (fastbn.batch_norm_forward(x[::2, ::3].astype(x.dtype.newbyteorder()))[0] == y).all()
+
+
+def test_the_process_wide_count_changes_no_bit():
+    x = values((700, 1000), 1, "float32")
+    with fastbn.threads(1):
+        y, stats = fastbn.batch_norm_forward(x)
+    for n in (2, 3):
+        with fastbn.threads(n):
+            again, other = fastbn.batch_norm_forward(x)
+        assert again.tobytes() == y.tobytes() and other.var.tobytes() == stats.var.tobytes()
+
+
+def run(*args, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def digest_here():
+    return digest(2, 0, False)
+
+
+@pytest.mark.parametrize("build", kernels.BUILDS)
+@pytest.mark.parametrize("threads, offset", [(1, 0), (3, 1)])
+def test_every_build_gives_the_same_bits(build, threads, offset, digest_here):
+    done = run(__file__, str(threads), str(offset), FASTBN_ISA=build)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [digest_here]
+
+
+def test_there_is_a_baseline_build_and_no_double():
+    assert len(set(kernels.BUILDS)) == len(kernels.BUILDS) >= 1
+    assert isinstance(kernels.BUILDS, tuple)
+
+
+def test_a_forced_build_is_the_one_that_runs():
+    for build in kernels.BUILDS:
+        done = run("-c", "import fastbn; fastbn.show_config()", FASTBN_ISA=build)
+        assert done.returncode == 0 and build in done.stdout, done
+
+
+def test_an_unknown_build_is_refused():
+    done = run("-c", "import fastbn", FASTBN_ISA="v99")
+    assert done.returncode != 0
+    assert "FASTBN_ISA" in done.stderr.splitlines()[-1] and "v99" in done.stderr.splitlines()[-1]
+
+
+if __name__ == "__main__":
+    count, past = map(int, sys.argv[1:])
+    print(digest(count, past, past % 2 == 1))

@@ -1,0 +1,165 @@
+"""set_num_threads, get_num_threads, threads, their defaults, forks, and calls from many Python threads."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import fastbn
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    before = fastbn.get_num_threads()
+    yield
+    fastbn.set_num_threads(before)
+
+
+def python(code, *options, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT")}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code], env=env | environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_set_returns_the_number_before():
+    fastbn.set_num_threads(2)
+    assert fastbn.set_num_threads(3) == 2
+    assert fastbn.get_num_threads() == 3
+    assert fastbn.set_num_threads(1) == 3
+
+
+def test_more_threads_than_cores_are_honoured():
+    n = 2 * (os.cpu_count() or 1) + 1
+    fastbn.set_num_threads(n)
+    assert fastbn.get_num_threads() == n
+    x = np.random.default_rng(0).standard_normal((2000, 500)).astype("float32")
+    many, _ = fastbn.batch_norm_forward(x)
+    fastbn.set_num_threads(1)
+    assert (fastbn.batch_norm_forward(x)[0] == many).all()
+
+
+def test_the_context_manager_restores_also_after_an_error():
+    fastbn.set_num_threads(2)
+    with fastbn.threads(5):
+        assert fastbn.get_num_threads() == 5
+        with fastbn.threads(1):
+            assert fastbn.get_num_threads() == 1
+        assert fastbn.get_num_threads() == 5
+    assert fastbn.get_num_threads() == 2
+    with pytest.raises(KeyError), fastbn.threads(4):
+        raise KeyError
+    assert fastbn.get_num_threads() == 2
+
+
+def test_the_number_is_the_processs():
+    fastbn.set_num_threads(3)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fastbn.get_num_threads).result() == 3
+        pool.submit(fastbn.set_num_threads, 2).result()
+    assert fastbn.get_num_threads() == 2
+
+
+SHOW = "import fastbn; print(fastbn.get_num_threads())"
+
+
+def test_omp_num_threads_is_the_default():
+    assert python(SHOW, OMP_NUM_THREADS="1") == ["1"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="os.sched_setaffinity is missing on this platform")
+def test_the_affinity_mask_bounds_the_default():
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + SHOW
+    assert python(code) == ["1"]
+    # Asked at each call, not once at import.
+    code = SHOW + "; import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(fastbn.get_num_threads())"
+    assert python(code)[1] == "1"
+
+
+def test_the_default_is_no_more_than_the_processors():
+    assert 1 <= int(python(SHOW)[0]) <= (os.cpu_count() or 1)
+
+
+def test_threadpoolctl_limits_the_default():
+    pytest.importorskip("threadpoolctl", reason="threadpoolctl is missing")
+    code = "import fastbn, threadpoolctl as t\nwith t.threadpool_limits(1): print(fastbn.get_num_threads())"
+    assert python(code) == ["1"]
+
+
+FORK = """
+import os, signal, sys, numpy as np, fastbn
+x = np.random.default_rng(0).standard_normal((4000, 500)).astype("float32")
+def step():
+    bn = fastbn.BatchNorm(500)
+    return bn(x).tobytes() + bn.backward(x).tobytes() + bn.running_var.tobytes()
+fastbn.set_num_threads(2)
+expected = step()
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # a hang becomes a failure
+        os._exit(0 if step() == expected else 1)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status))
+print(step() == expected)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing on this platform")
+def test_a_forked_child_computes_the_same_and_does_not_hang():
+    assert python(FORK, "-W", "ignore::DeprecationWarning") == ["0", "0", "0", "True"]
+
+
+def test_inference_from_many_threads_at_once():
+    rng = np.random.default_rng(1)
+    bn = fastbn.BatchNorm(64, activation="relu")
+    batches = [rng.standard_normal((500 + k, 64)).astype("float32") for k in range(16)]
+    for x in batches:
+        bn(x)
+    bn.eval()
+    expected = [bn(x) for x in batches]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            assert all(np.array_equal(a, b) for a, b in zip(pool.map(bn, batches), expected, strict=True))
+
+
+def test_functions_from_many_threads_at_once():
+    rng = np.random.default_rng(2)
+    batches = [rng.standard_normal((600 + 100 * k, 128)).astype("float32") for k in range(8)]
+
+    def step(x):
+        y, stats = fastbn.batch_norm_forward(x, num_threads=2)
+        return y.tobytes(), stats.var.tobytes(), fastbn.batch_norm_backward(x, x, stats)[0].tobytes()
+
+    expected = [step(x) for x in batches]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(step, batches * 3)) == expected * 3
+
+
+def test_kernels_release_the_gil():
+    """Another thread wakes during a call, though the interpreter would never take the GIL away."""
+    x = np.random.default_rng(3).standard_normal((4096, 256)).astype("float32")
+    y = np.empty_like(x)
+    inside, seen = [False], []
+    interval = sys.getswitchinterval()
+    for _ in range(100):
+        go = threading.Event()
+        worker = threading.Thread(target=lambda go=go: (go.wait(), seen.append(inside[0])))
+        worker.start()
+        sys.setswitchinterval(1000)
+        try:
+            go.set()
+            inside[0] = True
+            fastbn.batch_norm_forward(x, out=y, num_threads=1)
+            inside[0] = False
+        finally:
+            sys.setswitchinterval(interval)
+        worker.join()
+        if seen[-1]:
+            break
+    assert any(seen)
