@@ -104,10 +104,11 @@ def _train(args: argparse.Namespace) -> None:
         columns = f": name their column with --target, one of {', '.join(dataset.features)}" if dataset.features else ""
         raise ValueError(f"{args.data}: no labels to learn{columns}")
     train, held_out = data.split(dataset, seed=args.seed)
-    if held_out.y is None:
+    if train.y is None or held_out.y is None:
         raise ValueError(f"{args.data}: no labels for the t10k images")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out}: is a file, expected a folder")
+    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {args.out}: {there} is not a folder that can be written to")
     n_features, n_classes = train.X.shape[1], len(dataset.classes)
     print(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
           f"{n_features} features, {n_classes} classes", flush=True)  # fmt: skip
@@ -116,6 +117,7 @@ def _train(args: argparse.Namespace) -> None:
     histories: dict[str, training.History] = {}
     saved = None
     for name in (WITHOUT,) if args.no_batchnorm else (WITH, WITHOUT):
+        print(f"training {name}", flush=True)
         model = _network([n_features, *args.hidden, n_classes], args, batchnorm=name == WITH)
         optimizer = _optimizer(model, args)
         try:
@@ -190,8 +192,8 @@ def _print_results(results: dict[str, dict[str, Any]], alone: dict[str, Any]) ->
         else:
             print(f"{name:<32}{row['accuracy']:>8.2%} {row['loss']:>8.4f}{row['seconds']:>9.1f}")
     other = alone["other_predictions"]
-    print(f"\none example at a time agrees with the batch: {alone['examples']} examples, largest difference of an output "
-          f"{alone['largest_difference']:.1e}, {f'{other} other' if other else 'same'} predictions")  # fmt: skip
+    print(f"\none example at a time agrees with the batch: {alone['examples']} examples, largest difference of an "
+          f"output {alone['largest_difference']:.1e}, {f'{other} other' if other else 'same'} predictions")  # fmt: skip
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -200,14 +202,17 @@ def _predict(args: argparse.Namespace) -> None:
     if not {"classes", "inputs", "columns", "data"} <= trained.keys():
         raise ValueError(f"{args.model}: its metadata hold no labels: expected a model that fastbn train wrote")
     dataset = _load(args.data, args.target)
+    is_test_part = dataset.held_out is not None
     dataset = dataset.held_out or dataset
     _check_columns(args, dataset, trained)
     chosen = np.concatenate([model(dataset.X[i : i + 1024]).argmax(axis=1) for i in range(0, len(dataset.X), 1024)])
     labels = [trained["classes"][k] for k in chosen]
     sys.stdout.write("".join(f"{label}\n" for label in labels))
     if dataset.y is not None and dataset.classes is not None:
-        right = sum(map(lambda a, b: a == b, labels, dataset.classes[dataset.y].tolist()))
-        print(f"accuracy {right / len(labels):.2%}, {right} of {len(labels)}", file=sys.stderr)
+        right = sum(a == b for a, b in zip(labels, dataset.classes[dataset.y].tolist(), strict=True))
+        seen = dataset.name == trained["data"] and not is_test_part
+        known = ", examples it was trained on among them" if seen else ""
+        print(f"accuracy {right / len(labels):.2%}, {right} of {len(labels)}{known}", file=sys.stderr)
 
 
 def _check_columns(args: argparse.Namespace, dataset: data.Dataset, trained: dict[str, Any]) -> None:
@@ -217,7 +222,7 @@ def _check_columns(args: argparse.Namespace, dataset: data.Dataset, trained: dic
         raise ValueError(f"{args.data}: expected {expected} features, as in {trained['data']}, got {got}{hint}")
     for i, (name, known) in enumerate(zip(dataset.features or (), trained["columns"] or (), strict=False), 1):
         if name != known:
-            raise ValueError(f"{args.data}: expected feature {i} to be {known!r}, as in {trained['data']}, got {name!r}")
+            raise ValueError(f"{args.data}: expected {known!r} as feature {i}, as in {trained['data']}, got {name!r}")
 
 
 def _info(args: argparse.Namespace) -> None:

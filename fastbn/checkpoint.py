@@ -130,15 +130,17 @@ def restore(path: _Path, model: Any, optimizer: Any = None) -> None:
     """
     tensors, _ = _read(path)
     before = model.state_dict()
+    state = {key.removeprefix(_OPTIMIZER): a for key, a in tensors.items() if key.startswith(_OPTIMIZER)}
     with _naming(path):
-        model.load_state_dict(_of_model(tensors))
-        if optimizer is not None:
-            state = {key.removeprefix(_OPTIMIZER): a for key, a in tensors.items() if key.startswith(_OPTIMIZER)}
-            try:
+        try:
+            model.load_state_dict(_of_model(tensors))
+            if optimizer is not None:
+                if not state:
+                    raise ValueError("it holds no optimizer's state")
                 optimizer.load_state_dict(state)
-            except BaseException:
-                model.load_state_dict(before)
-                raise
+        except BaseException:
+            model.load_state_dict(before)
+            raise
 
 
 def read_metadata(path: _Path) -> dict[str, Any]:
@@ -185,7 +187,8 @@ def _read(path: _Path) -> tuple[dict[str, Array], dict[str, str]]:
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a safetensors file that NumPy can hold, or a damaged one ({error})") from error
 

@@ -9,13 +9,15 @@ import operator
 
 import numpy as np
 from numpy.exceptions import AxisError
+from numpy.ma import MaskedArray
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.string cimport memcpy
 
 from fastbn.kernels cimport cpu
-from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
+from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, THREADED, Activation, Job, Kernel, Table
 
 from fastbn import kernels
 
@@ -104,10 +106,10 @@ cdef cnp.ndarray floating(object a, str name):
     """a as a float32 or float64 array in native byte order; integers and bool become float64."""
     cdef cnp.ndarray array
     cdef int kind
-    if type(a) is np.ndarray:
+    if cnp.PyArray_CheckExact(a):
         array = a
     else:
-        if isinstance(a, np.ma.MaskedArray):
+        if isinstance(a, MaskedArray):
             raise TypeError(f"expected {name} without a mask, got a masked array: its mask would be lost (moments takes mask=)")
         array = np.asarray(a)
     kind = cnp.PyArray_TYPE(array)
@@ -187,9 +189,28 @@ cdef bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
     return True
 
 
-cdef bint overlap(cnp.ndarray a, cnp.ndarray b):
+cdef void extent(cnp.ndarray a, char **low, char **high) noexcept:
+    """The first byte of a, and the one behind the last."""
+    cdef int i
+    cdef Py_ssize_t span
+    low[0] = high[0] = <char *>cnp.PyArray_DATA(a)
+    for i in range(cnp.PyArray_NDIM(a)):
+        span = (cnp.PyArray_DIM(a, i) - 1) * cnp.PyArray_STRIDE(a, i)
+        if span < 0:
+            low[0] += span
+        else:
+            high[0] += span
+    high[0] += cnp.PyArray_ITEMSIZE(a)
+
+
+cdef bint overlap(cnp.ndarray a, cnp.ndarray b) except -1:
     """Whether a and b share memory; never a wrong no."""
-    if not np.may_share_memory(a, b):
+    cdef char *ends[4]
+    if cnp.PyArray_SIZE(a) == 0 or cnp.PyArray_SIZE(b) == 0:
+        return False
+    extent(a, &ends[0], &ends[1])
+    extent(b, &ends[2], &ends[3])
+    if ends[1] <= ends[2] or ends[3] <= ends[0]:
         return False
     try:
         return np.shares_memory(a, b, max_work=10000)
@@ -202,7 +223,7 @@ cdef bint identical(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 
 cdef cnp.ndarray checked_out(object out, cnp.ndarray x):
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not cnp.PyArray_Check(out) or not cnp.PyArray_CheckExact(out) and isinstance(out, MaskedArray):
         raise TypeError(f"expected out to be a NumPy array, got {type(out).__name__}")
     cdef cnp.ndarray given = out
     if not same_shape(given, x):
@@ -243,9 +264,8 @@ cdef int checked_threads(object num_threads) except -1:
 cdef int load(object a, double *to, Py_ssize_t C, double default, str name) except -1:
     """The (C,) parameter a as float64."""
     cdef Py_ssize_t i
-    cdef Py_ssize_t stride
     cdef cnp.ndarray array
-    cdef char *data
+    cdef float *f32
     if a is None:
         for i in range(C):
             to[i] = default
@@ -253,16 +273,14 @@ cdef int load(object a, double *to, Py_ssize_t C, double default, str name) exce
     array = floating(a, name)
     if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != C:
         raise ValueError(f"expected {name} of shape ({C},), got {shape_of(array)}")
-    if not cnp.PyArray_ISALIGNED(array):
+    if not cnp.PyArray_IS_C_CONTIGUOUS(array) or not cnp.PyArray_ISALIGNED(array):
         array = array.copy()
-    data = <char *>cnp.PyArray_DATA(array)
-    stride = cnp.PyArray_STRIDE(array, 0)
     if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
-        for i in range(C):
-            to[i] = (<double *>(data + i * stride))[0]
+        memcpy(to, cnp.PyArray_DATA(array), C * sizeof(double))
     else:
+        f32 = <float *>cnp.PyArray_DATA(array)
         for i in range(C):
-            to[i] = (<float *>(data + i * stride))[0]
+            to[i] = f32[i]
     return 0
 
 
@@ -283,6 +301,7 @@ cdef class Call:
 
     cdef int begin(self, cnp.ndarray x, object axis, object activation, object eps, object num_threads) except -1:
         cdef int k = feature_axis(x, axis)
+        cdef int threads
         cdef Job *job = &self.job
         if not dense(x, k, &job.M, &job.S):
             # In the order of x's memory, as far as a dense array can have it.
@@ -294,7 +313,8 @@ cdef class Call:
         job.is_float64 = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
         job.activation = activation_of(activation)
         job.eps = checked_eps(eps)
-        job.num_threads = cpu.threads(checked_threads(num_threads))
+        threads = checked_threads(num_threads)
+        job.num_threads = cpu.threads(threads) if job.M * job.C * job.S >= THREADED else 1
         return 0
 
     cdef int parameters(self, object weight, object bias) except -1:
@@ -345,26 +365,29 @@ cdef class Call:
         return 0
 
 
-cdef int call(int (*kernel)(Job *) noexcept nogil, Job *job) except -1:
+cdef int call(Kernel first, Kernel second, Job *job) except -1:
+    """Run one kernel or two, unless there is nothing to work on."""
     cdef int status
     if job.M * job.C * job.S == 0:
         return 0
     with nogil:
-        status = kernel(job)
+        status = first(job)
+        if status == 0 and second != NULL:
+            status = second(job)
     if status:
         raise MemoryError()
     return 0
 
 
-cdef int check_features(Call c, object x, object features, object axis) except -1:
-    if features is not None and features != c.job.C:
+cdef int check_features(Call c, Py_ssize_t features, object axis) except -1:
+    if features >= 0 and features != c.job.C:
         raise ValueError(f"expected x with {features} features along axis {axis}, got shape {shape_of(c.x)}")
     return 0
 
 
 cdef double *running_array(object a, Py_ssize_t C, str name) except NULL:
     """The memory of a running average that can be updated in place."""
-    if type(a) is not np.ndarray:
+    if not cnp.PyArray_CheckExact(a):
         raise TypeError(f"expected {name} to be a NumPy array, which training updates in place, got {type(a).__name__}")
     cdef cnp.ndarray array = a
     if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != C:
@@ -372,10 +395,10 @@ cdef double *running_array(object a, Py_ssize_t C, str name) except NULL:
     return <double *>cnp.PyArray_DATA(array)
 
 
-def forward(x, features, weight, bias, eps, mean, var, factor, bint unbiased, axis, activation, out, num_threads):
+def forward(x, Py_ssize_t features, weight, bias, eps, mean, var, factor, bint unbiased, axis, activation, out, num_threads):
     """Training forward: (y, BatchStats, whether x is still there). What BatchNorm and the public functions below have in common.
 
-    features: the expected number, or None.  mean, var: (C,) float64 running averages, contiguous, updated as
+    features: the expected number, or -1.  mean, var: (C,) float64 running averages, contiguous, updated as
     ``(1 - factor)*old + factor*batch``, or None.
     """
     cdef Call c = Call.__new__(Call)
@@ -389,7 +412,7 @@ def forward(x, features, weight, bias, eps, mean, var, factor, bint unbiased, ax
     cdef Py_ssize_t m
     cdef Job *job = &c.job
     c.begin(given, axis, activation, eps, num_threads)
-    check_features(c, x, features, axis)
+    check_features(c, features, axis)
     c.parameters(weight, bias)
     c.output(out, given, given)
     if mean is not None:
@@ -403,8 +426,7 @@ def forward(x, features, weight, bias, eps, mean, var, factor, bint unbiased, ax
     if m == 0:
         stats.data.fill(np.nan)
     c.statistics(stats)
-    call(KERNELS.moments, job)
-    call(KERNELS.normalize, job)
+    call(KERNELS.moments, KERNELS.normalize, job)
     c.finish()
     if running_mean != NULL and m:
         correction = (<double>m / (m - 1) if unbiased else 1.0)
@@ -414,13 +436,13 @@ def forward(x, features, weight, bias, eps, mean, var, factor, bint unbiased, ax
     return c.out, stats, not c.inplace
 
 
-def infer(x, features, weight, bias, eps, mean, var, axis, activation, out, num_threads):
+def infer(x, Py_ssize_t features, weight, bias, eps, mean, var, axis, activation, out, num_threads):
     """Inference with given statistics: (y, BatchStats, whether x is still there), the statistics as they were at the call."""
     cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
     cdef BatchStats stats
     c.begin(given, axis, activation, eps, num_threads)
-    check_features(c, x, features, axis)
+    check_features(c, features, axis)
     c.parameters(weight, bias)
     c.output(out, given, given)
     stats = empty_stats(c.job.C, 0)
@@ -428,7 +450,7 @@ def infer(x, features, weight, bias, eps, mean, var, axis, activation, out, num_
     load(mean, c.job.mean, c.job.C, 0, "running_mean")
     load(None, c.job.mean_low, c.job.C, 0, "mean_low")
     load(var, c.job.var, c.job.C, 1, "running_var")
-    call(KERNELS.normalize, &c.job)
+    call(KERNELS.normalize, NULL, &c.job)
     c.finish()
     return c.out, stats, not c.inplace
 
@@ -491,7 +513,7 @@ def moments(x, axis=1, *, mask=None):
     if stats.count == 0:
         stats.data.fill(np.nan)
     c.statistics(stats)
-    call(KERNELS.moments, &c.job)
+    call(KERNELS.moments, NULL, &c.job)
     return stats
 
 
@@ -544,10 +566,10 @@ def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axi
     ([[-1.0], [1.0]], [2.0])
     """
     if running is None:
-        return forward(x, None, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)[:2]
+        return forward(x, -1, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)[:2]
     if running.momentum is None or running.debias:
         raise_unless_fits(x, axis, running)
-        y, stats, _ = forward(x, None, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)
+        y, stats, _ = forward(x, -1, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)
         running.update(stats)
         return y, stats
     y, stats, _ = forward(x, len(running.mean), weight, bias, eps, running.mean, running.var, running.momentum, running.unbiased, axis,
@@ -611,13 +633,13 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
     if not training:
         if running_mean is None:
             raise ValueError("expected running_mean and running_var where training=False, got None")
-        return infer(x, None, weight, bias, eps, running_mean, running_var, axis, activation, out, num_threads)[0]
+        return infer(x, -1, weight, bias, eps, running_mean, running_var, axis, activation, out, num_threads)[0]
     if running_mean is None:
-        return forward(x, None, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)[0]
+        return forward(x, -1, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)[0]
     if not np.isfinite(momentum):
         raise ValueError(f"expected momentum to be finite, got {momentum!r}")
     mean, var = updatable(running_mean, "running_mean"), updatable(running_var, "running_var")
-    y = forward(x, None, weight, bias, eps, mean, var, momentum, unbiased, axis, activation, out, num_threads)[0]
+    y = forward(x, -1, weight, bias, eps, mean, var, momentum, unbiased, axis, activation, out, num_threads)[0]
     for given, used in ((running_mean, mean), (running_var, var)):
         if used is not given:
             np.copyto(given, used, casting="same_kind")
@@ -680,7 +702,7 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, train
     (True, [3.0])
     """
     cdef cnp.npy_intp shape[1]
-    cdef Call c = backward_call(dy, x, None, stats, weight, bias, eps, training, axis, activation, out, num_threads)
+    cdef Call c = backward_call(dy, x, -1, stats, weight, bias, eps, training, axis, activation, out, num_threads)
     shape[0] = c.job.C
     dweight = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
     dbias = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
@@ -689,7 +711,7 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, train
     return c.out, dweight, dbias
 
 
-def backward_into(dy, x, features, stats, weight, bias, eps, bint training, axis, activation, out, num_threads, dweight, dbias):
+def backward_into(dy, x, Py_ssize_t features, stats, weight, bias, eps, bint training, axis, activation, out, num_threads, dweight, dbias):
     """As batch_norm_backward, with the gradients of weight and bias written into given arrays (or None); returns dx."""
     cdef Call c = backward_call(dy, x, features, stats, weight, bias, eps, training, axis, activation, out, num_threads)
     if dweight is not None:
@@ -713,7 +735,7 @@ cdef int store(double *values, cnp.ndarray to, Py_ssize_t C) except -1:
     return 0
 
 
-cdef Call backward_call(object dy, object x, object features, object stats, object weight, object bias, object eps, bint training,
+cdef Call backward_call(object dy, object x, Py_ssize_t features, object stats, object weight, object bias, object eps, bint training,
                         object axis, object activation, object out, object num_threads):
     cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
@@ -723,7 +745,7 @@ cdef Call backward_call(object dy, object x, object features, object stats, obje
     if not isinstance(stats, BatchStats):
         raise TypeError(f"expected stats to be a BatchStats, as batch_norm_forward returns, got {type(stats).__name__}")
     c.begin(given, axis, activation, eps, num_threads)
-    check_features(c, x, features, axis)
+    check_features(c, features, axis)
     if not same_shape(gradient, given):
         raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
     c.parameters(weight, bias)
@@ -739,6 +761,6 @@ cdef Call backward_call(object dy, object x, object features, object stats, obje
     for i in range(job.C):
         job.dweight[i] = 0
         job.dbias[i] = 0
-    call(KERNELS.backward, job)
+    call(KERNELS.backward, NULL, job)
     c.finish()
     return c

@@ -51,7 +51,7 @@ def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -
 
 
 class Layer:
-    """Mode, state and repr, shared by the layers of this file."""
+    """Mode, state and repr; a subclass keeps its constructor's arguments as attributes of the same names."""
 
     params: dict[str, Array]
     grads: dict[str, Array]
@@ -99,7 +99,8 @@ class Layer:
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, JSON-able: `type(layer)(**layer.config())` is one like it."""
-        return {}
+        arguments = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {k: v.name if isinstance(v, np.dtype) else v for k, v in arguments.items()}
 
     def __repr__(self) -> str:
         defaults = inspect.signature(type(self)).parameters
@@ -187,10 +188,6 @@ class Dense(Layer):
         np.matmul(grad, self.params["weight"], out=dx)
         return dx.reshape(x.shape)
 
-    def config(self) -> dict[str, Any]:
-        names = {"n_in": self.n_in, "n_out": self.n_out, "bias": self.bias}
-        return {**names, "dtype": self.dtype.name, "seed": self.seed}
-
 
 class _Elementwise(Layer):
     """A function of each value of x, of any shape; a subclass fills y, tells what to save, and fills dx."""
@@ -256,9 +253,6 @@ class LeakyReLU(_Elementwise):
 
     def _backward(self, saved: Array, dy: Array, dx: Array) -> None:
         np.multiply(dy, saved, out=dx)
-
-    def config(self) -> dict[str, Any]:
-        return {"negative_slope": self.negative_slope}
 
 
 class Sigmoid(_Elementwise):
@@ -349,9 +343,6 @@ class Dropout(_Elementwise):
 
     def _backward(self, saved: Array, dy: Array, dx: Array) -> None:
         np.multiply(dy, saved, out=dx)
-
-    def config(self) -> dict[str, Any]:
-        return {"p": self.p, "seed": self.seed}
 
 
 class Sequential:
@@ -454,10 +445,7 @@ class Sequential:
         inner = ",\n".join(repr(layer) for layer in self._layers).replace("\n", "\n    ")
         return f"Sequential(\n    {inner},\n)" if self._layers else "Sequential()"
 
-    def __getstate__(self) -> dict[str, Any]:  # params and grads must be the copied layers' own
-        return {k: v for k, v in self.__dict__.items() if k not in ("params", "grads")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:  # params and grads must be the copied layers' own
         self.__dict__.update(state)
         self._collect()
 

@@ -45,7 +45,7 @@ class Optimizer:
         for name, p in model.params.items():
             own = {f"{name}.{buffer}": np.zeros_like(p) for buffer in buffers}
             self._state |= own
-            self._buffers[name] = [*own.values(), *(s[:p.size].reshape(p.shape) for s in shared[p.dtype])]
+            self._buffers[name] = [*own.values(), *(s[: p.size].reshape(p.shape) for s in shared[p.dtype])]
 
     def step(self) -> None:
         """Change the model's params by its grads, once."""
@@ -102,8 +102,9 @@ class SGD(Optimizer):
     array([0.75], dtype=float32)
     """
 
-    def __init__(self, model: Trainable, lr: float, momentum: float = 0, nesterov: bool = False,
-                 weight_decay: float = 0) -> None:
+    def __init__(
+        self, model: Trainable, lr: float, momentum: float = 0, nesterov: bool = False, weight_decay: float = 0
+    ) -> None:
         self.momentum = _not_negative(momentum=momentum)
         self.nesterov = bool(nesterov)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
@@ -164,8 +165,15 @@ class RMSprop(Optimizer):
     array([0.5], dtype=float32)
     """
 
-    def __init__(self, model: Trainable, lr: float = 0.01, alpha: float = 0.99, eps: float = 1e-8,
-                 weight_decay: float = 0, momentum: float = 0) -> None:
+    def __init__(
+        self,
+        model: Trainable,
+        lr: float = 0.01,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+    ) -> None:
         self.alpha = _not_negative(alpha=alpha)
         self.eps = _not_negative(eps=eps)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
@@ -230,8 +238,14 @@ class Adam(Optimizer):
     array([0.75], dtype=float32)
     """
 
-    def __init__(self, model: Trainable, lr: float = 0.001, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0) -> None:
+    def __init__(
+        self,
+        model: Trainable,
+        lr: float = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+    ) -> None:
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 raise ValueError(f"expected betas[{i}] within [0, 1), got {beta}")
@@ -271,7 +285,7 @@ class Adam(Optimizer):
 
 def _not_negative(**argument: float) -> float:
     """The one argument's value, once it is a finite number and not below 0."""
-    (name, value), = argument.items()
+    ((name, value),) = argument.items()
     if not 0 <= value < math.inf:
         raise ValueError(f"expected a finite {name} of at least 0, got {value}")
     return float(value)

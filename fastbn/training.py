@@ -126,8 +126,8 @@ def fit(
     examples = epochs * (len(X) - (len(X) % batch_size == 1))
     # The loss is looked at in every step: numpy's warnings on the way to a NaN would say less.
     with _progress_bar(examples, progress) as bar, np.errstate(over="ignore", invalid="ignore"):
+        model.train()
         for epoch in range(1, epochs + 1):
-            model.train()
             started = time.perf_counter()
             total, seen, right, decisions = 0.0, 0, 0, 0
             for step, rows in enumerate(minibatches(len(X), batch_size, rng), 1):

@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+import re
 
-import fastbn
 import numpy as np
 import pytest
+
+import fastbn
 
 C = 3
 AxisError = np.exceptions.AxisError
@@ -88,7 +90,8 @@ def refuses(world, name, exception, match, x, **options):
         getattr(world, name)(x, **options)
     assert type(error.value) is exception
     text = str(error.value)
-    assert text and "\n" not in text
+    assert text
+    assert "\n" not in text
 
 
 def f4(*shape):
@@ -208,16 +211,15 @@ def test_out_may_lie_between_the_values_of_x(world):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_single_value_per_feature(world, name):
-    sizes = {(1, C): "(1, 3)", (1, C, 1): "(1, 3, 1)", (1, C, 1, 1): "(1, 3, 1, 1)"}
-    for shape, size in sizes.items():
-        message = rf"^Expected more than 1 value per channel when training, got input size {size}$"
-        refuses(world, name, ValueError, message.replace("(", r"\(").replace(")", r"\)"), f4(*shape))
+    for shape in ((1, C), (1, C, 1), (1, C, 1, 1)):
+        sentence = f"Expected more than 1 value per channel when training, got input size {shape}"
+        refuses(world, name, ValueError, f"^{re.escape(sentence)}$", f4(*shape))
 
 
 def test_the_sentence_for_a_single_value():
-    with pytest.raises(ValueError) as error:
+    sentence = "Expected more than 1 value per channel when training, got input size (1, 64)"
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         fastbn.BatchNorm(64)(f4(1, 64))
-    assert str(error.value) == "Expected more than 1 value per channel when training, got input size (1, 64)"
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -229,7 +231,7 @@ def test_an_empty_batch_changes_nothing(name):
     assert world.snapshot() == before
 
 
-@pytest.mark.parametrize("wrong", [f4(4), f4(2), f4(1), f4(C, 1), f4(0), np.float32(1)], ids=lambda a: str(a.shape))
+@pytest.mark.parametrize("wrong", [f4(4), f4(2), f4(1), f4(C, 1), f4(0), f4()], ids=lambda a: str(a.shape))
 def test_wrong_shape_of_parameters_and_statistics(world, wrong):
     ok, mean, var = f4(C), world.mean, world.var
     running_before = mean.copy(), var.copy()
@@ -259,7 +261,8 @@ def test_wrong_shape_of_parameters_and_statistics(world, wrong):
         for call in some:
             with pytest.raises(ValueError, match=rf"{name}.*\(?{C}"):
                 call()
-    assert (mean == running_before[0]).all() and (var == running_before[1]).all()
+    assert (mean == running_before[0]).all()
+    assert (var == running_before[1]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "longdouble", "complex64", "object"])
@@ -370,7 +373,7 @@ def test_backward_after_a_forward_over_its_own_input(world):
     bn, x = fastbn.BatchNorm(C), world.x.copy()
     bn(world.x)
     bn(x, out=x)
-    with pytest.raises(RuntimeError, match="out"):
+    with pytest.raises(RuntimeError, match="forward"):
         bn.backward(world.dy)
     assert all((g == 0).all() for g in bn.grads.values())
 
@@ -391,9 +394,9 @@ def test_layers_that_cannot_be():
 
 def test_assignments_that_do_not_fit(world):
     for wrong in (f4(4), f4(2, 3)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="shape"):
             world.bn.weight = wrong
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="shape"):
             world.bn.bias = wrong
 
 

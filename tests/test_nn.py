@@ -211,6 +211,8 @@ def test_dropout(p, dtype):
     np.testing.assert_allclose(dx, np.where(kept, scale, 0), rtol=1e-6)
     assert (kept != (layer(x) != 0)).any() == (0 < p < 1)  # a new mask for every forward
     assert (nn.Dropout(p, seed=0)(x) == y).all()
+    for seed in (1, None):
+        assert (nn.Dropout(p, seed=seed)(x) != y).any() == (0 < p < 1)
     layer.eval()
     assert (layer(x) == x).all()
     assert (layer.backward(y) == y).all()
@@ -360,7 +362,12 @@ def test_sequential_takes_any_layer_with_the_protocol():
 def test_the_first_dense_computes_no_input_gradient_unless_asked(monkeypatch):
     asked = []
     real = nn.Dense.backward
-    monkeypatch.setattr(nn.Dense, "backward", lambda s, dy, input_grad: asked.append(input_grad) or real(s, dy, input_grad))
+
+    def spy(self, dy, input_grad):
+        asked.append(input_grad)
+        return real(self, dy, input_grad)
+
+    monkeypatch.setattr(nn.Dense, "backward", spy)
     x = np.ones((4, 5))
     model = nn.Sequential(nn.Sequential(nn.Dense(5, 3), nn.Dense(3, 3)), nn.Dense(3, 2))
     dy = np.ones_like(model(x))
@@ -388,6 +395,7 @@ def test_state_travels():
     arrays = dict(other.params)
     other.load_state_dict(one.state_dict())
     assert all(other.params[k] is p for k, p in arrays.items())
+    assert other[0].params["weight"] is arrays["0.weight"]
     assert (other.eval()(x) == one.eval()(x)).all()
     state = one.state_dict()
     for a in state.values():
@@ -451,14 +459,16 @@ def test_copies_share_nothing_and_hold_no_batch(copied):
     assert not twin.training
     assert not twin[0][1].training
     assert (twin(x) == model(x)).all()
-    for ours, theirs in ((twin.params, model.params), (twin.grads, model.grads), (twin.state_dict(), model.state_dict())):
+    for what in (lambda m: m.params, lambda m: m.grads, lambda m: m.state_dict()):
+        ours, theirs = what(twin), what(model)
         assert ours.keys() == theirs.keys()
         assert not any(np.shares_memory(ours[k], theirs[k]) for k in ours)
     twin.params["0.0.weight"][...] = 0  # the copy's dict must be of the copy's own layers
     assert not twin[0][0].params["weight"].any()
     assert model[0][0].params["weight"].any()
-    with pytest.raises(RuntimeError):
-        copied(model).backward(y)
+    for layer in [model, *model, *model[0]]:
+        with pytest.raises(RuntimeError):
+            copied(layer).backward(y)
     assert (copied(model).train()[1](x) == model.train()[1](x)).all()  # the random stream goes on alike
 
 

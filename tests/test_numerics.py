@@ -2,7 +2,6 @@
 
 from fractions import Fraction
 
-import fastbn
 import numpy as np
 import pytest
 import twin
@@ -10,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_functional import bounded, check_stats
 from twin import within
+
+import fastbn
 
 DTYPES = ["float32", "float64"]
 # shape of (n values of C features), by the view that it takes
@@ -39,9 +40,9 @@ def test_twin_against_rational_arithmetic():
     var = sum((v - mean) ** 2 for v in exact) / 60
     stats = twin.statistics(column[:, None])
     std = float(var) ** 0.5
-    assert abs(Fraction(float(stats.pivot[0])) - mean + Fraction(float(stats.pivot[0] - float(stats.pivot[0]))) + Fraction(
-        float(stats.shift[0])
-    )) < 1e-18 * std
+    high = float(stats.pivot[0])
+    low = float(stats.pivot[0] - high)
+    assert abs(Fraction(high) + Fraction(low) + Fraction(float(stats.shift[0])) - mean) < 1e-18 * std
     assert abs(Fraction(float(stats.var[0])) / var - 1) < 3e-16
     y, _ = twin.forward(column[:, None], stats)
     for k in range(60):
@@ -133,8 +134,11 @@ def columns():
         x[n // 2] += 1
         return x
 
-    data = {f"mean/std {m:g}": lambda rng, n, c, m=m: rng.standard_normal((n, c)) + m for m in (0, 1, -30, 1e3, -1e4, 1e5, 1e6)}
-    data |= {
+    def far(mean):
+        return lambda rng, n, c: rng.standard_normal((n, c)) + mean
+
+    data = {f"mean/std {mean:g}": far(mean) for mean in (0, 1, -30, 1e3, -1e4, 1e5, 1e6)}
+    return data | {
         "mean/std 1e6, small": lambda rng, n, c: (rng.standard_normal((n, c)) + 1e6) * 1e-9,
         "outlier first": lambda rng, n, c: first_rows(rng, n, c, 1, 1e6),
         "huge outlier first": lambda rng, n, c: first_rows(rng, n, c, 1, 1e12),
@@ -158,7 +162,6 @@ def columns():
         "1e150": lambda rng, n, c: rng.uniform(-9.9e149, 9.9e149, (n, c)),
         "mixed scales": lambda rng, n, c: rng.standard_normal((n, c)) * 10.0 ** np.linspace(-12, 12, c) + 1,
     }
-    return data
 
 
 DATA = columns()
@@ -185,15 +188,16 @@ def test_contract_on_hard_data(dtype, name, view):
         dtype, name = "float64", "1e30"  # out of the range of float32
     rng = np.random.default_rng(3)
     c, shape = VIEWS[view]
-    for n in (300, 2000):
-        x = DATA[name](rng, n, c).astype(dtype)
-        if view == "planes":
-            x = np.ascontiguousarray(x.T).reshape(shape(n))
-        elif view == "short planes":
-            x = np.ascontiguousarray(x.reshape(n // 2, 2, c).swapaxes(1, 2))
-        assert x.shape == shape(n)
-        for weight, bias in ((None, None), (np.full(c, 1.7, dtype), np.full(c, -0.3, dtype)), (np.full(c, -1e-3, dtype), None)):
-            check_contract(x, weight, bias)
+    n = 2000 if c < 20 else 300
+    x = DATA[name](rng, n, c).astype(dtype)
+    if view == "planes":
+        x = np.ascontiguousarray(x.T).reshape(shape(n))
+    elif view == "short planes":
+        x = np.ascontiguousarray(x.reshape(n // 2, 2, c).swapaxes(1, 2))
+    assert x.shape == shape(n)
+    check_contract(x, None, None)
+    weight, bias = np.resize([1.7, -1e-3, 0, 30], c), np.resize([-0.3, 0, 0.7, 1e-2, 5], c)
+    check_contract(x, weight.astype(dtype), bias.astype(dtype))
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 8, 9, 33, 100_000])
@@ -209,7 +213,7 @@ def test_contract_at_every_batch_size(dtype, view, n):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2**20, 1), (2**18, 4), (1, 1, 2**20), (1, 4, 2**18)])
+@pytest.mark.parametrize("shape", [(2**20, 1), (1, 4, 2**18)])
 def test_contract_at_a_million_values(dtype, shape):
     x = np.random.default_rng(4).exponential(1, shape) + 1e3
     check_contract(x.astype(dtype), None, None)
@@ -226,7 +230,9 @@ def test_a_constant_feature_gives_exactly_its_bias(dtype, view, n):
         x = np.full(shape(n), value, dtype)
         y, stats = fastbn.batch_norm_forward(x, np.full(c, 3.3, dtype), bias)
         assert (np.moveaxis(y, 1, -1) == bias).all(), value
-        assert (stats.var == 0).all() and (stats.mean == x.flat[0]).all() and (stats.mean_low == 0).all(), value
+        assert (stats.var == 0).all(), value
+        assert (stats.mean == x.flat[0]).all(), value
+        assert (stats.mean_low == 0).all(), value
         assert (fastbn.batch_norm(x, stats.mean, stats.var, None, bias) == y).all()
 
 
@@ -236,11 +242,12 @@ def test_constant_features_among_others(dtype):
     x = (rng.standard_normal((500, 40)) * 10 + 3).astype(dtype)
     x[:, ::3] = rng.standard_normal(14).astype(dtype)
     y, stats = fastbn.batch_norm_forward(x, None, np.full(40, 0.7, dtype))
-    assert (y[:, ::3] == np.asarray(0.7, dtype)).all() and (stats.var[::3] == 0).all()
+    assert (y[:, ::3] == np.asarray(0.7, dtype)).all()
+    assert (stats.var[::3] == 0).all()
     assert (stats.var[1::3] > 1).all()
 
 
-@pytest.mark.parametrize("dtype, value", [("float32", 9.9e36), ("float64", 9.9e149)])
+@pytest.mark.parametrize(("dtype", "value"), [("float32", 9.9e36), ("float64", 9.9e149)])
 @pytest.mark.parametrize("shape", [(64, 4), (4096, 3), (2, 4, 5000)])
 def test_nothing_overflows_within_the_range(dtype, value, shape):
     x = np.random.default_rng(6).choice([-value, value], shape).astype(dtype)
@@ -248,7 +255,8 @@ def test_nothing_overflows_within_the_range(dtype, value, shape):
     with np.errstate(all="raise"):
         assert np.isfinite(bn(x)).all()
         assert np.isfinite(bn.backward(np.ones_like(x))).all()
-    assert np.isfinite(bn.running_mean).all() and np.isfinite(bn.running_var).all()
+    assert np.isfinite(bn.running_mean).all()
+    assert np.isfinite(bn.running_var).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -276,7 +284,7 @@ def test_eps_stands_beside_the_variance(eps):
 
 
 finite = {
-    "float32": st.floats(-1e36, 1e36, width=32, allow_subnormal=False),
+    "float32": st.floats(-(2.0**119), 2.0**119, width=32, allow_subnormal=False),
     "float64": st.floats(-1e149, 1e149, allow_subnormal=False),
 }
 

@@ -3,12 +3,13 @@
 import importlib
 from pathlib import Path
 
-import fastbn
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 from onnx.backend.test.case import node as node_cases
+
+import fastbn
 
 NODE = ["example", "epsilon", "example_training_mode", "epsilon_training_mode"]
 CONVERTED = ["1d_3d_input", "2d", "2d_momentum", "3d", "3d_momentum"]

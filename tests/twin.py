@@ -130,4 +130,5 @@ def within(actual, expected, bound):
     if not (error <= bound).all():  # written so that NaN fails
         k = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error / bound)), error.shape)
         k = tuple(int(i) for i in k)
-        raise AssertionError(f"at {k}: got {actual[k]!r}, expected {expected[k]!r}, error {error[k] / bound[k]:.4g} x bound")
+        times = error[k] / bound[k]
+        raise AssertionError(f"at {k}: got {actual[k]!r}, expected {expected[k]!r}, error {times:.4g} x bound")

@@ -46,13 +46,14 @@ ctypedef fused real:
 
 cdef enum:
     LANES = 512          # lanes of a strip: x's eight rows, the sums and the parameters of a strip stay in L1
-    FOLD = 128           # rows shorter than this are folded
+    NARROW = 64          # rows shorter than this are folded
+    FOLD = 128           # into rows of up to so many lanes
     RUN_LANES = 128      # lanes of a strip within a plane: eight rows are 1024 elements
     PLANE = 64           # S from here on is a plane
     PIECE = 16384        # a longer plane is cut into pieces of this many elements (a multiple of 8*RUN_LANES)
     TASKS = 64           # threads that a large shape can keep busy
     CHUNK = 16384        # fewest elements that are worth a task
-    THREADED = 65536     # fewest elements that are worth a parallel region
+    ROWS = 128           # fewest rows of lanes: what is done once for each lane of a task must not weigh
 
 cdef enum Operation:
     MOMENTS     # sums of d and d*d, d = x - pivot, eight rows at a time in x's dtype
@@ -76,7 +77,7 @@ cdef enum Parameter:
 ctypedef struct Work:
     Job *job
     void *params          # (PARAMETERS, C) in x's dtype
-    double *part          # (chunks, C, 3): pivot and the two sums of each task
+    double *part          # (chunks, 3, C): pivot and the two sums of each chunk
     bint planes
     Py_ssize_t width      # lanes of one row of x: C*S
     Py_ssize_t fold       # rows of x in one row of lanes
@@ -111,12 +112,12 @@ cdef void plan(Work *w) noexcept nogil:
         w.units = job.M * w.pieces
         worth = ceil_div(job.M * job.S, CHUNK)
     else:
-        if w.width < FOLD:
+        if w.width < NARROW:
             w.fold = min(FOLD // w.width, job.M)
         w.block = w.fold * w.width if w.width <= LANES else LANES // job.S * job.S
         w.blocks = ceil_div(w.width, w.block) if w.fold == 1 else 1
         w.units = ceil_div(job.M, w.fold)
-        worth = ceil_div(w.units * w.block, CHUNK)
+        worth = min(ceil_div(w.units * w.block, CHUNK), ceil_div(w.units, ROWS))
     wanted = min(ceil_div(TASKS, w.blocks), worth)
     w.chunk = ceil_div(w.units, wanted)
     if not w.planes:
@@ -425,46 +426,48 @@ cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t u
     for p in range(used):
         lane = lanes + p * LANES
         for i in range(copies):
-            for c in range(n):
-                for s in range(S):
-                    lane[0] = table[p * pitch + c]
-                    lane += 1
+            if S == 1:
+                for c in range(n):
+                    lane[c] = table[p * pitch + c]
+                lane += n
+            else:
+                for c in range(n):
+                    for s in range(S):
+                        lane[s] = table[p * pitch + c]
+                    lane += S
     return lanes
 
 
-cdef inline void merge(f64 sums, Py_ssize_t i, Py_ssize_t j) noexcept nogil:
-    """Add lane j's sums to lane i's."""
-    cdef Py_ssize_t a
-    for a in range(2):
-        add(sums, sums + LANES, i, sums[j], True)
-        sums[LANES + i] += sums[LANES + j]
-        sums += 2 * LANES
+cdef inline void merge(f64 s, f64 e, Py_ssize_t i, Py_ssize_t j, Py_ssize_t n) noexcept nogil:
+    """Add the sums of the n lanes from j on to those of the n lanes from i on, which do not overlap them."""
+    cdef Py_ssize_t l
+    for l in range(n):
+        add(s, e, i + l, s[j + l], True)
+        e[i + l] += e[j + l]
 
 
-cdef void gather(Work *w, Py_ssize_t b, f64 sums) noexcept nogil:
-    """Add up the lanes of each feature of block b: the sums of its i-th feature are left in lane i."""
+cdef void gather(Work *w, Py_ssize_t b, f64 s, f64 e) noexcept nogil:
+    """Add up the lanes of each feature of block b: the sum of its i-th feature is left in s[i]."""
+    cdef Py_ssize_t S = w.job.S
     cdef Py_ssize_t n = features(w, b)
     cdef Py_ssize_t i
     cdef Py_ssize_t j
-    cdef Py_ssize_t S = w.job.S
     if w.planes:
         j = RUN_LANES // 2
         while j:
-            for i in range(j):
-                merge(sums, i, i + j)
+            merge(s, e, 0, j, j)
             j //= 2
     else:
-        for j in range(w.width, w.fold * w.width):
-            merge(sums, j % w.width, j)
+        for j in range(1, w.fold):
+            merge(s, e, 0, j * w.width, w.width)
         if S > 1:
             for i in range(n):
-                for j in range(i * S + 1, (i + 1) * S):
-                    merge(sums, i * S, j)
-                for j in range(4):
-                    sums[j * LANES + i] = sums[j * LANES + i * S]
+                for j in range(1, S):
+                    merge(s, e, i * S, i * S + j, 1)
+                s[i] = s[i * S]
+                e[i] = e[i * S]
     for i in range(n):
-        sums[i] += sums[LANES + i]
-        sums[2 * LANES + i] += sums[3 * LANES + i]
+        s[i] += e[i]
 
 
 cdef void total(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
@@ -474,7 +477,14 @@ cdef void total(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row pa
     for a in range(4):
         memset(sums + a * LANES, 0, n * sizeof(double))
     visit(w, op, k, b, x, params, step, sums)
-    gather(w, b, sums)
+    gather(w, b, sums, sums + LANES)
+    gather(w, b, sums + 2 * LANES, sums + 3 * LANES)
+
+
+cdef inline void average_rows(row a, row b, row c, row d, row e, row f, row g, row h, const Py_ssize_t S, row mean, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        mean[i] = tree(a[i * S], b[i * S], c[i * S], d[i * S], e[i * S], f[i * S], g[i * S], h[i * S]) * <float>0.125
 
 
 cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) noexcept nogil:
@@ -506,53 +516,56 @@ cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) n
     n = min((first + n) * w.fold, w.job.M) - first * w.fold
     for i in range(8):
         o[i] = (first * w.fold + (2 * i + 1) * n // 16) * w.width + b * w.block + S // 2
-    for i in range(features(w, b)):
-        c = i * S
-        pivot[i] = tree(x[o[0] + c], x[o[1] + c], x[o[2] + c], x[o[3] + c],
-                        x[o[4] + c], x[o[5] + c], x[o[6] + c], x[o[7] + c]) * <float>0.125
+    n = features(w, b)
+    if S == 1:
+        average_rows(x + o[0], x + o[1], x + o[2], x + o[3], x + o[4], x + o[5], x + o[6], x + o[7], 1, pivot, n)
+    else:
+        average_rows(x + o[0], x + o[1], x + o[2], x + o[3], x + o[4], x + o[5], x + o[6], x + o[7], S, pivot, n)
 
 
-cdef inline bint trusted(double s1, double s2, double n, const bint is_float64) noexcept nogil:
+cdef inline bint trusted(double s1, double s2, double per, const bint is_float64) noexcept nogil:
     """Whether the sums about the pivot keep their accuracy once the mean is taken out of them.
 
     The pivot must be within sqrt(3) std of the mean, and float32 squares must have been neither too large nor too small.
     """
-    cdef double d = s1 / n
-    cdef double q = s2 / n
-    if not q - d * d >= 0.25 * q:
-        return False
-    return is_float64 or 1e-30 < q < 1e36
+    cdef double d = s1 * per
+    cdef double q = s2 * per
+    # Without `and`: no branches, so that a loop over features vectorises.
+    return (q - d * d >= 0.25 * q) & (is_float64 | ((q > 1e-30) & (q < 1e36)))
 
 
 cdef void task_moments(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row lanes, f64 sums) noexcept nogil:
     cdef double pivots[LANES]
     cdef double again[4 * LANES]
     cdef row pivot = <row><void *>pivots
-    cdef double n = count(w, k)
+    cdef double per = 1 / <double>count(w, k)
     cdef double *part
+    cdef Py_ssize_t C = w.job.C
     cdef Py_ssize_t step
     cdef Py_ssize_t c
-    cdef bint redo = False
+    cdef Py_ssize_t n = features(w, b)
+    cdef Py_ssize_t right = 0
     choose_pivots(w, k, b, x, pivot)
     total(w, MOMENTS, k, b, x, spread(w, b, pivot, LANES, 1, lanes, &step), LANES, sums)
-    part = w.part + 3 * (k * w.job.C + b * features(w, 0))
-    for c in range(features(w, b)):
-        part[3 * c] = pivot[c]
-        part[3 * c + 1] = sums[c]
-        part[3 * c + 2] = sums[2 * LANES + c]
-        if not trusted(sums[c], sums[2 * LANES + c], n, w.job.is_float64):
-            redo = True
-            # Sums of d suffer neither from overflow nor from the distance by much: this is close to the mean.
-            pivot[c] += sums[c] / n
-    if not redo:
+    part = w.part + 3 * k * C + b * features(w, 0)
+    for c in range(n):
+        part[c] = pivot[c]
+        part[C + c] = sums[c]
+        part[2 * C + c] = sums[2 * LANES + c]
+    for c in range(n):
+        right += trusted(sums[c], sums[2 * LANES + c], per, w.job.is_float64)
+    if right == n:
         return
+    for c in range(n):
+        # Sums of d suffer neither from overflow nor from the distance by much: this is close to the mean.
+        pivot[c] += sums[c] * per
     # The data is still in cache. Features that were right the first time keep their bits, whatever stands beside them.
     total(w, EXACT, k, b, x, spread(w, b, pivot, LANES, 1, lanes, &step), LANES, again)
-    for c in range(features(w, b)):
-        if not trusted(sums[c], sums[2 * LANES + c], n, w.job.is_float64):
-            part[3 * c] = pivot[c]
-            part[3 * c + 1] = again[c]
-            part[3 * c + 2] = again[2 * LANES + c]
+    for c in range(n):
+        if not trusted(sums[c], sums[2 * LANES + c], per, w.job.is_float64):
+            part[c] = pivot[c]
+            part[C + c] = again[c]
+            part[2 * C + c] = again[2 * LANES + c]
 
 
 cdef void task(Work *w, Operation op, Py_ssize_t i, row x) noexcept nogil:
@@ -569,15 +582,15 @@ cdef void task(Work *w, Operation op, Py_ssize_t i, row x) noexcept nogil:
     if op == MOMENTS:
         task_moments(w, k, b, x, lanes, sums)
         return
-    params = spread(w, b, <row>w.params + first, w.job.C, PARAMETERS, lanes, &step)
+    params = spread(w, b, <row>w.params + first, w.job.C, MEAN_DY if op != BACKWARD else PARAMETERS, lanes, &step)
     if op != GRADIENTS:
         visit(w, op, k, b, x, params, step, sums)
         return
     total(w, op, k, b, x, params, step, sums)
-    part = w.part + 3 * (k * w.job.C + first)
+    part = w.part + 3 * k * w.job.C + first
     for c in range(features(w, b)):
-        part[3 * c + 1] = sums[c]
-        part[3 * c + 2] = sums[2 * LANES + c]
+        part[w.job.C + c] = sums[c]
+        part[2 * w.job.C + c] = sums[2 * LANES + c]
 
 
 cdef void run(Work *w, Operation op, row x) noexcept nogil:
@@ -585,7 +598,7 @@ cdef void run(Work *w, Operation op, row x) noexcept nogil:
     cdef Py_ssize_t tasks = w.blocks * w.chunks
     cdef Py_ssize_t i
     cdef int threads = <int>min(<Py_ssize_t>w.job.num_threads, tasks)
-    if threads < 2 or w.job.M * w.job.C * w.job.S < THREADED:
+    if threads < 2:
         for i in range(tasks):
             task(w, op, i, x)
     else:
@@ -595,102 +608,106 @@ cdef void run(Work *w, Operation op, row x) noexcept nogil:
 
 # --- O(C): from sums to statistics, from statistics to the parameters of the loops ------------------------------------------
 
-cdef inline void two_sum(double a, double b, double *high, double *low) noexcept nogil:
-    cdef double s = a + b
-    cdef double t = s - a
-    low[0] = (a - (s - t)) + (b - t)
-    high[0] = s
+cdef void merge_moments(Work *w, f64 mean, f64 low, f64 var, f64 lost, f64 shift) noexcept nogil:
+    """The chunks' sums, each about a pivot of its own, into mean and variance (Chan, Golub & LeVeque 1979).
 
-
-cdef void merge_moments(Work *w) noexcept nogil:
-    """The chunks' sums, each about a pivot of its own, into mean and variance (Chan, Golub & LeVeque 1979)."""
-    cdef Job *job = w.job
-    cdef Py_ssize_t C = job.C
+    mean, low, var: (C,) [out].  lost, shift: (C,) scratch.
+    """
+    cdef Py_ssize_t C = w.job.C
     cdef Py_ssize_t c
     cdef Py_ssize_t k
-    cdef double m = <double>job.M * job.S
+    cdef double m = <double>w.job.M * w.job.S
     cdef double n
+    cdef double per
     cdef double d
-    cdef double mean
-    cdef double part_mean
-    cdef double lost
     cdef double s
-    cdef double *part
+    cdef f64 first = w.part
+    cdef f64 part
+    # The mean, relative to the first chunk's pivot.
     for c in range(C):
-        # The mean, relative to the first pivot.
-        part = w.part + 3 * c
-        s = 0
-        lost = 0
-        for k in range(w.chunks):
-            d = part[3 * k * C] - part[0]
-            add(&s, &lost, 0, part[3 * k * C + 1], True)
-            add(&s, &lost, 0, count(w, k) * d, True)
-        mean = (s + lost) / m
-        two_sum(part[0], mean, &job.mean[c], &job.mean_low[c])
-        s = 0
-        lost = 0
-        for k in range(w.chunks):
-            n = count(w, k)
-            part_mean = part[3 * k * C + 1] / n
-            d = (part[3 * k * C] - part[0]) + part_mean - mean
-            add(&s, &lost, 0, part[3 * k * C + 2] - part[3 * k * C + 1] * part_mean, True)
-            add(&s, &lost, 0, n * d * d, True)
-        s += lost
-        job.var[c] = 0 if s < 0 else s / m
+        mean[c] = 0
+        lost[c] = 0
+    for k in range(w.chunks):
+        part = w.part + 3 * k * C
+        n = count(w, k)
+        for c in range(C):
+            add(mean, lost, c, part[C + c], True)
+            add(mean, lost, c, n * (part[c] - first[c]), True)
+    per = 1 / m
+    for c in range(C):
+        shift[c] = (mean[c] + lost[c]) * per
+        mean[c] = first[c]
+        low[c] = 0
+        add(mean, low, c, shift[c], True)
+        var[c] = 0
+        lost[c] = 0
+    # Squares about each chunk's own mean, and those of the chunks' means about the whole one.
+    for k in range(w.chunks):
+        part = w.part + 3 * k * C
+        n = count(w, k)
+        per = 1 / n
+        for c in range(C):
+            s = part[C + c] * per
+            d = (part[c] - first[c]) + s - shift[c]
+            add(var, lost, c, part[2 * C + c] - part[C + c] * s, True)
+            add(var, lost, c, n * d * d, True)
+    per = 1 / m
+    for c in range(C):
+        s = (var[c] + lost[c]) * per
+        var[c] = 0 if s < 0 else s
 
 
-cdef void prepare(Work *w, row x) noexcept nogil:
+cdef void prepare(row table, Py_ssize_t C, f64 mean, f64 low, f64 var, double eps, f64 weight, f64 bias) noexcept nogil:
     """The parameter table, in x's dtype: the mean in two parts, so that x - mean does not cancel."""
-    cdef Job *job = w.job
-    cdef row table = <row>w.params
-    cdef Py_ssize_t C = job.C
     cdef Py_ssize_t c
     cdef double invstd
     for c in range(C):
-        invstd = 1 / sqrt(job.var[c] + job.eps)
-        table[c] = job.mean[c]
-        table[LOW * C + c] = (job.mean[c] - table[c]) + job.mean_low[c]
-        table[WEIGHT * C + c] = job.weight[c] * invstd
-        table[BIAS * C + c] = job.bias[c]
+        invstd = 1 / sqrt(var[c] + eps)
+        table[WEIGHT * C + c] = weight[c] * invstd
         table[INVSTD * C + c] = invstd
-        table[MEAN_DY * C + c] = 0
-        table[SLOPE * C + c] = 0
+    for c in range(C):
+        table[c] = mean[c]
+        table[LOW * C + c] = (mean[c] - table[c]) + low[c]
+        table[BIAS * C + c] = bias[c]
 
 
-cdef void merge_gradients(Work *w, row x) noexcept nogil:
-    cdef Job *job = w.job
-    cdef row table = <row>w.params
-    cdef Py_ssize_t C = job.C
+cdef void merge_gradients(Work *w, row table, f64 dweight, f64 dbias, f64 lost) noexcept nogil:
+    """The chunks' sums into the gradients, and those into the last rows of the table.  lost: (2, C) scratch."""
+    cdef Py_ssize_t C = w.job.C
     cdef Py_ssize_t c
     cdef Py_ssize_t k
-    cdef Py_ssize_t a
-    cdef double m = <double>job.M * job.S
-    cdef double s[2]
-    cdef double lost[2]
+    cdef double per = 1 / (<double>w.job.M * w.job.S)
+    cdef f64 part
     for c in range(C):
-        for a in range(2):
-            s[a] = 0
-            lost[a] = 0
-            for k in range(w.chunks):
-                add(s, lost, a, w.part[3 * (k * C + c) + 1 + a], True)
-            s[a] += lost[a]
-        job.dbias[c] = s[0]
-        job.dweight[c] = s[1]
-        table[MEAN_DY * C + c] = s[0] / m
-        table[SLOPE * C + c] = s[1] / m / sqrt(job.var[c] + job.eps)
+        dbias[c] = 0
+        dweight[c] = 0
+    for c in range(2 * C):
+        lost[c] = 0
+    for k in range(w.chunks):
+        part = w.part + 3 * k * C
+        for c in range(C):
+            add(dbias, lost, c, part[C + c], True)
+            add(dweight, lost + C, c, part[2 * C + c], True)
+    for c in range(C):
+        dbias[c] += lost[c]
+        dweight[c] += lost[C + c]
+        table[MEAN_DY * C + c] = dbias[c] * per
+        table[SLOPE * C + c] = dweight[c] * per * table[INVSTD * C + c]
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------------
 
 cdef int moments_of(Job *job, row x) noexcept nogil:
     cdef Work w
+    cdef double *scratch
     w.job = job
     plan(&w)
-    w.part = <double *>malloc(3 * w.chunks * job.C * sizeof(double))
+    w.part = <double *>malloc((3 * w.chunks + 2) * job.C * sizeof(double))
     if w.part == NULL:
         return -1
+    scratch = w.part + 3 * w.chunks * job.C
     run(&w, MOMENTS, x)
-    merge_moments(&w)
+    merge_moments(&w, job.mean, job.mean_low, job.var, scratch, scratch + job.C)
     free(w.part)
     return 0
 
@@ -702,7 +719,7 @@ cdef int normalize_of(Job *job, row x) noexcept nogil:
     w.params = malloc(PARAMETERS * job.C * sizeof(x[0]))
     if w.params == NULL:
         return -1
-    prepare(&w, x)
+    prepare(<row>w.params, job.C, job.mean, job.mean_low, job.var, job.eps, job.weight, job.bias)
     run(&w, NORMALIZE, x)
     free(w.params)
     return 0
@@ -712,12 +729,12 @@ cdef int backward_of(Job *job, row x) noexcept nogil:
     cdef Work w
     w.job = job
     plan(&w)
-    w.part = <double *>malloc(3 * w.chunks * job.C * sizeof(double))
+    w.part = <double *>malloc((3 * w.chunks + 2) * job.C * sizeof(double))
     w.params = malloc(PARAMETERS * job.C * sizeof(x[0]))
     if w.part != NULL and w.params != NULL:
-        prepare(&w, x)
+        prepare(<row>w.params, job.C, job.mean, job.mean_low, job.var, job.eps, job.weight, job.bias)
         run(&w, GRADIENTS, x)
-        merge_gradients(&w, x)
+        merge_gradients(&w, <row>w.params, job.dweight, job.dbias, w.part + 3 * w.chunks * job.C)
         run(&w, BACKWARD if job.training else SCALE, x)
         free(w.part)
         free(w.params)

@@ -6,6 +6,9 @@ cdef enum Activation:
     RELU = 1
     LEAKY_RELU = 2
 
+cdef enum:
+    THREADED = 65536     # fewest elements that are worth a parallel region
+
 ctypedef struct Job:
     # The view: element (m, c, s) stands at (m*C + c)*S + s. [in]
     Py_ssize_t M

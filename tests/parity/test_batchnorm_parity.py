@@ -1,8 +1,9 @@
 """BatchNorm and batch_norm beside PyTorch's, option by option and step by step."""
 
-import fastbn
 import numpy as np
 import pytest
+
+import fastbn
 
 torch = pytest.importorskip("torch", reason="torch is missing (pip install torch)")
 
@@ -130,8 +131,8 @@ def test_state_dicts_travel_both_ways(options):
 
 def test_the_sentence_for_a_single_value_is_torchs():
     x = np.zeros((1, 64), "float32")
-    with pytest.raises(ValueError) as theirs:
+    with pytest.raises(ValueError, match="Expected more") as theirs:
         torch.nn.BatchNorm1d(64)(torch.from_numpy(x))
-    with pytest.raises(ValueError) as ours:
+    with pytest.raises(ValueError, match="Expected more") as ours:
         fastbn.BatchNorm(64)(x)
     assert str(ours.value) == str(theirs.value).replace("torch.Size([1, 64])", "(1, 64)")

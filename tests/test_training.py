@@ -1,0 +1,272 @@
+import io
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from fastbn import BatchNorm, data, losses, nn, optim, training
+
+
+def blobs(n=90, seed=0, classes=3, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    return (rng.normal(size=(n, 5)) + 2 * np.eye(classes, 5)[y]).astype(dtype), y
+
+
+def network(seed=0, dtype="float32"):
+    return nn.Sequential(
+        nn.Dense(5, 8, bias=False, dtype=dtype, seed=seed),
+        BatchNorm(8, dtype=dtype, activation="relu"),
+        nn.Dense(8, 3, dtype=dtype, seed=seed + 1),
+    )
+
+
+def state(model):
+    return {key: array.tobytes() for key, array in model.state_dict().items()}
+
+
+def softmax_regression(X, y, W, b, lr, batch_size, epochs, seed):
+    """The loop that fit promises, written out in float64 for one affine layer."""
+    rng = np.random.default_rng(seed)
+    history, right_history = [], []
+    for _ in range(epochs):
+        order = rng.permutation(len(X))
+        total, seen, right = 0.0, 0, 0
+        for start in range(0, len(X), batch_size):
+            rows = order[start : start + batch_size]
+            if len(rows) == 1:
+                continue
+            z = X[rows] @ W.T + b
+            p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+            total -= np.log(p[np.arange(len(rows)), y[rows]]).sum()
+            right += (z.argmax(axis=1) == y[rows]).sum()
+            seen += len(rows)
+            p[np.arange(len(rows)), y[rows]] -= 1
+            W = W - lr * p.T @ X[rows] / len(rows)
+            b = b - lr * p.sum(axis=0) / len(rows)
+        history.append(total / seen)
+        right_history.append(right / seen)
+    return W, b, history, right_history
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(90, 30), (90, 16), (81, 16), (20, 64)])  # even, short, one left, one batch
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_fit_is_the_loop_written_out(n, batch_size, order):
+    X, y = blobs(n, dtype=np.float64)
+    model = nn.Sequential(nn.Dense(5, 3, dtype="float64", seed=3))
+    W, b, loss, accuracy = softmax_regression(
+        X, y, model.params["0.weight"].copy(), model.params["0.bias"].copy(), 0.3, batch_size, 4, seed=7
+    )
+    history = training.fit(
+        model, (np.array(X, order=order), y), losses.softmax_cross_entropy, optim.SGD(model, 0.3),
+        epochs=4, batch_size=batch_size, seed=7,
+    )  # fmt: skip
+    np.testing.assert_allclose(model.params["0.weight"], W, rtol=1e-12)
+    np.testing.assert_allclose(model.params["0.bias"], b, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(history.loss, loss, rtol=1e-12)
+    assert history.accuracy == accuracy
+    assert history.val_loss == history.val_accuracy == []
+    assert len(history.seconds) == 4
+    assert min(history.seconds) > 0
+
+
+def test_same_seed_same_bits_and_inputs_unchanged():
+    X, y = blobs(91)
+    before = X.copy(), y.copy()
+    states = []
+    for seed in (0, 0, 1):
+        model = network()
+        training.fit(
+            model, (X, y), losses.softmax_cross_entropy, optim.Adam(model, 1e-2), epochs=3, batch_size=10, seed=seed
+        )
+        states.append(state(model))
+    assert states[0] == states[1]
+    assert states[0] != states[2]
+    np.testing.assert_array_equal(X, before[0])
+    np.testing.assert_array_equal(y, before[1])
+
+
+def test_validation_is_evaluate_after_each_epoch():
+    X, y = blobs()
+    Xv, yv = blobs(31, seed=1)
+    model = network()
+    history = training.fit(
+        model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=2, batch_size=16, validation=(Xv, yv)
+    )
+    loss, accuracy = training.evaluate(model, (Xv, yv), losses.softmax_cross_entropy)
+    assert len(history.val_loss) == len(history.val_accuracy) == 2
+    assert history.val_loss[-1] == loss
+    assert history.val_accuracy[-1] == accuracy
+    assert model.training
+    assert all(layer.training for layer in model)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1024])
+def test_evaluate_takes_running_averages_and_the_exact_mean(batch_size):
+    X, y = blobs(100, dtype=np.float64)
+    model = nn.Sequential(BatchNorm(5, dtype="float64"), nn.Dense(5, 3, dtype="float64", seed=0))
+    rng = np.random.default_rng(5)
+    mean, var = rng.normal(size=5), rng.uniform(0.5, 2, 5)
+    model[0].running_mean[...], model[0].running_var[...] = mean, var
+    z = (X - mean) / np.sqrt(var + 1e-5) @ model.params["1.weight"].T + model.params["1.bias"]
+    expected = np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(100), y])
+    before = state(model)
+    loss, accuracy = training.evaluate(model, (X, y), losses.softmax_cross_entropy, batch_size=batch_size)
+    assert loss == pytest.approx(expected, rel=1e-13)
+    assert accuracy == np.mean(z.argmax(axis=1) == y)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("shape", [(60,), (60, 1), (60, 4)])
+def test_accuracy_of_yes_and_no(shape):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=shape)
+    target = rng.integers(0, 2, shape)
+    loss, accuracy = training.evaluate(nn.LeakyReLU(), (X, target), losses.sigmoid_cross_entropy, batch_size=13)
+    assert accuracy == np.mean((X > 0) == target)
+    z = np.where(X > 0, X, 0.01 * X)
+    assert loss == pytest.approx(np.mean(np.log1p(np.exp(z)) - z * target), rel=1e-12)
+
+
+def test_regression_has_no_accuracy():
+    X = np.random.default_rng(0).normal(size=(50, 3))
+    y = X @ [[1.0], [2.0], [3.0]]
+    model = nn.Dense(3, 1, dtype="float64", seed=0)
+    history = training.fit(
+        model, (X, y), losses.mse, optim.SGD(model, 0.1), epochs=50, batch_size=10, validation=(X, y), progress=False
+    )
+    assert history.accuracy == history.val_accuracy == []
+    assert history.val_loss[-1] < 1e-6
+    assert training.evaluate(model, (X, y), losses.mse) == (history.val_loss[-1], None)
+
+
+def test_modes_are_restored_even_after_an_error():
+    X, y = blobs()
+    inner = nn.Sequential(BatchNorm(5), nn.Tanh())
+    model = nn.Sequential(inner, nn.Dense(5, 3, seed=0))
+    modes = (True, True, False, True, False)  # a frozen layer within a model in training
+    layers = (model, inner, inner[0], inner[1], model[1])
+    for layer, mode in zip(layers, modes, strict=True):
+        layer.train(mode)
+    training.evaluate(model, (X, y), losses.softmax_cross_entropy)
+    assert tuple(layer.training for layer in layers) == modes
+    with pytest.raises(ValueError, match="labels from 0 to 2"):
+        training.evaluate(model, (X, y + 1), losses.softmax_cross_entropy)
+    assert tuple(layer.training for layer in layers) == modes
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch_size": 1}, ValueError, "batch_size must be at least 2"),
+        ({"batch_size": 2.5}, TypeError, "float"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1"),
+        ({"data": (blobs()[0], blobs()[1][:-1])}, ValueError, r"data: .* equally long, got shapes \(90, 5\) and \(89,\)"),
+        ({"data": blobs()[0]}, TypeError, r"data must be a pair \(X, y\)"),
+        ({"data": (blobs()[0][:1], blobs()[1][:1])}, ValueError, "at least 2 examples, got 1"),
+        ({"data": (blobs()[0][:0], blobs()[1][:0])}, ValueError, "data: no examples"),
+        ({"data": (blobs()[0][:, 1:], blobs()[1])}, ValueError, "data does not fit"),
+        ({"data": (blobs()[0], blobs()[1] - 1)}, ValueError, "labels from 0 to 2.*got -1"),
+        ({"data": (blobs()[0], blobs(classes=4)[1])}, ValueError, "labels from 0 to 2.*got 3"),
+        ({"data": (blobs()[0], blobs()[1] * 1.0)}, TypeError, "data does not fit.*integer"),
+        ({"data": (blobs()[0], blobs()[1].astype(str))}, TypeError, "y must hold numbers"),
+        ({"data": (blobs()[0].astype(complex), blobs()[1])}, TypeError, "complex"),
+        ({"validation": (blobs()[0][:4], blobs()[1])}, ValueError, "validation: X and y"),
+        ({"validation": (blobs()[0][:, 1:], blobs()[1])}, ValueError, "validation does not fit"),
+        ({"seed": -1}, ValueError, "non-negative"),
+    ],
+)
+def test_bad_arguments_change_nothing(change, error, message):
+    model = network()
+    model[1].eval()
+    optimizer = optim.Adam(model, 1e-2)
+    before = state(model), state(optimizer)
+    arguments = {"data": blobs(), "loss": losses.softmax_cross_entropy, "optimizer": optimizer}
+    with pytest.raises(error, match=message):
+        training.fit(model, **(arguments | {"epochs": 1, "batch_size": 8} | change))
+    assert (state(model), state(optimizer)) == before
+    assert [layer.training for layer in (model, *model)] == [True, True, False, True]
+
+
+@pytest.mark.parametrize(("data_", "batch_size"), [(blobs(), 0), ((blobs()[0], [1, 2]), 4), ((blobs()[0][:0], []), 4)])
+def test_evaluate_refuses(data_, batch_size):
+    with pytest.raises(ValueError, match=r"batch_size|equally long|no examples"):
+        training.evaluate(network(), data_, losses.softmax_cross_entropy, batch_size=batch_size)
+
+
+def test_loss_that_is_not_finite_stops_and_says_where():
+    X, y = blobs(40)
+    order = np.random.default_rng(0)
+    order.permutation(40)
+    second = order.permutation(40)
+    calls = []
+
+    def loss(prediction, target):
+        value, gradient = losses.softmax_cross_entropy(prediction, target)
+        calls.append(1)
+        return (math.nan if len(calls) == 1 + 5 + 3 else value), gradient  # one call looks at the arguments
+
+    model = network()
+    with pytest.raises(FloatingPointError, match="the loss is nan at epoch 2, step 3"):
+        training.fit(model, (X, y), loss, optim.SGD(model, 0.1), epochs=3, batch_size=8)
+
+    X[second[20]] = np.inf  # of the second epoch's third batch; the first epoch meets it too
+    model = network()
+    with pytest.raises(FloatingPointError, match="the loss is nan at epoch 1"):
+        training.fit(model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=3, batch_size=8)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def fit_with_bar(monkeypatch, stream, **options):
+    monkeypatch.setattr(sys, "stderr", stream)
+    model = network()
+    X, y = blobs(49)
+    training.fit(
+        model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=2, batch_size=8, **options
+    )
+    return stream.getvalue()
+
+
+def test_progress_bar_on_a_terminal_alone(monkeypatch):
+    pytest.importorskip("tqdm")
+    shown = fit_with_bar(monkeypatch, Terminal())
+    assert "epoch 2/2" in shown
+    assert "loss " in shown
+    assert "accuracy " in shown
+    assert "examples/s" in shown
+    assert "96.0/96.0" in shown  # the example left over is not counted
+    assert fit_with_bar(monkeypatch, io.StringIO()) == ""
+    assert fit_with_bar(monkeypatch, Terminal(), progress=False) == ""
+
+
+def test_no_tqdm_no_bar(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert fit_with_bar(monkeypatch, Terminal()) == ""
+
+
+def test_optimizer_and_loss_of_ones_own():
+    X, y = blobs()
+    model = network()
+    steps = []
+    training.fit(
+        model, (X.tolist(), y.tolist()), lambda p, t: losses.softmax_cross_entropy(p, t),
+        types.SimpleNamespace(step=lambda: steps.append(1)), epochs=2, batch_size=32,
+    )  # fmt: skip
+    assert len(steps) == 2 * 3
+
+
+def test_digits_reach_97_percent():
+    train, held_out = data.split(data.load(), seed=3)
+    model = nn.Sequential(
+        nn.Dense(64, 64, bias=False, seed=0), BatchNorm(64), nn.Sigmoid(), nn.Dense(64, 10, seed=1)
+    )
+    optimizer = optim.SGD(model, 0.2, momentum=0.9)
+    training.fit(model, (train.X, train.y), losses.softmax_cross_entropy, optimizer, epochs=15, batch_size=32)
+    accuracy = training.evaluate(model, (held_out.X, held_out.y), losses.softmax_cross_entropy)[1]
+    assert accuracy >= 0.97
