@@ -248,8 +248,9 @@ def _parse_csv(path: Path, reader: Any, target: str | None) -> Dataset:
                 raise ValueError(f"{path}: line {reader.line_num}, column {target!r}: no label")
         if not _are_numbers(cells):
             column, cell = next((i, cell) for i, cell in enumerate(cells) if not _are_numbers([cell]))
+            hint = "" if at is not None else " (a column of labels must be named as the target)"
             raise ValueError(
-                f"{path}: line {reader.line_num}, column {features[column]!r}: expected a number, got {cell!r}"
+                f"{path}: line {reader.line_num}, column {features[column]!r}: expected a number, got {cell!r}{hint}"
             )
         numbers.extend(map(float, cells))
     if not numbers:

@@ -4,14 +4,20 @@ A test that takes the fixture `case` runs on each. Layouts are named for how x l
 """
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import twin
 from hypothesis import settings
+
+import fastbn
 
 settings.register_profile("fastbn", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.load_profile("fastbn")
@@ -186,6 +192,19 @@ def empty_case(request):
 @pytest.fixture
 def single_case(request):
     return Case(request.param)
+
+
+@pytest.fixture(scope="session")
+def python():
+    """Runs another Python on the package that this one tests; gives what it did."""
+    path = os.pathsep.join(filter(None, [str(Path(fastbn.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "FASTBN_ISA")}
+
+    def run(*args, **environment):
+        env = {**inherited, "PYTHONPATH": path, **environment}
+        return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=300)
+
+    return run
 
 
 @pytest.fixture

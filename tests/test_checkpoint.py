@@ -81,7 +81,8 @@ def test_the_file_is_what_pytorchs_users_expect(tmp_path):
     tensors = safetensors_numpy.load_file(tmp_path / "m.safetensors")
     own = {key: array for key, array in tensors.items() if not key.startswith("optimizer.")}
     assert sorted(own) == [
-        "0.weight", "1.bias", "1.num_batches_tracked", "1.running_mean", "1.running_var", "1.weight", "3.bias", "3.weight",
+        "0.weight", "1.bias", "1.num_batches_tracked", "1.running_mean", "1.running_var", "1.weight",
+        "3.bias", "3.weight",
     ]  # fmt: skip
     assert same(own, model.state_dict())
     assert own["1.num_batches_tracked"].shape == ()
@@ -100,7 +101,7 @@ def test_training_goes_on_where_it_stopped(tmp_path, kind):
     assert all(a is b for a, b in zip(arrays, other.params.values(), strict=True))
     model[2].eval(), other[2].eval()  # dropout's random stream is not state
     for m, o in ((model, optimizer), (other, other_optimizer)):
-        loss, gradient = losses.softmax_cross_entropy(m(data[0]), data[1])
+        _, gradient = losses.softmax_cross_entropy(m(data[0]), data[1])
         m.backward(gradient)
         o.step()
     assert same(model.state_dict(), other.state_dict())
@@ -148,9 +149,9 @@ def test_missing_files_and_folders(tmp_path):
     for read in (checkpoint.load, checkpoint.read_metadata, lambda path: checkpoint.restore(path, network())):
         with pytest.raises(FileNotFoundError, match=r"no such file: .*none\.safetensors"):
             read(tmp_path / "none.safetensors")
-        with pytest.raises(ValueError, match=str(tmp_path)):
+        with pytest.raises(ValueError, match="not a safetensors file"):
             read(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder: .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere"):
         checkpoint.save(tmp_path / "nowhere" / "m", network())
 
 
@@ -199,20 +200,20 @@ def rewrite(path, change):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda model, tensors, texts: tensors.pop("1.weight"), "1.weight"),
-        (lambda model, tensors, texts: tensors.update(more=np.ones(1)), "more"),
-        (lambda model, tensors, texts: tensors.update({"0.weight": np.ones((2, 3), np.float32)}), r"0.weight.*got .*\(2, 3\)"),
-        (lambda model, tensors, texts: tensors.update({"1.num_batches_tracked": np.ones(())}), "num_batches_tracked"),
-        (lambda model, tensors, texts: {"class": "system", "training": True, "config": {}}, "known class, got .*system"),
-        (lambda model, tensors, texts: {"class": "Sequential", "training": True, "layers": {}}, "known class"),
-        (lambda model, tensors, texts: ["Sequential"], "known class"),
-        (lambda model, tensors, texts: model["layers"][0]["config"].update(n_out=-1), "n_out"),
-        (lambda model, tensors, texts: model["layers"][0]["config"].update(n_out="2"), "cannot be loaded"),
-        (lambda model, tensors, texts: model["layers"][0]["config"].update(colour="red"), "colour"),
-        (lambda model, tensors, texts: model["layers"][0]["config"].pop("n_in"), "n_in"),
-        (lambda model, tensors, texts: model["layers"][1].update(training="yes"), "known class"),
-        (lambda model, tensors, texts: texts.pop("fastbn.model") and None, "not a fastbn checkpoint"),
-        (lambda model, tensors, texts: texts.update({"fastbn.model": "{"}), "not JSON"),
+        (lambda model, arrays, texts: arrays.pop("1.weight"), "1.weight"),
+        (lambda model, arrays, texts: arrays.update(more=np.ones(1)), "more"),
+        (lambda model, arrays, texts: arrays.update({"0.weight": np.ones((2, 3), np.float32)}), r"0.weight.*\(2, 3\)"),
+        (lambda model, arrays, texts: arrays.update({"1.num_batches_tracked": np.ones(())}), "num_batches_tracked"),
+        (lambda model, arrays, texts: {"class": "system", "training": True, "config": {}}, "known class, got .*system"),
+        (lambda model, arrays, texts: {"class": "Sequential", "training": True, "layers": {}}, "known class"),
+        (lambda model, arrays, texts: ["Sequential"], "known class"),
+        (lambda model, arrays, texts: model["layers"][0]["config"].update(n_out=-1), "n_out"),
+        (lambda model, arrays, texts: model["layers"][0]["config"].update(n_out="2"), "cannot be loaded"),
+        (lambda model, arrays, texts: model["layers"][0]["config"].update(colour="red"), "colour"),
+        (lambda model, arrays, texts: model["layers"][0]["config"].pop("n_in"), "n_in"),
+        (lambda model, arrays, texts: model["layers"][1].update(training="yes"), "known class"),
+        (lambda model, arrays, texts: texts.pop("fastbn.model") and None, "not a fastbn checkpoint"),
+        (lambda model, arrays, texts: texts.update({"fastbn.model": "{"}), "not JSON"),
     ],
 )
 def test_wrong_content_is_named(tmp_path, change, fault):

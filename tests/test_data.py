@@ -120,7 +120,8 @@ def test_csv(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("column", "classes"), [("10 9 10", [9, 10]), ("10 09 10", ["09", "10"]), ("1 x 1", ["1", "x"]), ("-1 2 2", [-1, 2])]
+    ("column", "classes"),
+    [("10 9 10", [9, 10]), ("10 09 10", ["09", "10"]), ("1 x 1", ["1", "x"]), ("-1 2 2", [-1, 2])],
 )
 def test_csv_labels_keep_their_spelling(tmp_path, column, classes):
     path = tmp_path / "d.csv"
@@ -296,7 +297,9 @@ def test_split_faults(tmp_path):
         split([1, 1, 0, 0], fraction=1)
 
 
-@pytest.mark.parametrize(("n", "batch_size", "sizes"), [(10, 5, [5, 5]), (8, 3, [3, 3, 2]), (7, 3, [3, 3]), (4, 9, [4])])
+@pytest.mark.parametrize(
+    ("n", "batch_size", "sizes"), [(10, 5, [5, 5]), (8, 3, [3, 3, 2]), (7, 3, [3, 3]), (4, 9, [4])]
+)
 def test_minibatches(n, batch_size, sizes):
     def epochs(seed):
         rng = np.random.default_rng(seed)

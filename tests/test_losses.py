@@ -109,8 +109,9 @@ def test_nan_and_inf_pass_without_a_warning(loss, dtype):
 
 @pytest.mark.parametrize("loss", ALL, ids=lambda f: f.__name__)
 def test_the_mean_of_many_float32_values_is_better_than_float32(loss):
-    z, t = example(loss, (100_000, 2), np.float32, scale=1.0)
-    assert loss(z, t)[0] == pytest.approx(float(TWINS[loss](z, t)[0]), rel=5e-9)
+    for n in (40_000, 50_000, 60_000):
+        z, t = example(loss, (n, 2), np.float32, scale=1.0)
+        assert loss(z, t)[0] == pytest.approx(float(TWINS[loss](z, t)[0]), rel=5e-9)
     assert losses.mse(np.array([1e25], np.float32), [0])[0] == pytest.approx(1e50)
 
 

@@ -4,8 +4,6 @@ As a script it prints one digest: `python tests/test_reproducible.py THREADS OFF
 """
 
 import hashlib
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -124,11 +122,6 @@ def test_the_process_wide_count_changes_no_bit():
         assert other.var.tobytes() == stats.var.tobytes()
 
 
-def run(*args, **environment):
-    env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def digest_here():
     return digest(2, 0, False)
@@ -136,8 +129,8 @@ def digest_here():
 
 @pytest.mark.parametrize("build", kernels.BUILDS)
 @pytest.mark.parametrize(("threads", "offset"), [(1, 0), (3, 1)])
-def test_every_build_gives_the_same_bits(build, threads, offset, digest_here):
-    done = run(__file__, str(threads), str(offset), FASTBN_ISA=build)
+def test_every_build_gives_the_same_bits(build, threads, offset, digest_here, python):
+    done = python(__file__, str(threads), str(offset), FASTBN_ISA=build)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [digest_here]
 
@@ -147,15 +140,15 @@ def test_there_is_a_baseline_build_and_no_double():
     assert isinstance(kernels.BUILDS, tuple)
 
 
-def test_a_forced_build_is_the_one_that_runs():
+def test_a_forced_build_is_the_one_that_runs(python):
     for build in kernels.BUILDS:
-        done = run("-c", "import fastbn; fastbn.show_config()", FASTBN_ISA=build)
+        done = python("-c", "import fastbn; fastbn.show_config()", FASTBN_ISA=build)
         assert done.returncode == 0, done.stderr
         assert build in done.stdout
 
 
-def test_an_unknown_build_is_refused():
-    done = run("-c", "import fastbn", FASTBN_ISA="v99")
+def test_an_unknown_build_is_refused(python):
+    done = python("-c", "import fastbn", FASTBN_ISA="v99")
     assert done.returncode != 0
     assert "FASTBN_ISA" in done.stderr.splitlines()[-1]
     assert "v99" in done.stderr.splitlines()[-1]

@@ -1,7 +1,6 @@
 """set_num_threads, get_num_threads, threads, their defaults, forks, and calls from many Python threads."""
 
 import os
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +18,16 @@ def as_before():
     fastbn.set_num_threads(before)
 
 
-def python(code, *options, **environment):
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT")}
-    done = subprocess.run(
-        [sys.executable, *options, "-c", code], env=env | environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+@pytest.fixture
+def printed(python):
+    """The words that a piece of code prints."""
+
+    def run(code, *options, **environment):
+        done = python(*options, "-c", code, **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return run
 
 
 def test_set_returns_the_number_before():
@@ -69,26 +71,26 @@ def test_the_number_is_the_processs():
 SHOW = "import fastbn; print(fastbn.get_num_threads())"
 
 
-def test_omp_num_threads_is_the_default():
-    assert python(SHOW, OMP_NUM_THREADS="1") == ["1"]
+def test_omp_num_threads_is_the_default(printed):
+    assert printed(SHOW, OMP_NUM_THREADS="1") == ["1"]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="os.sched_setaffinity is missing on this platform")
-def test_the_affinity_mask_bounds_the_default():
+def test_the_affinity_mask_bounds_the_default(printed):
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + SHOW
-    assert python(code) == ["1"]
+    assert printed(code) == ["1"]
     # Asked at each call, not once at import.
-    assert python(SHOW + "; " + code.replace("import fastbn; ", ""))[1] == "1"
+    assert printed(SHOW + "; " + code.replace("import fastbn; ", ""))[1] == "1"
 
 
-def test_the_default_is_no_more_than_the_processors():
-    assert 1 <= int(python(SHOW)[0]) <= (os.cpu_count() or 1)
+def test_the_default_is_no_more_than_the_processors(printed):
+    assert 1 <= int(printed(SHOW)[0]) <= (os.cpu_count() or 1)
 
 
-def test_threadpoolctl_limits_the_default():
+def test_threadpoolctl_limits_the_default(printed):
     pytest.importorskip("threadpoolctl", reason="threadpoolctl is missing")
     code = "import fastbn, threadpoolctl as t\nwith t.threadpool_limits(1): print(fastbn.get_num_threads())"
-    assert python(code) == ["1"]
+    assert printed(code) == ["1"]
 
 
 FORK = """
@@ -111,8 +113,8 @@ print(step() == expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing on this platform")
-def test_a_forked_child_computes_the_same_and_does_not_hang():
-    assert python(FORK, "-W", "ignore::DeprecationWarning") == ["0", "0", "0", "True"]
+def test_a_forked_child_computes_the_same_and_does_not_hang(printed):
+    assert printed(FORK, "-W", "ignore::DeprecationWarning") == ["0", "0", "0", "True"]
 
 
 def test_inference_from_many_threads_at_once():

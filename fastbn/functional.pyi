@@ -1,0 +1,112 @@
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .running import RunningStats
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+Activation = Literal["relu", "leaky_relu"]
+
+class BatchStats:
+    count: int
+    def __init__(
+        self, mean: ArrayLike, var: ArrayLike, count: int, mean_low: ArrayLike | None = None
+    ) -> None: ...
+    @property
+    def mean(self) -> Float64: ...
+    @property
+    def mean_low(self) -> Float64: ...
+    @property
+    def var(self) -> Float64: ...
+
+def moments(x: ArrayLike, axis: int = 1, *, mask: ArrayLike | None = None) -> BatchStats: ...
+def batch_norm(
+    x: ArrayLike,
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    activation: Activation | None = None,
+    unbiased: bool = True,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Array: ...
+def batch_norm_forward(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    running: RunningStats | None = None,
+    axis: int = 1,
+    activation: Activation | None = None,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, BatchStats]: ...
+def batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    stats: BatchStats,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    training: bool = True,
+    axis: int = 1,
+    activation: Activation | None = None,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Float64, Float64]: ...
+
+# What BatchNorm calls; all arguments by position.
+def forward(
+    x: ArrayLike,
+    features: int,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    mean: Float64 | None,
+    var: Float64 | None,
+    factor: float | None,
+    unbiased: bool,
+    axis: int,
+    activation: str | None,
+    out: Array | None,
+    num_threads: int | None,
+) -> tuple[Array, BatchStats, bool]: ...
+def infer(
+    x: ArrayLike,
+    features: int,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    mean: ArrayLike,
+    var: ArrayLike,
+    axis: int,
+    activation: str | None,
+    out: Array | None,
+    num_threads: int | None,
+) -> tuple[Array, BatchStats, bool]: ...
+def backward_into(
+    dy: ArrayLike,
+    x: ArrayLike,
+    features: int,
+    stats: BatchStats,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    training: bool,
+    axis: int,
+    activation: str | None,
+    out: Array | None,
+    num_threads: int | None,
+    dweight: Array | None,
+    dbias: Array | None,
+) -> Array: ...

@@ -1,0 +1,295 @@
+import gzip
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import checkpoint, nn, plots, training
+from fastbn.__main__ import main
+
+for package in ("safetensors", "matplotlib", "sklearn"):
+    pytest.importorskip(package)
+
+FILES = ["learning-curves.png", "metrics.json", "model.safetensors"]
+
+
+def run(capsys, *arguments):
+    status = main(list(map(str, arguments)))
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+def refused(capsys, *arguments):
+    """The one sentence on standard error of a command that fails."""
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert err.startswith("fastbn: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    """A .csv of three kinds, and the same without its labels."""
+    rng = np.random.default_rng(0)
+    kinds = np.array(["rose", "lily", "aster"])[np.arange(90) % 3]
+    X = rng.normal(size=(90, 4)) + 4 * np.eye(3, 4)[np.arange(90) % 3]
+    labelled = [f"{a:.4f},{b:.4f},{kind},{c:.4f},{d:.4f}\n" for (a, b, c, d), kind in zip(X, kinds, strict=True)]
+    (tmp_path / "flowers.csv").write_text("a,b,kind,c,d\n" + "".join(labelled))
+    (tmp_path / "plain.csv").write_text("a,b,c,d\n" + "".join(f"{a:.4f},{b:.4f},{c:.4f},{d:.4f}\n" for a, b, c, d in X))
+    return tmp_path, kinds
+
+
+@pytest.fixture
+def model(flowers, capsys):
+    folder, _ = flowers
+    assert run(capsys, "train", "--data", folder / "flowers.csv", "--target", "kind", "--out", folder / "run",
+               "--hidden", "8", "--epochs", "15", "--lr", "0.02")[0] == 0  # fmt: skip
+    return folder / "run" / "model.safetensors"
+
+
+def test_default_training_on_the_digits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "train")
+    assert (status, err) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fastbn-run"]
+    assert sorted(path.name for path in (tmp_path / "fastbn-run").iterdir()) == FILES
+    metrics = json.loads((tmp_path / "fastbn-run" / "metrics.json").read_text())
+    rows = metrics["held_out"]
+    assert rows["with batch normalization"]["accuracy"] >= 0.97
+    for name, row in rows.items():
+        assert any(line.startswith(name) and f"{row['accuracy']:.2%}" in line for line in out.splitlines())
+        assert len(metrics["epochs"][name]["val_accuracy"]) == 20
+        assert metrics["epochs"][name]["val_accuracy"][-1] == row["accuracy"]
+    alone = metrics["one_at_a_time"]
+    assert alone["examples"] == metrics["held_out_examples"] == 359
+    assert alone["other_predictions"] == 0
+    assert alone["largest_difference"] < 1e-4
+    assert "one example at a time agrees with the batch: 359 examples" in out
+    assert "same predictions" in out
+    picture = (tmp_path / "fastbn-run" / "learning-curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", picture[16:24]) > (800, 400)
+
+    status, out, err = run(capsys, "predict", tmp_path / "fastbn-run" / "model.safetensors", "digits")
+    from sklearn.datasets import load_digits
+
+    right = np.sum(np.array(out.split(), int) == load_digits().target)
+    assert err == f"accuracy {right / 1797:.2%}, {right} of 1797, examples it was trained on among them\n"
+    assert status == 0
+    assert right > 1750
+
+
+def test_the_twins_differ_in_batch_normalization_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plots, "learning_curves", lambda histories, path: None)
+    kinds = {}
+    for activation in ("relu", "leaky_relu", "sigmoid", "tanh"):
+        options = ("--activation", activation, "--hidden", "6,5", "--epochs", "1", "--seed", "4")
+        for more in ((), ("--no-batchnorm",)):
+            assert run(capsys, "train", "--out", tmp_path / "run", *options, *more)[0] == 0
+            layers = checkpoint.load(tmp_path / "run" / "model.safetensors")
+            kinds[activation, bool(more)] = [type(layer).__name__ for layer in layers]
+            dense = [layer for layer in layers if isinstance(layer, nn.Dense)]
+            biased = bool(more)
+            assert [(d.n_in, d.n_out, d.bias) for d in dense] == [(64, 6, biased), (6, 5, biased), (5, 10, True)]
+            assert {layer.config()["activation"] for layer in layers if isinstance(layer, fastbn.BatchNorm)} <= {
+                activation if activation.endswith("relu") else None
+            }
+    for fused in ("relu", "leaky_relu"):
+        assert kinds[fused, False] == ["Dense", "BatchNorm", "Dense", "BatchNorm", "Dense"]
+    assert kinds["tanh", False] == ["Dense", "BatchNorm", "Tanh"] * 2 + ["Dense"]
+    assert kinds["leaky_relu", True] == ["Dense", "LeakyReLU"] * 2 + ["Dense"]
+    assert kinds["sigmoid", True] == ["Dense", "Sigmoid"] * 2 + ["Dense"]
+
+
+def test_twins_start_alike_and_see_the_same_batches(flowers, capsys, monkeypatch):
+    folder, _ = flowers
+    seen = []
+
+    def fit(model, data, loss, optimizer, **options):
+        weights = {key: array for key, array in model.state_dict().items() if array.ndim == 2}
+        seen.append((list(weights.values()), data, options, optimizer))
+        return training_fit(model, data, loss, optimizer, **options)
+
+    training_fit = training.fit
+    monkeypatch.setattr(training, "fit", fit)
+    assert run(capsys, "train", "--data", folder / "flowers.csv", "--target", "kind", "--out", folder / "run",
+               "--optimizer", "sgd", "--lr", "0.25", "--momentum", "0.5", "--batch-size", "7", "--epochs", "2",
+               "--bn-momentum", "0.3", "--seed", "11")[0] == 0  # fmt: skip
+    (first, data, options, optimizer), (second, *_, other) = seen
+    assert seen[1][1][0] is data[0]
+    assert seen[1][2] == options
+    assert (options["seed"], options["batch_size"], options["epochs"]) == (11, 7, 2)
+    assert len(first) == len(second) == 3
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert (optimizer.lr, optimizer.momentum) == (other.lr, other.momentum) == (0.25, 0.5)
+    assert checkpoint.load(folder / "run" / "model.safetensors")[1].momentum == 0.3
+
+
+def test_predict_prints_the_original_labels(flowers, model, capsys):
+    folder, kinds = flowers
+    status, out, err = run(capsys, "predict", model, folder / "plain.csv")
+    assert (status, err) == (0, "")
+    right = np.sum(np.array(out.splitlines()) == kinds)
+    assert right > 80
+    status, labelled, err = run(capsys, "predict", model, folder / "flowers.csv", "--target", "kind")
+    assert labelled == out
+    assert err.startswith(f"accuracy {right / 90:.2%}, {right} of 90")
+
+
+def test_predict_refuses(flowers, model, capsys, tmp_path):
+    folder, _ = flowers
+    (folder / "swapped.csv").write_text("b,a,c,d\n1,2,3,4\n")
+    (folder / "narrow.csv").write_text("a,b,c\n1,2,3\n")
+    np.savez(folder / "wide.npz", X=np.ones((2, 5)))
+    checkpoint.save(folder / "bare", nn.ReLU())
+    for name, fault in (
+        ("narrow.csv", "narrow.csv: expected 4 features, as in flowers.csv, got 3 (--target names a column of labels)"),
+        ("wide.npz", "wide.npz: expected 4 features, as in flowers.csv, got 5\n"),
+        ("swapped.csv", "swapped.csv: expected 'a' as feature 1, as in flowers.csv, got 'b'"),
+        ("flowers.csv", "expected a number, got 'rose'"),
+        ("none.csv", "no such file or folder: "),
+    ):
+        assert fault in refused(capsys, "predict", model, folder / name)
+    for name, fault in (
+        ("none", "no such file: "),
+        ("plain.csv", "plain.csv: not a safetensors file"),
+        ("bare", "a model that fastbn train wrote"),
+    ):
+        assert fault in refused(capsys, "predict", folder / name, folder / "plain.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--data", "none.npz"], "no such file or folder: none.npz"),
+        (["--data", "flowers.csv"], "got 'rose' (a column of labels must be named as the target)"),
+        (["--data", "plain.csv"], "no labels to learn: name their column with --target, one of a, b, c, d"),
+        (["--data", "flowers.csv", "--target", "x"], "expected one column called 'x'"),
+        (["--data", "unlabelled.npz"], "unlabelled.npz: no labels to learn"),
+        (["--target", "kind"], "target column is for .csv files"),
+        (["--batch-size", "1"], "batch_size must be at least 2"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--lr", "-1"], "lr"),
+        (["--lr", "nan"], "lr"),
+        (["--seed", "-1"], "non-negative"),
+        (["--bn-momentum", "inf"], "momentum"),
+        (["--momentum", "0.5"], "--momentum is for --optimizer sgd, got adam"),
+        (["--optimizer", "sgd", "--lr", "1e30"], "with batch normalization, the loss is"),
+        (["--out", "flowers.csv"], "flowers.csv is not a folder"),
+        (["--out", "flowers.csv/run"], "flowers.csv is not a folder"),
+    ],
+)
+def test_a_failed_training_writes_nothing(flowers, monkeypatch, capsys, arguments, fault):
+    folder, _ = flowers
+    monkeypatch.chdir(folder)
+    np.savez("unlabelled.npz", X=np.ones((4, 4)))
+    (folder / "fastbn-run").mkdir()
+    (folder / "fastbn-run" / "model.safetensors").write_text("precious")
+    before = sorted(folder.rglob("*"))
+    assert fault in refused(capsys, "train", *arguments)
+    assert sorted(folder.rglob("*")) == before
+    assert (folder / "fastbn-run" / "model.safetensors").read_text() == "precious"
+
+
+def test_a_twin_that_diverges_is_reported(flowers, capsys, monkeypatch):
+    folder, _ = flowers
+    fit = training.fit
+
+    def diverge(model, *arguments, **options):
+        if not any(isinstance(layer, fastbn.BatchNorm) for layer in model):
+            raise FloatingPointError("the loss is nan at epoch 1, step 2")
+        return fit(model, *arguments, **options)
+
+    monkeypatch.setattr(training, "fit", diverge)
+    command = ("train", "--data", folder / "flowers.csv", "--target", "kind", "--out", folder / "run", "--epochs", "2")
+    status, out, _ = run(capsys, *command)
+    assert status == 0
+    assert "without batch normalization     diverged: the loss is nan at epoch 1, step 2" in out
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    assert metrics["held_out"]["without batch normalization"] == {"diverged": "the loss is nan at epoch 1, step 2"}
+    assert "without batch normalization, the loss is nan" in refused(capsys, *command, "--no-batchnorm")
+
+
+def test_idx_folder_is_judged_by_its_own_test_part(tmp_path, capsys):
+    folder = tmp_path / "pixels"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 60), ("t10k", 21)):
+        y = (np.arange(n) % 3 + 5).astype(np.uint8)
+        images = rng.integers(0, 60, (n, 3, 3), dtype=np.uint8)
+        images[np.arange(n), 0, y - 5] += 180
+        for name, array, magic in (("images-idx3", images, 0x803), ("labels-idx1", y, 0x801)):
+            content = struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    command = ("train", "--data", folder, "--out", tmp_path / "run", "--epochs", "30", "--batch-size", "16")
+    status, out, _ = run(capsys, *command)
+    assert status == 0
+    assert "pixels: 60 training examples, 21 held out, 9 features, 3 classes" in out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    accuracy = metrics["held_out"]["with batch normalization"]["accuracy"]
+    assert accuracy > 0.9
+    status, out, err = run(capsys, "predict", tmp_path / "run" / "model.safetensors", folder)
+    assert len(out.split()) == 21
+    assert set(out.split()) == {"5", "6", "7"}
+    assert err == f"accuracy {accuracy:.2%}, {round(21 * accuracy)} of 21\n"
+
+
+def test_missing_extras_are_said_before_the_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "fit", None)
+    for package in ("matplotlib", "safetensors"):
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda name, missing=package: None if name == missing else name)
+            err = refused(capsys, "train", "--out", tmp_path / "run")
+        assert f"needs {package}: pip install" in err
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sklearn.datasets", None)
+        assert "the digits data need scikit-learn: pip install" in refused(capsys, "train", "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["", "10,", "a", "10,0", "-5"])
+def test_widths_that_are_none(capsys, text):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", f"--hidden={text}"])
+    assert stop.value.code == 2
+    assert "expected widths such as 100,100" in capsys.readouterr().err
+
+
+def test_info_version_and_module(capsys):
+    assert run(capsys, "info")[0] == 0
+    fastbn.show_config()
+    config = capsys.readouterr().out
+    ran = subprocess.run([sys.executable, "-m", "fastbn", "info"], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[0] == config.splitlines()[0]
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"fastbn {fastbn.__version__}\n"
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+
+
+def test_a_reader_that_stops_early_is_no_error(model, tmp_path):
+    np.savez(tmp_path / "many.npz", X=np.ones((200_000, 4)))
+    command = [sys.executable, "-m", "fastbn", "predict", str(model), str(tmp_path / "many.npz")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().strip() in ("rose", "lily", "aster")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_learning_curves_of_a_regression_and_of_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its state is the program's, not ours
+    history = training.History(loss=[3.0, 1.0], val_loss=[2.0, 1.5], seconds=[0.1, 0.1])
+    plots.learning_curves({"one": history, "two": training.History(loss=[1.0])}, tmp_path / "curves")
+    assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
+    for histories in ({}, {"none": training.History()}):
+        with pytest.raises(ValueError, match="no epochs to draw"):
+            plots.learning_curves(histories, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
