@@ -110,7 +110,8 @@ def pairwise(factors, allowed):
             impossible.append(tuple(fixed.items()))
             del todo[impossible[-1]]
             continue
-        rows.append(max(tries, key=lambda row: sum(p in todo for p in pairs(row))))
+        # Many new pairs first, then few numbers.
+        rows.append(max(tries, key=lambda row: (sum(p in todo for p in pairs(row)), -row["c"] * row["s"] * row["m"])))
         for p in pairs(rows[-1]):
             todo.pop(p, None)
     return rows, impossible

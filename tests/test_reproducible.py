@@ -85,11 +85,10 @@ def same(a, b):
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_threads_alignment_and_out_change_no_bit(shape, dtype, order):
     expected = results(shape, dtype, "relu", 1, order=order)
-    for threads in (2, 3, 5):
+    for threads in (2, 3):
         same(results(shape, dtype, "relu", threads, order=order), expected)
-    for offset in (1, 3):
-        same(results(shape, dtype, "relu", 1, offset, given=True, order=order), expected)
-    same(results(shape, dtype, "relu", 1, 0, given=True, order=order), expected)
+    same(results(shape, dtype, "relu", 1, offset=1, given=True, order=order), expected)
+    same(results(shape, dtype, "relu", 3, offset=3, order=order), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

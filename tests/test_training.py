@@ -104,6 +104,17 @@ def test_validation_is_evaluate_after_each_epoch():
     assert all(layer.training for layer in model)
 
 
+def test_fit_trains_in_training_mode_whatever_the_mode_was():
+    models = network(), network().eval()
+    for model in models:
+        training.fit(
+            model, blobs(), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=2, batch_size=16,
+            validation=blobs(),
+        )  # fmt: skip
+    assert state(models[0]) == state(models[1])
+    assert models[1][1].num_batches_tracked == 2 * 6
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 1024])
 def test_evaluate_takes_running_averages_and_the_exact_mean(batch_size):
     X, y = blobs(100, dtype=np.float64)
