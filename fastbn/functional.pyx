@@ -166,13 +166,18 @@ cdef bint dense(cnp.ndarray x, int axis, Py_ssize_t *M, Py_ssize_t *S) noexcept:
     return True
 
 
-cdef bint same_layout(cnp.ndarray a, cnp.ndarray b) noexcept:
+cdef bint same_strides(cnp.ndarray a, cnp.ndarray b) noexcept:
     """Whether two arrays of one shape and dtype place their elements alike."""
     cdef int i
     for i in range(cnp.PyArray_NDIM(a)):
         if cnp.PyArray_DIM(a, i) > 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i):
             return False
-    return cnp.PyArray_ISALIGNED(b)
+    return True
+
+
+cdef bint usable_as(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether the kernels can work on b beside a, which is dense and aligned."""
+    return same_strides(a, b) and cnp.PyArray_ISALIGNED(b)
 
 
 cdef tuple shape_of(cnp.ndarray a):
@@ -219,7 +224,7 @@ cdef bint overlap(cnp.ndarray a, cnp.ndarray b) except -1:
 
 
 cdef bint identical(cnp.ndarray a, cnp.ndarray b) noexcept:
-    return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and same_layout(a, b)
+    return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and same_strides(a, b)
 
 
 cdef cnp.ndarray checked_out(object out, cnp.ndarray x):
@@ -355,7 +360,7 @@ cdef class Call:
             self.inplace = identical(target, inplace)
             if not self.inplace and overlap(target, inplace):
                 raise ValueError("expected out to be the input itself or to share no memory with it, got a partly overlapping array")
-        self.y = target if same_layout(self.x, target) else np.empty_like(self.x, order="K", subok=False)
+        self.y = target if usable_as(self.x, target) else np.empty_like(self.x, order="K", subok=False)
         self.job.y = cnp.PyArray_DATA(self.y)
         return 0
 
@@ -751,7 +756,7 @@ cdef Call backward_call(object dy, object x, Py_ssize_t features, object stats, 
     c.parameters(weight, bias)
     c.statistics(stats)
     c.output(out, given, gradient)
-    if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not same_layout(c.x, gradient):
+    if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not usable_as(c.x, gradient):
         c.dy = np.empty_like(c.x, order="K", subok=False)
         np.copyto(c.dy, gradient, casting="same_kind")
     else:

@@ -111,9 +111,13 @@ class RunningStats:
 
         Raises
         ------
+        TypeError
+            For anything but a BatchStats.
         ValueError
             For another number of features; for a single value where an unbiased variance is averaged.
         """
+        if not isinstance(stats, BatchStats):
+            raise TypeError(f"expected stats to be a BatchStats, as moments returns, got {type(stats).__name__}")
         self._check(stats.mean.shape)
         if stats.count == 0:
             return

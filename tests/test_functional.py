@@ -303,6 +303,22 @@ def test_any_finite_momentum_is_taken(momentum):
     within(var, twin.averaged(3, twin.unbiased(truth), momentum), 1e-15 * 8)
 
 
+@pytest.mark.parametrize("kind", ["float32", "strided", "swapped"])
+def test_running_statistics_of_every_kind_are_updated(kind):
+    x = np.random.default_rng(5).standard_normal((30, 4))
+    expected = np.full(4, 2.0), np.full(4, 3.0)
+    fastbn.batch_norm(x, *expected, training=True)
+    make = {
+        "float32": lambda a: a.astype("float32"),
+        "strided": lambda a: np.repeat(a, 2)[::2],
+        "swapped": lambda a: a.astype(a.dtype.newbyteorder()),
+    }[kind]
+    mean, var = make(np.full(4, 2.0)), make(np.full(4, 3.0))
+    fastbn.batch_norm(x, mean, var, training=True)
+    for got, wide in zip((mean, var), expected, strict=True):
+        assert (got == wide.astype(got.dtype)).all()
+
+
 def test_out_may_be_another_array_on_the_memory_of_x():
     x = np.random.default_rng(6).standard_normal((30, 4)).astype("float32")
     expected, _ = fastbn.batch_norm_forward(x)

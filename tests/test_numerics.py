@@ -200,6 +200,30 @@ def test_contract_on_hard_data(dtype, name, view):
     check_contract(x, weight.astype(dtype), bias.astype(dtype))
 
 
+def periodic(period):
+    """Rows that repeat: wherever sums are cut at a multiple of the period, rounding errors repeat and never average out."""
+    return lambda rng, n, c: np.resize(rng.standard_normal((period, c)), (n, c))
+
+
+FEW_VALUES = {
+    "two values": lambda rng, n, c: np.where(rng.random((n, c)) < rng.random(c), rng.random(c), rng.random(c)),
+    "a step": lambda rng, n, c: np.where(np.arange(n)[:, None] < n * rng.random(c), rng.random(c), rng.random(c)),
+    "pixels": lambda rng, n, c: np.round(rng.random((n, c)) ** 4 * 255) / 255,
+    **{f"period {period}": periodic(period) for period in (2, 3, 4, 8, 16)},
+}
+
+
+@pytest.mark.parametrize("n", [8, 16, 64, 300])
+@pytest.mark.parametrize("name", FEW_VALUES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contract_on_few_values_in_many_features(dtype, name, n):
+    """Many features at once, since the worst of a thousand is far from the usual one."""
+    x = FEW_VALUES[name](np.random.default_rng(5), n, 1000).astype(dtype)
+    x = np.ascontiguousarray(x[:, (x != x[0]).any(0)])
+    check_contract(x, None, None)
+    check_contract(np.ascontiguousarray(x.T)[None], None, None)
+
+
 @pytest.mark.parametrize("n", [2, 3, 7, 8, 9, 33, 100_000])
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES)

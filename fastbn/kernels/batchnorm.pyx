@@ -695,6 +695,30 @@ cdef void merge_gradients(Work *w, row table, f64 dweight, f64 dbias, f64 lost) 
         table[SLOPE * C + c] = dweight[c] * per * table[INVSTD * C + c]
 
 
+cdef bint representable(Job *job) noexcept nogil:
+    """Whether float32 holds every weight*invstd with full precision: x near 1e37 and a small weight leave its normal range."""
+    cdef Py_ssize_t c
+    cdef double scale
+    for c in range(job.C):
+        scale = job.weight[c] / sqrt(job.var[c] + job.eps)
+        if scale != 0 and -1.2e-38 < scale < 1.2e-38:
+            return False
+    return True
+
+
+cdef void normalize_wide(Job *job) noexcept nogil:
+    """normalize for float32 with the arithmetic of float64; for the rare data above, so neither threads nor vectors."""
+    cdef float *x = <float *>job.x
+    cdef float *y = <float *>job.y
+    cdef Py_ssize_t i
+    cdef Py_ssize_t c
+    cdef double z
+    for i in range(job.M * job.C * job.S):
+        c = i // job.S % job.C
+        z = (<double>x[i] - job.mean[c] - job.mean_low[c]) * (job.weight[c] / sqrt(job.var[c] + job.eps)) + job.bias[c]
+        y[i] = act(<float>z, job.activation)
+
+
 # --- the kernels ------------------------------------------------------------------------------------------------------------
 
 cdef int moments_of(Job *job, row x) noexcept nogil:
@@ -714,6 +738,9 @@ cdef int moments_of(Job *job, row x) noexcept nogil:
 
 cdef int normalize_of(Job *job, row x) noexcept nogil:
     cdef Work w
+    if not job.is_float64 and not representable(job):
+        normalize_wide(job)
+        return 0
     w.job = job
     plan(&w)
     w.params = malloc(PARAMETERS * job.C * sizeof(x[0]))
