@@ -293,6 +293,9 @@ def test_inference_needs_running_statistics(world):
     for mean, var in ((None, None), (world.mean, None), (None, world.var)):
         with pytest.raises(ValueError, match="running"):
             fastbn.batch_norm(world.x, mean, var)
+        if mean is not var:
+            with pytest.raises(ValueError, match="running"):
+                fastbn.batch_norm(world.x, mean, var, training=True)
 
 
 def test_stats_of_other_features(world):

@@ -182,3 +182,8 @@ def test_errors_leave_the_statistics_as_they_were():
 def test_momentum_is_finite(momentum):
     with pytest.raises(ValueError, match="momentum"):
         fastbn.RunningStats(3, momentum)
+
+
+def test_exact_statistics_have_nothing_to_debias():
+    with pytest.raises(ValueError, match="debias"):
+        fastbn.RunningStats(3, None, debias=True)
