@@ -86,7 +86,10 @@ def extension(name: str, source: str) -> Extension:
         name,
         [source],
         include_dirs=[numpy.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION")],
+        define_macros=[
+            ("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"),
+            ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),
+        ],
     )
 
 
@@ -96,7 +99,8 @@ def cythonized(extensions: list[Extension], folder: str) -> list[Extension]:
 
 builds = BUILDS if is_x86_64() else ["baseline"]
 modules = cythonized(
-    [extension(f"fastbn.{name}", f"fastbn/{name.replace('.', '/')}.pyx") for name in ("functional", "kernels.cpu")], "once"
+    [extension(f"fastbn.{name}", f"fastbn/{name.replace('.', '/')}.pyx") for name in ("functional", "kernels.cpu")],
+    "once",
 )
 for build in builds:
     # A folder for each: the C files of one source would overwrite each other.

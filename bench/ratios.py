@@ -11,14 +11,24 @@ import numpy as np
 import fastbn
 from bench.timing import interleaved
 
-SHAPES = [(32, 64), (64, 100), (256, 256), (1024, 1024), (8192, 1024), (100_000, 3), (32, 64, 56, 56), (32, 256, 14, 14)]
+SHAPES = [
+    (32, 64),
+    (64, 100),
+    (256, 256),
+    (1024, 1024),
+    (8192, 1024),
+    (100_000, 3),
+    (32, 64, 56, 56),
+    (32, 256, 14, 14),
+]
 
 
 def main() -> None:
     fastbn.set_num_threads(THREADS)
     fastbn.show_config()
     print(f"\nfloat32, preallocated outputs, {THREADS} thread(s); medians, interleaved\n")
-    print(f"{'shape':<20}{'add us':>9}{'copy us':>9}{'train us':>10}  {'train/add':>9}{'train/copy':>11}{'infer/copy':>11}{'backward/copy':>14}")
+    heads = ("add us", "copy us", "train us", "train/add", "train/copy", "infer/copy", "backward/copy")
+    print(f"{'shape':<20}" + "".join(f"{head:>14}" for head in heads))
     rng = np.random.default_rng(0)
     for shape in SHAPES:
         x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
@@ -35,11 +45,9 @@ def main() -> None:
                 "backward": lambda dy=dy, dx=dx, layer=back: layer.backward(dy, out=dx),
             }
         )
-        print(
-            f"{shape!s:<20}{t['add'] * 1e6:9.2f}{t['copy'] * 1e6:9.2f}{t['train'] * 1e6:10.2f}  {t['train'] / t['add']:9.2f}"
-            f"{t['train'] / t['copy']:11.2f}{t['infer'] / t['copy']:11.2f}{t['backward'] / t['copy']:14.2f}",
-            flush=True,
-        )
+        figures = [t["add"] * 1e6, t["copy"] * 1e6, t["train"] * 1e6, t["train"] / t["add"]]
+        figures += [t[name] / t["copy"] for name in ("train", "infer", "backward")]
+        print(f"{shape!s:<20}" + "".join(f"{figure:14.2f}" for figure in figures), flush=True)
 
 
 if __name__ == "__main__":

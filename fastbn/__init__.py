@@ -1,6 +1,7 @@
-"""Batch normalization for NumPy on CPUs: as fast as memory allows, right to the last bits, the same bits on every machine.
+"""Batch normalization for NumPy on CPUs: fast, right to the last bits, the same bits on every machine.
 
-`BatchNorm` is the layer, `batch_norm` and its kin are functions of arrays, `nn`, `losses`, `optim` and `training` the system around it.
+`BatchNorm` is the layer, `batch_norm` and its kin are functions of arrays, `nn`, `losses`, `optim` and `training` the
+system around it.
 """
 
 from importlib.metadata import version as _version

@@ -16,9 +16,9 @@ Array = NDArray[Any]
 class BatchNorm:
     """Batch normalization (Ioffe & Szegedy 2015) of arrays of any shape with C features along one axis.
 
-    Training: ``y = (x - mean)/sqrt(var + eps)*weight + bias`` with the mean and the 1/m variance of each feature over the batch, and
-    ``running = (1 - momentum)*running + momentum*batch``, where running_var takes the m/(m-1) variance. Inference: the same with the
-    running statistics. One class serves (N, C), (N, C, L), (N, C, H, W) and, by `axis`, channels-last.
+    Training: ``y = (x - mean)/sqrt(var + eps)*weight + bias`` with the mean and the 1/m variance of each feature over
+    the batch, and ``running = (1 - momentum)*running + momentum*batch``, where running_var takes the m/(m-1) variance.
+    Inference: the same with the running statistics. One class serves (N, C), (N, C, L), (N, C, H, W) and, by `axis`, channels-last.
 
     Parameters
     ----------
@@ -27,8 +27,8 @@ class BatchNorm:
     eps : float
         Positive.
     momentum : float or None
-        Weight of the newest batch in the running statistics, as PyTorch's (the lectures' beta is ``1 - momentum``; Keras's 0.99 is 0.01
-        here). None: the plain average of all batches.
+        Weight of the newest batch in the running statistics, as PyTorch's (the lectures' beta is ``1 - momentum``;
+        Keras's 0.99 is 0.01 here). None: the plain average of all batches.
     affine : bool
         Whether there are weight (ones) and bias (zeros), of shape (C,).
     track_running_stats : bool
@@ -53,12 +53,13 @@ class BatchNorm:
     num_batches_tracked : int
     training : bool
     params, grads : dict of numpy.ndarray
-        ``weight`` and ``bias``, and the gradients of the last backward (zeros before it); the arrays stay the same ones.
+        ``weight`` and ``bias``, and the gradients of the last backward (zeros before it); the arrays stay the same
+        ones.
 
     Notes
     -----
-    forward keeps a reference to x: change x before backward, and the gradients are wrong. An affine layer that feeds BatchNorm needs no
-    bias. Inference may be called from several threads at once.
+    forward keeps a reference to x: change x before backward, and the gradients are wrong. An affine layer that feeds
+    BatchNorm needs no bias. Inference may be called from several threads at once.
 
     Examples
     --------
@@ -147,28 +148,29 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            For another number of features, one value per feature in training, an out of another shape or partly overlapping x.
+            For another number of features, one value per feature in training, an out of another shape or partly
+            overlapping x.
         TypeError
             For other dtypes and masked arrays.
         numpy.exceptions.AxisError
             Where x has no such axis.
         """
-        mean = self._running_mean
-        training = self.training or mean is None
-        if training:
+        mean, var = self._running_mean, self._running_var
+        training = self.training or mean is None or var is None
+        if mean is None or var is None or self.training:
             # Without training, statistics are computed for want of others, as PyTorch's, and nothing is averaged.
             momentum = self._momentum
             if momentum is None:
                 momentum = 1 / (self.num_batches_tracked + 1)
             y, stats, kept = functional.forward(
-                x, self._num_features, self._weight, self._bias, self._eps, mean, self._running_var, momentum,
+                x, self._num_features, self._weight, self._bias, self._eps, mean, var, momentum,
                 self._unbiased, self._axis, self._activation, out, self._num_threads,
             )  # fmt: skip
             if mean is not None and stats.count:
                 self.num_batches_tracked += 1
         else:
             y, stats, kept = functional.infer(
-                x, self._num_features, self._weight, self._bias, self._eps, mean, self._running_var,
+                x, self._num_features, self._weight, self._bias, self._eps, mean, var,
                 self._axis, self._activation, out, self._num_threads,
             )  # fmt: skip
         self._saved = (x, stats, training) if kept else None
@@ -179,8 +181,9 @@ class BatchNorm:
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
         """Gradients of the last forward, a training or an inference one; may be called again.
 
-        ``dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))`` after a training forward, ``weight/sqrt(var + eps)*g`` after
-        an inference one, where g is the gradient before the activation. ``grads["weight"] = sum g*x_hat``, ``grads["bias"] = sum g``.
+        ``dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))`` after a training forward,
+        ``weight/sqrt(var + eps)*g`` after an inference one, where g is the gradient before the activation.
+        ``grads["weight"] = sum g*x_hat``, ``grads["bias"] = sum g``.
 
         Parameters
         ----------
@@ -232,7 +235,8 @@ class BatchNorm:
             shift += self._bias
         return scale, shift - self._running_mean * scale
 
-    # --- mode and state ------------------------------------------------------------------------------------------------
+    # --- mode and state
+    # ------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or with False to inference; returns the layer."""
@@ -307,7 +311,8 @@ class BatchNorm:
         self.__dict__.update(state)
         self._connect()
 
-    # --- what it is ----------------------------------------------------------------------------------------------------
+    # --- what it is
+    # ----------------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: ``BatchNorm(**bn.config())`` is a fresh layer of the same kind."""

@@ -11,9 +11,7 @@ Activation = Literal["relu", "leaky_relu"]
 
 class BatchStats:
     count: int
-    def __init__(
-        self, mean: ArrayLike, var: ArrayLike, count: int, mean_low: ArrayLike | None = None
-    ) -> None: ...
+    def __init__(self, mean: ArrayLike, var: ArrayLike, count: int, mean_low: ArrayLike | None = None) -> None: ...
     @property
     def mean(self) -> Float64: ...
     @property

@@ -577,8 +577,8 @@ def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axi
         y, stats, _ = forward(x, -1, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)
         running.update(stats)
         return y, stats
-    y, stats, _ = forward(x, len(running.mean), weight, bias, eps, running.mean, running.var, running.momentum, running.unbiased, axis,
-                       activation, out, num_threads)
+    y, stats, _ = forward(x, running.num_features, weight, bias, eps, running.mean, running.var, running.momentum, running.unbiased,
+                          axis, activation, out, num_threads)
     running._counted(stats)
     return y, stats
 
@@ -586,8 +586,8 @@ def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axi
 cdef int raise_unless_fits(object x, object axis, object running) except -1:
     cdef cnp.ndarray given = floating(x, "x")
     cdef int k = feature_axis(given, axis)
-    if cnp.PyArray_DIM(given, k) != len(running.mean):
-        raise ValueError(f"expected x with {len(running.mean)} features along axis {axis}, got shape {shape_of(given)}")
+    if cnp.PyArray_DIM(given, k) != running.num_features:
+        raise ValueError(f"expected x with {running.num_features} features along axis {axis}, got shape {shape_of(given)}")
     return 0
 
 

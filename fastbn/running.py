@@ -20,18 +20,19 @@ class RunningStats:
     num_features : int
         C.
     momentum : float or None
-        Weight of the newest batch, finite: ``new = (1 - momentum)*old + momentum*batch``, from mean 0 and variance 1. None keeps the
-        exact statistics of every value seen, merged by the rule of Chan, Golub & LeVeque (1979).
+        Weight of the newest batch, finite: ``new = (1 - momentum)*old + momentum*batch``, from mean 0 and variance 1.
+        None keeps the exact statistics of every value seen, merged by the rule of Chan, Golub & LeVeque (1979).
     unbiased : bool
         Whether var is of 1/(m-1), as PyTorch's running variance, or of 1/m, as Keras's and ONNX's.
     debias : bool
-        Start the average at zero and divide it by ``1 - (1 - momentum)**t`` after t batches (Kingma & Ba 2015, section 3): without it the
-        first averages lean towards the start.
+        Start the average at zero and divide it by ``1 - (1 - momentum)**t`` after t batches (Kingma & Ba 2015, section
+        3): without it the first averages lean towards the start.
 
     Attributes
     ----------
     mean, var : numpy.ndarray of shape (C,), float64
-        Of an exponentially weighted average without debias: the live arrays. Otherwise computed when asked for; NaN before the first value.
+        Of an exponentially weighted average without debias: the live arrays. Otherwise computed when asked for; NaN
+        before the first value.
     count : int
         Values per feature seen.
     num_batches : int

@@ -399,7 +399,7 @@ cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t u
     table: (used, pitch), its first column that of the block's first feature; handed back as it is where each lane is a feature.
     """
     cdef Py_ssize_t p
-    cdef Py_ssize_t i
+    cdef Py_ssize_t _
     cdef Py_ssize_t c
     cdef Py_ssize_t s
     cdef Py_ssize_t n = features(w, b)
@@ -412,7 +412,7 @@ cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t u
     step[0] = LANES
     for p in range(used):
         lane = lanes + p * LANES
-        for i in range(copies):
+        for _ in range(copies):
             if S == 1:
                 for c in range(n):
                     lane[c] = table[p * pitch + c]
@@ -427,10 +427,10 @@ cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t u
 
 cdef inline void merge(f64 s, f64 e, Py_ssize_t i, Py_ssize_t j, Py_ssize_t n) noexcept nogil:
     """Add the sums of the n lanes from j on to those of the n lanes from i on, which do not overlap them."""
-    cdef Py_ssize_t l
-    for l in range(n):
-        add(s, e, i + l, s[j + l], True)
-        e[i + l] += e[j + l]
+    cdef Py_ssize_t k
+    for k in range(n):
+        add(s, e, i + k, s[j + k], True)
+        e[i + k] += e[j + k]
 
 
 cdef void gather(Work *w, Py_ssize_t b, f64 s, f64 e) noexcept nogil:
@@ -488,7 +488,6 @@ cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) n
     cdef Py_ssize_t first = k * w.chunk
     cdef Py_ssize_t n = min(first + w.chunk, w.units) - first
     cdef Py_ssize_t i
-    cdef Py_ssize_t c
     cdef Py_ssize_t u
     cdef Py_ssize_t at
     cdef Py_ssize_t o[32]

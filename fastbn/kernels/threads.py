@@ -19,9 +19,9 @@ def _cgroup_quota() -> int | None:
     for line in groups:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, files = Path("/sys/fs/cgroup"), ("cpu.max",)
+            root, files = Path("/sys/fs/cgroup"), ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            root, files = Path("/sys/fs/cgroup/cpu"), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            root, files = Path("/sys/fs/cgroup/cpu"), ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
         # A limit anywhere above counts; within a container the path may not be there, and the root speaks for it.
@@ -51,9 +51,9 @@ def _checked(n: int) -> int:
 def get_num_threads() -> int:
     """Threads that a large call uses.
 
-    The number set with `set_num_threads`; by default the smallest of OpenMP's limit (``OMP_NUM_THREADS``, or threadpoolctl's), the
-    processors that this process may run on, and its control group's quota. 1 in a forked child and in a serial build.
-    Results have the same bits for every number.
+    The number set with `set_num_threads`; by default the smallest of OpenMP's limit (``OMP_NUM_THREADS``, or
+    threadpoolctl's), the processors that this process may run on, and its control group's quota. 1 in a forked child
+    and in a serial build. Results have the same bits for every number.
 
     Examples
     --------
