@@ -18,7 +18,8 @@ class BatchNorm:
 
     Training: ``y = (x - mean)/sqrt(var + eps)*weight + bias`` with the mean and the 1/m variance of each feature over
     the batch, and ``running = (1 - momentum)*running + momentum*batch``, where running_var takes the m/(m-1) variance.
-    Inference: the same with the running statistics. One class serves (N, C), (N, C, L), (N, C, H, W) and, by `axis`, channels-last.
+    Inference: the same with the running statistics. One class serves (N, C), (N, C, L), (N, C, H, W) and, by `axis`,
+    channels-last.
 
     Parameters
     ----------

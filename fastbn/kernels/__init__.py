@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 if find_spec(f"{__name__}.cpu") is None:
     raise ImportError(
-        "fastbn is not built here: run `python -m pip install -e .` in the source tree, or leave it for an installed one"
+        "fastbn is not built here: run `python -m pip install -e .` in this source tree, or leave it"
     )
 
 from . import cpu
