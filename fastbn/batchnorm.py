@@ -93,17 +93,11 @@ class BatchNorm:
         self._num_features = operator.index(num_features)
         if self._num_features < 1:
             raise ValueError(f"expected num_features to be at least 1, got {num_features}")
-        if not 0 < eps < math.inf:
-            raise ValueError(f"expected eps to be positive and finite, got {eps!r}")
         if momentum is not None and not math.isfinite(momentum):
             raise ValueError(f"expected momentum to be finite or None, got {momentum!r}")
         self._dtype = np.dtype(dtype)
         if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"expected dtype float32 or float64, got {self._dtype}")
-        if activation not in (None, "relu", "leaky_relu"):
-            raise ValueError(f"expected activation None, 'relu' or 'leaky_relu', got {activation!r}")
-        if num_threads is not None and operator.index(num_threads) < 1:
-            raise ValueError(f"expected num_threads to be at least 1, got {num_threads}")
         self._eps = float(eps)
         self._momentum = None if momentum is None else float(momentum)
         self._axis = operator.index(axis)
@@ -124,9 +118,12 @@ class BatchNorm:
         self.reset_running_stats()
 
     def _connect(self) -> None:
-        # A dictionary look-up less in each call.
         self._weight = self.params.get("weight")
         self._bias = self.params.get("bias")
+        self._constants = functional.Constants(
+            self._num_features, self._weight, self._bias, self._eps, self._running_mean, self._running_var,
+            self._unbiased, self._axis, self._activation, self._num_threads,
+        )  # fmt: skip
         self._saved: tuple[ArrayLike, functional.BatchStats, bool] | None = None
 
     # --- the layer ---------------------------------------------------------------------------------------------------
@@ -156,24 +153,17 @@ class BatchNorm:
         numpy.exceptions.AxisError
             Where x has no such axis.
         """
-        mean, var = self._running_mean, self._running_var
-        training = self.training or mean is None or var is None
-        if mean is None or var is None or self.training:
-            # Without training, statistics are computed for want of others, as PyTorch's, and nothing is averaged.
+        # Without running statistics, inference computes the batch's for want of others, as PyTorch's does.
+        training = self.training or self._running_mean is None
+        if training:
             momentum = self._momentum
             if momentum is None:
                 momentum = 1 / (self.num_batches_tracked + 1)
-            y, stats, kept = functional.forward(
-                x, self._num_features, self._weight, self._bias, self._eps, mean, var, momentum,
-                self._unbiased, self._axis, self._activation, out, self._num_threads,
-            )  # fmt: skip
-            if mean is not None and stats.count:
+            y, stats, kept = functional.forward(self._constants, x, out, momentum)
+            if self._running_mean is not None and stats.count:
                 self.num_batches_tracked += 1
         else:
-            y, stats, kept = functional.infer(
-                x, self._num_features, self._weight, self._bias, self._eps, mean, var,
-                self._axis, self._activation, out, self._num_threads,
-            )  # fmt: skip
+            y, stats, kept = functional.infer(self._constants, x, out)
         self._saved = (x, stats, training) if kept else None
         return y
 
@@ -209,10 +199,8 @@ class BatchNorm:
         if saved is None:
             raise RuntimeError("expected a forward before backward, and one that did not overwrite x")
         x, stats, training = saved
-        return functional.backward_into(
-            dy, x, self._num_features, stats, self._weight, self._bias, self._eps, training, self._axis,
-            self._activation, out, self._num_threads, self.grads.get("weight"), self.grads.get("bias"),
-        )  # fmt: skip
+        dweight, dbias = self.grads.get("weight"), self.grads.get("bias")
+        return functional.backward_into(self._constants, dy, x, stats, training, out, dweight, dbias)
 
     def fold(self) -> tuple[Array, Array]:
         """The inference forward as one affine map.
@@ -306,7 +294,8 @@ class BatchNorm:
         return arrays
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_saved", "_weight", "_bias")}
+        made_anew = ("_saved", "_constants", "_weight", "_bias")
+        return {name: value for name, value in self.__dict__.items() if name not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

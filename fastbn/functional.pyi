@@ -64,47 +64,30 @@ def batch_norm_backward(
 ) -> tuple[Array, Float64, Float64]: ...
 
 # What BatchNorm calls; all arguments by position.
-def forward(
-    x: ArrayLike,
-    features: int,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    mean: Float64 | None,
-    var: Float64 | None,
-    factor: float | None,
-    unbiased: bool,
-    axis: int,
-    activation: str | None,
-    out: Array | None,
-    num_threads: int | None,
-) -> tuple[Array, BatchStats, bool]: ...
-def infer(
-    x: ArrayLike,
-    features: int,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    mean: ArrayLike,
-    var: ArrayLike,
-    axis: int,
-    activation: str | None,
-    out: Array | None,
-    num_threads: int | None,
-) -> tuple[Array, BatchStats, bool]: ...
+class Constants:
+    def __init__(
+        self,
+        features: int,
+        weight: ArrayLike | None,
+        bias: ArrayLike | None,
+        eps: float,
+        mean: ArrayLike | None,
+        var: ArrayLike | None,
+        unbiased: bool,
+        axis: int,
+        activation: str | None,
+        num_threads: int | None,
+    ) -> None: ...
+
+def forward(constants: Constants, x: ArrayLike, out: Array | None, factor: float) -> tuple[Array, BatchStats, bool]: ...
+def infer(constants: Constants, x: ArrayLike, out: Array | None) -> tuple[Array, BatchStats, bool]: ...
 def backward_into(
+    constants: Constants,
     dy: ArrayLike,
     x: ArrayLike,
-    features: int,
     stats: BatchStats,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
     training: bool,
-    axis: int,
-    activation: str | None,
     out: Array | None,
-    num_threads: int | None,
     dweight: Array | None,
     dbias: Array | None,
 ) -> Array: ...

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.exceptions import AxisError
 from numpy.ma import MaskedArray
 
+cimport cython
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
@@ -26,6 +27,7 @@ cnp.import_array()
 cdef Table *KERNELS = <Table *>PyCapsule_GetPointer(kernels.table, "fastbn.kernels.Table")
 
 
+@cython.freelist(8)
 cdef class BatchStats:
     """Mean and variance of each feature over one batch; immutable.
 
@@ -291,6 +293,37 @@ cdef int load(object a, double *to, Py_ssize_t C, double default, str name) exce
 
 # --- one call ------------------------------------------------------------------------------------------------------------
 
+cdef class Constants:
+    """What is the same in every call of a layer, checked and in C types: a short call spends most of its time on arguments.
+
+    features: the expected number, or -1.  weight, bias, mean, var: (C,) or None; a training forward updates the running averages mean
+    and var in place, which then must be contiguous float64.
+    """
+    cdef Py_ssize_t features
+    cdef object weight
+    cdef object bias
+    cdef double eps
+    cdef object mean
+    cdef object var
+    cdef bint unbiased
+    cdef object axis
+    cdef Activation activation
+    cdef int num_threads
+
+    def __init__(self, features, weight, bias, eps, mean, var, unbiased, axis, activation, num_threads):
+        self.features = features
+        self.weight = weight
+        self.bias = bias
+        self.eps = checked_eps(eps)
+        self.mean = mean
+        self.var = var
+        self.unbiased = unbiased
+        self.axis = operator.index(axis)
+        self.activation = activation_of(activation)
+        self.num_threads = checked_threads(num_threads)
+
+
+@cython.freelist(8)
 cdef class Call:
     """The arrays of one call and the job made of them. All arguments are checked before anything is computed."""
     cdef Job job
@@ -304,9 +337,8 @@ cdef class Call:
     def __dealloc__(self):
         PyMem_Free(self.room)
 
-    cdef int begin(self, cnp.ndarray x, object axis, object activation, object eps, object num_threads) except -1:
-        cdef int k = feature_axis(x, axis)
-        cdef int threads
+    cdef int begin(self, Constants constants, cnp.ndarray x) except -1:
+        cdef int k = feature_axis(x, constants.axis)
         cdef Job *job = &self.job
         if not dense(x, k, &job.M, &job.S):
             # In the order of x's memory, as far as a dense array can have it.
@@ -316,13 +348,14 @@ cdef class Call:
         job.C = cnp.PyArray_DIM(x, k)
         job.x = cnp.PyArray_DATA(x)
         job.is_float64 = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
-        job.activation = activation_of(activation)
-        job.eps = checked_eps(eps)
-        threads = checked_threads(num_threads)
-        job.num_threads = cpu.threads(threads) if job.M * job.C * job.S >= THREADED else 1
+        job.activation = constants.activation
+        job.eps = constants.eps
+        job.num_threads = cpu.threads(constants.num_threads) if job.M * job.C * job.S >= THREADED else 1
+        if constants.features >= 0 and constants.features != job.C:
+            raise ValueError(f"expected x with {constants.features} features along axis {constants.axis}, got shape {shape_of(x)}")
         return 0
 
-    cdef int parameters(self, object weight, object bias) except -1:
+    cdef int parameters(self, Constants constants) except -1:
         cdef Py_ssize_t C = self.job.C
         self.room = <double *>PyMem_Malloc(max(4 * C, 1) * sizeof(double))
         if self.room == NULL:
@@ -331,8 +364,8 @@ cdef class Call:
         self.job.bias = self.room + C
         self.job.dweight = self.room + 2 * C
         self.job.dbias = self.room + 3 * C
-        load(weight, self.job.weight, C, 1, "weight")
-        load(bias, self.job.bias, C, 0, "bias")
+        load(constants.weight, self.job.weight, C, 1, "weight")
+        load(constants.bias, self.job.bias, C, 0, "bias")
         return 0
 
     cdef int statistics(self, BatchStats stats) except -1:
@@ -384,12 +417,6 @@ cdef int call(Kernel first, Kernel second, Job *job) except -1:
     return 0
 
 
-cdef int check_features(Call c, Py_ssize_t features, object axis) except -1:
-    if features >= 0 and features != c.job.C:
-        raise ValueError(f"expected x with {features} features along axis {axis}, got shape {shape_of(c.x)}")
-    return 0
-
-
 cdef double *running_array(object a, Py_ssize_t C, str name) except NULL:
     """The memory of a running average that can be updated in place."""
     if not cnp.PyArray_CheckExact(a):
@@ -400,30 +427,23 @@ cdef double *running_array(object a, Py_ssize_t C, str name) except NULL:
     return <double *>cnp.PyArray_DATA(array)
 
 
-def forward(x, Py_ssize_t features, weight, bias, eps, mean, var, factor, bint unbiased, axis, activation, out, num_threads):
-    """Training forward: (y, BatchStats, whether x is still there). What BatchNorm and the public functions below have in common.
-
-    features: the expected number, or -1.  mean, var: (C,) float64 running averages, contiguous, updated as
-    ``(1 - factor)*old + factor*batch``, or None.
-    """
+def forward(Constants constants, x, out, double factor):
+    """Training forward: (y, BatchStats, whether x is still there). Averages are updated as ``(1 - factor)*old + factor*batch``."""
     cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
     cdef BatchStats stats
     cdef double *running_mean = NULL
     cdef double *running_var = NULL
-    cdef double f = 0
     cdef double correction
     cdef Py_ssize_t i
     cdef Py_ssize_t m
     cdef Job *job = &c.job
-    c.begin(given, axis, activation, eps, num_threads)
-    check_features(c, features, axis)
-    c.parameters(weight, bias)
+    c.begin(constants, given)
+    c.parameters(constants)
     c.output(out, given, given)
-    if mean is not None:
-        f = factor
-        running_mean = running_array(mean, job.C, "running_mean")
-        running_var = running_array(var, job.C, "running_var")
+    if constants.mean is not None:
+        running_mean = running_array(constants.mean, job.C, "running_mean")
+        running_var = running_array(constants.var, job.C, "running_var")
     m = job.M * job.S
     if m == 1 and job.C:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(c.x)}")
@@ -434,27 +454,26 @@ def forward(x, Py_ssize_t features, weight, bias, eps, mean, var, factor, bint u
     call(KERNELS.moments, KERNELS.normalize, job)
     c.finish()
     if running_mean != NULL and m:
-        correction = (<double>m / (m - 1) if unbiased else 1.0)
+        correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
         for i in range(job.C):
-            running_mean[i] = (1 - f) * running_mean[i] + f * job.mean[i]
-            running_var[i] = (1 - f) * running_var[i] + f * (job.var[i] * correction)
+            running_mean[i] = (1 - factor) * running_mean[i] + factor * job.mean[i]
+            running_var[i] = (1 - factor) * running_var[i] + factor * (job.var[i] * correction)
     return c.out, stats, not c.inplace
 
 
-def infer(x, Py_ssize_t features, weight, bias, eps, mean, var, axis, activation, out, num_threads):
-    """Inference with given statistics: (y, BatchStats, whether x is still there), the statistics as they were at the call."""
+def infer(Constants constants, x, out):
+    """Inference with the running statistics: (y, BatchStats, whether x is still there), the statistics as they were at the call."""
     cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
     cdef BatchStats stats
-    c.begin(given, axis, activation, eps, num_threads)
-    check_features(c, features, axis)
-    c.parameters(weight, bias)
+    c.begin(constants, given)
+    c.parameters(constants)
     c.output(out, given, given)
     stats = empty_stats(c.job.C, 0)
     c.statistics(stats)
-    load(mean, c.job.mean, c.job.C, 0, "running_mean")
+    load(constants.mean, c.job.mean, c.job.C, 0, "running_mean")
     load(None, c.job.mean_low, c.job.C, 0, "mean_low")
-    load(var, c.job.var, c.job.C, 1, "running_var")
+    load(constants.var, c.job.var, c.job.C, 1, "running_var")
     call(KERNELS.normalize, NULL, &c.job)
     c.finish()
     return c.out, stats, not c.inplace
@@ -513,7 +532,7 @@ def moments(x, axis=1, *, mask=None):
             raise ValueError(f"expected mask of shape {rest}, x's without the feature axis, got {mask.shape}")
         given = np.moveaxis(given, k, -1)[mask]
         axis = 1
-    c.begin(given, axis, None, 1, None)
+    c.begin(Constants(-1, None, None, 1, None, None, True, axis, None, None), given)
     stats = empty_stats(c.job.C, c.job.M * c.job.S)
     if stats.count == 0:
         stats.data.fill(np.nan)
@@ -570,25 +589,17 @@ def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axi
     >>> y.round(6).tolist(), stats.mean.tolist()
     ([[-1.0], [1.0]], [2.0])
     """
-    if running is None:
-        return forward(x, -1, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)[:2]
-    if running.momentum is None or running.debias:
-        raise_unless_fits(x, axis, running)
-        y, stats, _ = forward(x, -1, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)
+    # What an exact or a debiased average does with a batch is not a weighted sum: it takes the statistics afterwards.
+    direct = running is not None and running.momentum is not None and not running.debias
+    constants = Constants(
+        -1 if running is None else running.num_features, weight, bias, eps, running.mean if direct else None,
+        running.var if direct else None, running is None or running.unbiased, axis, activation, num_threads)
+    y, stats, _ = forward(constants, x, out, running.momentum if direct else 0)
+    if direct:
+        running._counted(stats)
+    elif running is not None:
         running.update(stats)
-        return y, stats
-    y, stats, _ = forward(x, running.num_features, weight, bias, eps, running.mean, running.var, running.momentum, running.unbiased,
-                          axis, activation, out, num_threads)
-    running._counted(stats)
     return y, stats
-
-
-cdef int raise_unless_fits(object x, object axis, object running) except -1:
-    cdef cnp.ndarray given = floating(x, "x")
-    cdef int k = feature_axis(given, axis)
-    if cnp.PyArray_DIM(given, k) != running.num_features:
-        raise ValueError(f"expected x with {running.num_features} features along axis {axis}, got shape {shape_of(given)}")
-    return 0
 
 
 def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *,
@@ -638,13 +649,11 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
     if not training:
         if running_mean is None:
             raise ValueError("expected running_mean and running_var where training=False, got None")
-        return infer(x, -1, weight, bias, eps, running_mean, running_var, axis, activation, out, num_threads)[0]
-    if running_mean is None:
-        return forward(x, -1, weight, bias, eps, None, None, None, True, axis, activation, out, num_threads)[0]
+        return infer(Constants(-1, weight, bias, eps, running_mean, running_var, unbiased, axis, activation, num_threads), x, out)[0]
     if not np.isfinite(momentum):
         raise ValueError(f"expected momentum to be finite, got {momentum!r}")
     mean, var = updatable(running_mean, "running_mean"), updatable(running_var, "running_var")
-    y = forward(x, -1, weight, bias, eps, mean, var, momentum, unbiased, axis, activation, out, num_threads)[0]
+    y = forward(Constants(-1, weight, bias, eps, mean, var, unbiased, axis, activation, num_threads), x, out, momentum)[0]
     for given, used in ((running_mean, mean), (running_var, var)):
         if used is not given:
             np.copyto(given, used, casting="same_kind")
@@ -653,6 +662,8 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
 
 cdef cnp.ndarray updatable(object a, str name):
     """a itself, or a float64 copy whose values go back to a."""
+    if a is None:
+        return None
     if not isinstance(a, np.ndarray) or a.dtype.kind != "f" or a.itemsize not in (4, 8):
         raise TypeError(f"expected {name} to be a float32 or float64 NumPy array, which training updates in place, "
                         f"got {getattr(a, 'dtype', type(a).__name__)}")
@@ -707,7 +718,7 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, train
     (True, [3.0])
     """
     cdef cnp.npy_intp shape[1]
-    cdef Call c = backward_call(dy, x, -1, stats, weight, bias, eps, training, axis, activation, out, num_threads)
+    cdef Call c = backward_call(Constants(-1, weight, bias, eps, None, None, True, axis, activation, num_threads), dy, x, stats, training, out)
     shape[0] = c.job.C
     dweight = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
     dbias = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
@@ -716,9 +727,9 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, train
     return c.out, dweight, dbias
 
 
-def backward_into(dy, x, Py_ssize_t features, stats, weight, bias, eps, bint training, axis, activation, out, num_threads, dweight, dbias):
+def backward_into(Constants constants, dy, x, stats, bint training, out, dweight, dbias):
     """As batch_norm_backward, with the gradients of weight and bias written into given arrays (or None); returns dx."""
-    cdef Call c = backward_call(dy, x, features, stats, weight, bias, eps, training, axis, activation, out, num_threads)
+    cdef Call c = backward_call(constants, dy, x, stats, training, out)
     if dweight is not None:
         store(c.job.dweight, dweight, c.job.C)
         store(c.job.dbias, dbias, c.job.C)
@@ -740,8 +751,7 @@ cdef int store(double *values, cnp.ndarray to, Py_ssize_t C) except -1:
     return 0
 
 
-cdef Call backward_call(object dy, object x, Py_ssize_t features, object stats, object weight, object bias, object eps, bint training,
-                        object axis, object activation, object out, object num_threads):
+cdef Call backward_call(Constants constants, object dy, object x, object stats, bint training, object out):
     cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
     cdef cnp.ndarray gradient = floating(dy, "dy")
@@ -749,11 +759,10 @@ cdef Call backward_call(object dy, object x, Py_ssize_t features, object stats, 
     cdef Job *job = &c.job
     if not isinstance(stats, BatchStats):
         raise TypeError(f"expected stats to be a BatchStats, as batch_norm_forward returns, got {type(stats).__name__}")
-    c.begin(given, axis, activation, eps, num_threads)
-    check_features(c, features, axis)
+    c.begin(constants, given)
     if not same_shape(gradient, given):
         raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
-    c.parameters(weight, bias)
+    c.parameters(constants)
     c.statistics(stats)
     c.output(out, given, gradient)
     if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not usable_as(c.x, gradient):
