@@ -15,6 +15,7 @@ cimport cython
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.math cimport NAN
 from libc.string cimport memcpy
 
 from fastbn.kernels cimport cpu
@@ -47,7 +48,8 @@ cdef class BatchStats:
     >>> stats.mean, stats.var, stats.count
     (array([ 2., 10.]), array([1., 0.]), 2)
     """
-    cdef cnp.ndarray data      # (3, C) float64: mean, mean_low, var
+    cdef double *data      # (3, C): mean, mean_low, var
+    cdef Py_ssize_t C
     cdef readonly Py_ssize_t count
 
     def __init__(self, mean, var, count, mean_low=None):
@@ -58,27 +60,45 @@ cdef class BatchStats:
             raise ValueError(f"expected mean, var and mean_low of one shape (C,), got {mean.shape}, {var.shape} and {low.shape}")
         if operator.index(count) < 0:
             raise ValueError(f"expected count to be at least 0, got {count}")
-        self.data = np.stack([mean, low, var])
-        self.count = count
+        if self.data != NULL:
+            raise TypeError("expected BatchStats to be made once: it is immutable")
+        self.reserve(len(mean), count)
+        load(mean, self.data, self.C, 0, "mean")
+        load(low, self.data + self.C, self.C, 0, "mean_low")
+        load(var, self.data + 2 * self.C, self.C, 0, "var")
 
-    cdef row(self, Py_ssize_t i):
-        cdef cnp.ndarray view = self.data[i]
-        cnp.PyArray_CLEARFLAGS(view, cnp.NPY_ARRAY_WRITEABLE)
-        return view
+    def __dealloc__(self):
+        PyMem_Free(self.data)
+
+    cdef int reserve(self, Py_ssize_t C, Py_ssize_t count) except -1:
+        self.data = <double *>PyMem_Malloc(max(3 * C, 1) * sizeof(double))
+        if self.data == NULL:
+            raise MemoryError()
+        self.C = C
+        self.count = count
+        return 0
+
+    cdef cnp.ndarray row(self, Py_ssize_t i):
+        cdef cnp.npy_intp shape[1]
+        shape[0] = self.C
+        cdef cnp.ndarray copy = cnp.PyArray_SimpleNew(1, shape, cnp.NPY_FLOAT64)
+        memcpy(cnp.PyArray_DATA(copy), self.data + i * self.C, self.C * sizeof(double))
+        cnp.PyArray_CLEARFLAGS(copy, cnp.NPY_ARRAY_WRITEABLE)
+        return copy
 
     @property
     def mean(self):
-        """The mean's high part, (C,) float64, read-only."""
+        """The mean's high part, (C,) float64, a read-only copy."""
         return self.row(0)
 
     @property
     def mean_low(self):
-        """The mean's low part, (C,) float64, read-only: below half a unit in the last place of the high part."""
+        """The mean's low part, (C,) float64, a read-only copy: below half a unit in the last place of the high part."""
         return self.row(1)
 
     @property
     def var(self):
-        """The variance of 1/m, (C,) float64, read-only."""
+        """The variance of 1/m, (C,) float64, a read-only copy."""
         return self.row(2)
 
     def __repr__(self):
@@ -88,17 +108,10 @@ cdef class BatchStats:
         return BatchStats, (self.mean, self.var, self.count, self.mean_low)
 
 
-cdef double *stats_row(BatchStats stats, Py_ssize_t i) noexcept:
-    return <double *>cnp.PyArray_DATA(stats.data) + i * cnp.PyArray_DIM(stats.data, 1)
-
-
-cdef BatchStats empty_stats(Py_ssize_t C, Py_ssize_t count):
+cdef BatchStats new_stats(Py_ssize_t C, Py_ssize_t count):
+    """Statistics whose values are still to be written."""
     cdef BatchStats stats = BatchStats.__new__(BatchStats)
-    cdef cnp.npy_intp shape[2]
-    shape[0] = 3
-    shape[1] = C
-    stats.data = cnp.PyArray_SimpleNew(2, shape, cnp.NPY_FLOAT64)
-    stats.count = count
+    stats.reserve(C, count)
     return stats
 
 
@@ -332,10 +345,12 @@ cdef class Call:
     cdef cnp.ndarray y          # as the kernels write it: laid out as x
     cdef object out             # what the caller gets
     cdef bint inplace           # out is the input itself
-    cdef double *room           # (4, C) float64: weight, bias, and their gradients
+    cdef double *room           # (4, C): weight, bias, and their gradients
+    cdef double small[512]      # room for them in most layers, without a malloc
 
     def __dealloc__(self):
-        PyMem_Free(self.room)
+        if self.room != self.small:
+            PyMem_Free(self.room)
 
     cdef int begin(self, Constants constants, cnp.ndarray x) except -1:
         cdef int k = feature_axis(x, constants.axis)
@@ -357,7 +372,7 @@ cdef class Call:
 
     cdef int parameters(self, Constants constants) except -1:
         cdef Py_ssize_t C = self.job.C
-        self.room = <double *>PyMem_Malloc(max(4 * C, 1) * sizeof(double))
+        self.room = &self.small[0] if 4 * C <= 512 else <double *>PyMem_Malloc(4 * C * sizeof(double))
         if self.room == NULL:
             raise MemoryError()
         self.job.weight = self.room
@@ -369,11 +384,11 @@ cdef class Call:
         return 0
 
     cdef int statistics(self, BatchStats stats) except -1:
-        if cnp.PyArray_DIM(stats.data, 1) != self.job.C:
-            raise ValueError(f"expected statistics of shape ({self.job.C},), got ({cnp.PyArray_DIM(stats.data, 1)},)")
-        self.job.mean = stats_row(stats, 0)
-        self.job.mean_low = stats_row(stats, 1)
-        self.job.var = stats_row(stats, 2)
+        if stats.C != self.job.C:
+            raise ValueError(f"expected statistics of shape ({self.job.C},), got ({stats.C},)")
+        self.job.mean = stats.data
+        self.job.mean_low = stats.data + stats.C
+        self.job.var = stats.data + 2 * stats.C
         return 0
 
     cdef int output(self, object out, cnp.ndarray given, cnp.ndarray inplace) except -1:
@@ -406,7 +421,11 @@ cdef class Call:
 cdef int call(Kernel first, Kernel second, Job *job) except -1:
     """Run one kernel or two, unless there is nothing to work on."""
     cdef int status
+    cdef Py_ssize_t c
     if job.M * job.C * job.S == 0:
+        if first == KERNELS.moments:
+            for c in range(job.C):
+                job.mean[c] = job.mean_low[c] = job.var[c] = NAN
         return 0
     with nogil:
         status = first(job)
@@ -447,9 +466,7 @@ def forward(Constants constants, x, out, double factor):
     m = job.M * job.S
     if m == 1 and job.C:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(c.x)}")
-    stats = empty_stats(job.C, m)
-    if m == 0:
-        stats.data.fill(np.nan)
+    stats = new_stats(job.C, m)
     c.statistics(stats)
     call(KERNELS.moments, KERNELS.normalize, job)
     c.finish()
@@ -469,7 +486,7 @@ def infer(Constants constants, x, out):
     c.begin(constants, given)
     c.parameters(constants)
     c.output(out, given, given)
-    stats = empty_stats(c.job.C, 0)
+    stats = new_stats(c.job.C, 0)
     c.statistics(stats)
     load(constants.mean, c.job.mean, c.job.C, 0, "running_mean")
     load(None, c.job.mean_low, c.job.C, 0, "mean_low")
@@ -533,9 +550,7 @@ def moments(x, axis=1, *, mask=None):
         given = np.moveaxis(given, k, -1)[mask]
         axis = 1
     c.begin(Constants(-1, None, None, 1, None, None, True, axis, None, None), given)
-    stats = empty_stats(c.job.C, c.job.M * c.job.S)
-    if stats.count == 0:
-        stats.data.fill(np.nan)
+    stats = new_stats(c.job.C, c.job.M * c.job.S)
     c.statistics(stats)
     call(KERNELS.moments, NULL, &c.job)
     return stats

@@ -168,6 +168,18 @@ def test_batch_norm_backward(case, training, unchanged):
     within(dbias, db_true, 8 * case.u * db_size)
 
 
+@pytest.mark.parametrize(("activation", "slope"), [(None, 1), ("relu", 0), ("leaky_relu", 0.01)])
+def test_the_gradient_at_zero_is_the_one_below_it(activation, slope):
+    """As PyTorch's: where the output before the activation is exactly 0, the activation is off."""
+    x, dy = np.random.default_rng(0).standard_normal((2, 40, 3))
+    y, stats = fastbn.batch_norm_forward(x, np.zeros(3), np.zeros(3), activation=activation)
+    assert (y == 0).all()
+    options = {"weight": np.zeros(3), "bias": np.zeros(3), "activation": activation}
+    for training in (True, False):
+        _, _, dbias = fastbn.batch_norm_backward(dy, x, stats, **options, training=training)
+        np.testing.assert_allclose(dbias, slope * dy.sum(0), rtol=1e-13)
+
+
 def test_float64_weights_do_not_widen_a_float32_result():
     x = np.random.default_rng(0).standard_normal((20, 3)).astype("float32")
     y, _ = fastbn.batch_norm_forward(x, np.ones(3), np.zeros(3))
