@@ -224,6 +224,27 @@ def test_contract_on_few_values_in_many_features(dtype, name, n):
     check_contract(np.ascontiguousarray(x.T)[None], None, None)
 
 
+@pytest.mark.parametrize(("n", "c"), [(8, 1000), (64, 1000), (4000, 250)])
+@pytest.mark.parametrize("outlier", ["dy", "x and dy", "sparse dy", "large mean of dy"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_uneven_dy(dtype, outlier, n, c):
+    """The terms of dx have very different sizes here, and x* is mostly small where mean|dy x*| is large."""
+    rng = np.random.default_rng(6)
+    x, dy = rng.standard_normal((2, n, c))
+    if outlier == "sparse dy":
+        dy *= rng.random((n, c)) < 3 / n
+    elif outlier == "large mean of dy":
+        dy += 1e3
+    else:
+        dy[0] *= 1e4
+        x[0] = 1e3 if "x" in outlier else x[0]
+    x, dy = x.astype(dtype), dy.astype(dtype)
+    stats, u = fastbn.moments(x), twin.unit(dtype)
+    results, sizes = twin.backward(dy, x, twin.statistics(x))
+    for got, true, size in zip(fastbn.batch_norm_backward(dy, x, stats), results, sizes, strict=True):
+        within(got, true, 8 * u * size)
+
+
 @pytest.mark.parametrize("n", [2, 3, 7, 8, 9, 33, 100_000])
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,30 +19,31 @@ from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
+from fastbn.kernels.lanes cimport (
+    BIAS,
+    INVSTD,
+    LOW,
+    MEAN_DY,
+    PARAMETERS,
+    SLOPE,
+    WEIGHT,
+    act,
+    add,
+    add_four,
+    add_four_gradients,
+    add_one,
+    add_one_gradient,
+    average_rows,
+    backward_rows,
+    f32,
+    f64,
+    normalize_rows,
+    row,
+    scale_rows,
+    tree,
+    unact,
+)
 from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
-
-cdef extern from *:
-    """
-    /* Without it the compiler must assume that a store to y changes x, and gives up on vectorising. x and y may be the
-       very same array all the same: each element is read before the same element is written. */
-    #if defined(_MSC_VER) || defined(__GNUC__)
-    #define FASTBN_RESTRICT __restrict
-    #else
-    #define FASTBN_RESTRICT restrict
-    #endif
-    typedef float *FASTBN_RESTRICT fastbn_f32;
-    typedef double *FASTBN_RESTRICT fastbn_f64;
-    """
-    ctypedef float *f32 "fastbn_f32"
-    ctypedef double *f64 "fastbn_f64"
-
-ctypedef fused row:
-    f32
-    f64
-
-ctypedef fused real:
-    float
-    double
 
 cdef enum:
     LANES = 512          # lanes of a strip: four rows of x, the sums and the parameters of a strip stay in L1
@@ -63,17 +64,6 @@ cdef enum Operation:
     GRADIENTS   # sums of dy and dy*x_hat
     BACKWARD    # dx, where the statistics depend on x
     SCALE       # dx, where they are constants
-
-# Rows of the parameter table, each (C,) in x's dtype, or (lanes,) once spread over the lanes of a strip.
-cdef enum Parameter:
-    HIGH = 0     # the mean's high part; the pivot in MOMENTS
-    LOW = 1      # the mean's low part
-    WEIGHT = 2   # weight * invstd
-    BIAS = 3
-    INVSTD = 4
-    MEAN_DY = 5
-    SLOPE = 6    # invstd * mean(dy * x_hat)
-    PARAMETERS = 7
 
 ctypedef struct Work:
     Job *job
@@ -124,157 +114,6 @@ cdef void plan(Work *w) noexcept nogil:
     if not w.planes:
         w.chunk = ceil_div(w.chunk, 8) * 8
     w.chunks = ceil_div(w.units, w.chunk)
-
-
-# --- arithmetic on lanes ----------------------------------------------------------------------------------------------
-
-cdef inline real act(real z, const Activation activation) noexcept nogil:
-    if activation == RELU:
-        return <real>0 if z < 0 else z
-    if activation == LEAKY_RELU:
-        return z * <real>0.01 if z < 0 else z
-    return z
-
-
-cdef inline real unact(real dy, real z, const Activation activation) noexcept nogil:
-    """The gradient before the activation, from the one behind it."""
-    if activation == RELU:
-        return <real>0 if z <= 0 else dy
-    if activation == LEAKY_RELU:
-        return dy * <real>0.01 if z <= 0 else dy
-    return dy
-
-
-cdef inline void add(f64 total, f64 lost, Py_ssize_t i, double t, const bint compensate) noexcept nogil:
-    """total[i] += t; what rounding loses goes to lost[i] (Knuth's TwoSum), where t is itself a float64 sum."""
-    cdef double s
-    cdef double b
-    if compensate:
-        s = total[i] + t
-        b = s - total[i]
-        lost[i] += (total[i] - (s - b)) + (t - b)
-        total[i] = s
-    else:
-        total[i] += t
-
-
-cdef inline void add_four(row x, Py_ssize_t ld, Py_ssize_t n, row pivot, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    """Four rows of n lanes, ld apart: s1 += sum d, s2 += sum d*d, d = x - pivot.
-
-    In float64 for float32 too: a tree of floats is half again as fast in cache, no faster beyond, and off by more than 1e-7 std on data
-    of few values, where rounding errors do not average out. Eight rows at once run out of ways in L1 where rows are 4 KB apart.
-    """
-    cdef Py_ssize_t i
-    cdef double p
-    cdef double a
-    cdef double b
-    cdef double c
-    cdef double d
-    for i in range(n):
-        p = pivot[i]
-        a = <double>x[i] - p
-        b = <double>x[ld + i] - p
-        c = <double>x[2 * ld + i] - p
-        d = <double>x[3 * ld + i] - p
-        add(s1, e1, i, (a + b) + (c + d), sizeof(x[0]) == 8)
-        add(s2, e2, i, (a * a + b * b) + (c * c + d * d), sizeof(x[0]) == 8)
-
-
-cdef inline void add_one(row x, Py_ssize_t n, row pivot, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef double d
-    for i in range(n):
-        d = <double>x[i] - <double>pivot[i]
-        add(s1, e1, i, d, sizeof(x[0]) == 8)
-        add(s2, e2, i, d * d, sizeof(x[0]) == 8)
-
-
-cdef inline void add_four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation,
-                                    f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    """Four rows: s1 += sum g, s2 += sum g*x_hat, where g is the gradient before the activation; trees of four in x's dtype."""
-    cdef Py_ssize_t i
-    for i in range(n):
-        hi = params[i]
-        lo = params[LOW * step + i]
-        w = params[WEIGHT * step + i]
-        b = params[BIAS * step + i]
-        r = params[INVSTD * step + i]
-        c0 = (x[i] - hi) - lo
-        g0 = unact(dy[i], c0 * w + b, activation)
-        c1 = (x[ld + i] - hi) - lo
-        g1 = unact(dy[ld + i], c1 * w + b, activation)
-        c2 = (x[2 * ld + i] - hi) - lo
-        g2 = unact(dy[2 * ld + i], c2 * w + b, activation)
-        c3 = (x[3 * ld + i] - hi) - lo
-        g3 = unact(dy[3 * ld + i], c3 * w + b, activation)
-        add(s1, e1, i, (g0 + g1) + (g2 + g3), sizeof(x[0]) == 8)
-        add(s2, e2, i, (g0 * (c0 * r) + g1 * (c1 * r)) + (g2 * (c2 * r) + g3 * (c3 * r)), sizeof(x[0]) == 8)
-
-
-cdef inline void add_one_gradient(row x, row dy, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation,
-                                  f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        c = (x[i] - params[i]) - params[LOW * step + i]
-        g = unact(dy[i], c * params[WEIGHT * step + i] + params[BIAS * step + i], activation)
-        add(s1, e1, i, g, sizeof(x[0]) == 8)
-        add(s2, e2, i, <double>g * <double>(c * params[INVSTD * step + i]), sizeof(x[0]) == 8)
-
-
-cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                                const Activation activation) noexcept nogil:
-    """y = activation((x - mean)*weight*invstd + bias); four rows share the loads of the parameters."""
-    cdef Py_ssize_t i
-    while rows >= 4:
-        for i in range(n):
-            hi = params[i]
-            lo = params[LOW * step + i]
-            w = params[WEIGHT * step + i]
-            b = params[BIAS * step + i]
-            y[i] = act(((x[i] - hi) - lo) * w + b, activation)
-            y[ld + i] = act(((x[ld + i] - hi) - lo) * w + b, activation)
-            y[2 * ld + i] = act(((x[2 * ld + i] - hi) - lo) * w + b, activation)
-            y[3 * ld + i] = act(((x[3 * ld + i] - hi) - lo) * w + b, activation)
-        x += 4 * ld
-        y += 4 * ld
-        rows -= 4
-    while rows > 0:
-        for i in range(n):
-            y[i] = act(((x[i] - params[i]) - params[LOW * step + i]) * params[WEIGHT * step + i] + params[BIAS * step + i], activation)
-        x += ld
-        y += ld
-        rows -= 1
-
-
-cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                               const Activation activation) noexcept nogil:
-    """dx = weight*invstd*(g - mean(g) - x_hat*mean(g*x_hat))  (Ioffe & Szegedy 2015, section 3, gathered)."""
-    cdef Py_ssize_t i
-    while rows > 0:
-        for i in range(n):
-            c = (x[i] - params[i]) - params[LOW * step + i]
-            w = params[WEIGHT * step + i]
-            g = unact(dy[i], c * w + params[BIAS * step + i], activation)
-            dx[i] = ((g - params[MEAN_DY * step + i]) - c * params[SLOPE * step + i]) * w
-        x += ld
-        dy += ld
-        dx += ld
-        rows -= 1
-
-
-cdef inline void scale_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                            const Activation activation) noexcept nogil:
-    """dx = weight*invstd*g: the statistics were constants."""
-    cdef Py_ssize_t i
-    while rows > 0:
-        for i in range(n):
-            w = params[WEIGHT * step + i]
-            z = ((x[i] - params[i]) - params[LOW * step + i]) * w + params[BIAS * step + i]
-            dx[i] = unact(dy[i], z, activation) * w
-        x += ld
-        dy += ld
-        dx += ld
-        rows -= 1
 
 
 # --- one strip ----------------------------------------------------------------------------------------------------------
@@ -470,16 +309,6 @@ cdef void total(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row pa
     gather(w, b, sums + 2 * PITCH, sums + 3 * PITCH)
 
 
-cdef inline real tree(real a, real b, real c, real d, real e, real f, real g, real h) noexcept nogil:
-    return ((a + b) + (c + d)) + ((e + f) + (g + h))
-
-
-cdef inline void average_rows(row a, row b, row c, row d, row e, row f, row g, row h, const Py_ssize_t S, row mean, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        mean[i] = tree(a[i * S], b[i * S], c[i * S], d[i * S], e[i * S], f[i * S], g[i * S], h[i * S]) * <float>0.125
-
-
 cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) noexcept nogil:
     """The mean of eight elements, evenly spaced over the chunk, of each feature of block b (of 32 in a plane, where neighbours are alike).
 
@@ -603,20 +432,18 @@ cdef void merge_moments(Work *w, f64 mean, f64 low, f64 var, f64 lost, f64 shift
     cdef Py_ssize_t k
     cdef double m = <double>w.job.M * w.job.S
     cdef double n
-    cdef double per
     cdef double d
     cdef double s
     cdef f64 first = w.part
     cdef f64 part
-    per = 1 / m
     if w.chunks == 1:
         # What the steps below come to, bit for bit, in a quarter of their time.
         for c in range(C):
-            shift[c] = first[C + c] * per
+            shift[c] = first[C + c] / m
             mean[c] = first[c]
             low[c] = 0
             add(mean, low, c, shift[c], True)
-            s = (first[2 * C + c] - first[C + c] * shift[c]) * per
+            s = (first[2 * C + c] - first[C + c] * shift[c]) / m
             var[c] = 0 if s < 0 else s
         return
     # The mean, relative to the first chunk's pivot.
@@ -630,7 +457,7 @@ cdef void merge_moments(Work *w, f64 mean, f64 low, f64 var, f64 lost, f64 shift
             add(mean, lost, c, part[C + c], True)
             add(mean, lost, c, n * (part[c] - first[c]), True)
     for c in range(C):
-        shift[c] = (mean[c] + lost[c]) * per
+        shift[c] = (mean[c] + lost[c]) / m
         mean[c] = first[c]
         low[c] = 0
         add(mean, low, c, shift[c], True)
@@ -640,24 +467,49 @@ cdef void merge_moments(Work *w, f64 mean, f64 low, f64 var, f64 lost, f64 shift
     for k in range(w.chunks):
         part = w.part + 3 * k * C
         n = count(w, k)
-        per = 1 / n
         for c in range(C):
-            s = part[C + c] * per
+            s = part[C + c] / n
             d = (part[c] - first[c]) + s - shift[c]
             add(var, lost, c, part[2 * C + c] - part[C + c] * s, True)
             add(var, lost, c, n * d * d, True)
     per = 1 / m
     for c in range(C):
-        s = (var[c] + lost[c]) * per
+        s = (var[c] + lost[c]) / m
         var[c] = 0 if s < 0 else s
+
+
+cdef inline double split_high(double a) noexcept nogil:
+    """The upper half of a's digits (Veltkamp): products of halves are exact, on every processor and without fused multiply-add."""
+    cdef double t = a * 134217729.0
+    return t - (t - a)
+
+
+cdef inline double square_root_error(double v, double r) noexcept nogil:
+    """1 - v*r*r to full relative precision, by Dekker's products."""
+    cdef double r_high = split_high(r)
+    cdef double r_low = r - r_high
+    cdef double p = r * r
+    cdef double p_error = ((r_high * r_high - p) + 2 * r_high * r_low) + r_low * r_low
+    cdef double p_high = split_high(p)
+    cdef double p_low = p - p_high
+    cdef double v_high = split_high(v)
+    cdef double v_low = v - v_high
+    cdef double q = v * p
+    cdef double q_error = ((v_high * p_high - q) + (v_high * p_low + v_low * p_high)) + v_low * p_low
+    return ((1 - q) - q_error) - v * p_error
 
 
 cdef void prepare(row table, Py_ssize_t C, f64 mean, f64 low, f64 var, double eps, f64 weight, f64 bias) noexcept nogil:
     """The parameter table, in x's dtype: the mean in two parts, so that x - mean does not cancel."""
     cdef Py_ssize_t c
     cdef double invstd
+    cdef double e
     for c in range(C):
         invstd = 1 / sqrt(var[c] + eps)
+        if sizeof(table[0]) == 8:
+            # One Newton step: invstd enters the float64 gradient three times, and its two roundings would be half of what 8u allows.
+            e = square_root_error(var[c] + eps, invstd)
+            invstd += 0.5 * e * invstd if -1e-15 < e < 1e-15 else 0
         table[WEIGHT * C + c] = weight[c] * invstd
         table[INVSTD * C + c] = invstd
     for c in range(C):
@@ -671,7 +523,7 @@ cdef void merge_gradients(Work *w, row table, f64 dweight, f64 dbias, f64 lost) 
     cdef Py_ssize_t C = w.job.C
     cdef Py_ssize_t c
     cdef Py_ssize_t k
-    cdef double per = 1 / (<double>w.job.M * w.job.S)
+    cdef double m = <double>w.job.M * w.job.S
     cdef f64 part
     for c in range(C):
         dbias[c] = 0
@@ -686,8 +538,8 @@ cdef void merge_gradients(Work *w, row table, f64 dweight, f64 dbias, f64 lost) 
     for c in range(C):
         dbias[c] += lost[c]
         dweight[c] += lost[C + c]
-        table[MEAN_DY * C + c] = dbias[c] * per
-        table[SLOPE * C + c] = dweight[c] * per * table[INVSTD * C + c]
+        table[MEAN_DY * C + c] = dbias[c] / m
+        table[SLOPE * C + c] = dweight[c] / m * table[INVSTD * C + c]
 
 
 cdef bint representable(row table, Py_ssize_t C, f64 weight) noexcept nogil:
