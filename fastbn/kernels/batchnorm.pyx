@@ -472,7 +472,6 @@ cdef void merge_moments(Work *w, f64 mean, f64 low, f64 var, f64 lost, f64 shift
             d = (part[c] - first[c]) + s - shift[c]
             add(var, lost, c, part[2 * C + c] - part[C + c] * s, True)
             add(var, lost, c, n * d * d, True)
-    per = 1 / m
     for c in range(C):
         s = (var[c] + lost[c]) / m
         var[c] = 0 if s < 0 else s
