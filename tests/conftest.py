@@ -218,4 +218,3 @@ def unchanged():
 
     yield keep
     assert all(a.tobytes() == before for a, before in kept), "an input was changed"
-

@@ -31,7 +31,7 @@ def check_backward(bn, case, x, y, stats, training):
     out = dy if case.out == "in_place" else case.where_to(x)
     dx = bn.backward(dy, out=out)
     assert dx.dtype == np.dtype(case.dtype)
-    assert (out is None or dx is out)
+    assert out is None or dx is out
     (dx_true, dw, db), (dx_size, dw_size, db_size) = twin.backward(
         case.dy, case.x, stats, bn.weight, y=y, training=training, **case.options
     )

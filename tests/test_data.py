@@ -110,7 +110,7 @@ def test_npz_damaged(tmp_path, keep):
 
 def test_csv(tmp_path):
     path = tmp_path / "d.csv"
-    path.write_bytes(b"\xef\xbb\xbfwidth,kind, height\r\n1,b,2.5\r\n\r\n-3e-1, a ,\"4\"\r\n")
+    path.write_bytes(b'\xef\xbb\xbfwidth,kind, height\r\n1,b,2.5\r\n\r\n-3e-1, a ,"4"\r\n')
     read = data.load(path, target="kind")
     np.testing.assert_array_equal(read.X, np.array([[1, 2.5], [-0.3, 4]], np.float32))
     assert read.features == ("width", "height")

@@ -239,9 +239,7 @@ def fit_with_bar(monkeypatch, stream, **options):
     monkeypatch.setattr(sys, "stderr", stream)
     model = network()
     X, y = blobs(49)
-    training.fit(
-        model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=2, batch_size=8, **options
-    )
+    training.fit(model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=2, batch_size=8, **options)
     return stream.getvalue()
 
 
@@ -275,9 +273,7 @@ def test_optimizer_and_loss_of_ones_own():
 
 def test_digits_reach_97_percent():
     train, held_out = data.split(data.load(), seed=3)
-    model = nn.Sequential(
-        nn.Dense(64, 64, bias=False, seed=0), BatchNorm(64), nn.Sigmoid(), nn.Dense(64, 10, seed=1)
-    )
+    model = nn.Sequential(nn.Dense(64, 64, bias=False, seed=0), BatchNorm(64), nn.Sigmoid(), nn.Dense(64, 10, seed=1))
     optimizer = optim.SGD(model, 0.2, momentum=0.9)
     training.fit(model, (train.X, train.y), losses.softmax_cross_entropy, optimizer, epochs=15, batch_size=32)
     accuracy = training.evaluate(model, (held_out.X, held_out.y), losses.softmax_cross_entropy)[1]

@@ -13,9 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 if find_spec(f"{__name__}.cpu") is None:
-    raise ImportError(
-        "fastbn is not built here: run `python -m pip install -e .` in this source tree, or leave it"
-    )
+    raise ImportError("fastbn is not built here: run `python -m pip install -e .` in this source tree, or leave it")
 
 from . import cpu
 
