@@ -6,7 +6,8 @@ system around it.
 
 from importlib.metadata import version as _version
 
-from . import checkpoint, kernels, losses, nn, optim, training
+from . import kernels  # isort: skip  # first: it says what to do where nothing has been built
+from . import checkpoint, losses, nn, optim, training
 from .batchnorm import BatchNorm
 from .config import show_config
 from .functional import BatchStats, batch_norm, batch_norm_backward, batch_norm_forward, moments

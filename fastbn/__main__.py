@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"fastbn: error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"fastbn: error: not enough memory{f': {error}' if str(error) else ''}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # nothing is written before the end, so nothing is half-written
+        print("fastbn: interrupted, nothing written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -97,6 +104,10 @@ def _train(args: argparse.Namespace) -> None:
     for package, use in (("safetensors", "saving the model"), ("matplotlib", "learning curves")):
         if importlib.util.find_spec(package) is None:  # better now than after the training
             raise ImportError(f'{use} needs {package}: pip install "fastbn[train]"')
+    if not 0 <= args.bn_momentum <= 1:
+        raise ValueError(f"--bn-momentum must lie between 0 and 1, got {args.bn_momentum}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {args.seed}")
     if args.momentum is not None and args.optimizer != "sgd":
         raise ValueError(f"--momentum is for --optimizer sgd, got {args.optimizer}")
     dataset = _load(args.data, args.target)
@@ -106,7 +117,10 @@ def _train(args: argparse.Namespace) -> None:
     train, held_out = data.split(dataset, seed=args.seed)
     if train.y is None or held_out.y is None:
         raise ValueError(f"{args.data}: no labels for the t10k images")
+    names = [args.out / name for name in ("model.safetensors", "learning-curves.png", "metrics.json")]
     there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if folder := next((name for name in names if name.is_dir()), None):
+        raise ValueError(f"--out {args.out}: {folder} is a folder, expected a file or nothing there")
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {args.out}: {there} is not a folder that can be written to")
     n_features, n_classes = train.X.shape[1], len(dataset.classes)
@@ -131,6 +145,8 @@ def _train(args: argparse.Namespace) -> None:
             results[name] = {"diverged": str(error)}
             continue
         loss, accuracy = training.evaluate(model, (held_out.X, held_out.y), losses.softmax_cross_entropy)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{name}, the loss on held-out data is {loss}: try a smaller --lr")
         results[name] = {"accuracy": accuracy, "loss": loss, "seconds": sum(histories[name].seconds)}
         saved = saved or (model.eval(), optimizer)
     assert saved is not None
@@ -138,7 +154,6 @@ def _train(args: argparse.Namespace) -> None:
     _print_results(results, alone)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    names = [args.out / name for name in ("model.safetensors", "learning-curves.png", "metrics.json")]
     metadata = {"fastbn": fastbn.__version__, "data": dataset.name, "classes": dataset.classes.tolist(),
                 "inputs": n_features, "columns": dataset.features}  # fmt: skip
     checkpoint.save(names[0], *saved, metadata=metadata)
@@ -201,6 +216,11 @@ def _predict(args: argparse.Namespace) -> None:
     trained = checkpoint.read_metadata(args.model)
     if not {"classes", "inputs", "columns", "data"} <= trained.keys():
         raise ValueError(f"{args.model}: its metadata hold no labels: expected a model that fastbn train wrote")
+    outputs = model(np.zeros((1, trained["inputs"]), np.float32)).shape[1]
+    if not isinstance(trained["classes"], list) or len(trained["classes"]) != outputs:
+        raise ValueError(
+            f"{args.model}: expected a label for each of its {outputs} outputs, got {trained['classes']!r}"
+        )
     dataset = _load(args.data, args.target)
     is_test_part = dataset.held_out is not None
     dataset = dataset.held_out or dataset

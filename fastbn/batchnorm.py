@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from . import functional
-
-Array = NDArray[Any]
+from .state import FLOATS, Array, Arrays, assign, check_state
 
 
 class BatchNorm:
@@ -96,7 +95,7 @@ class BatchNorm:
         if momentum is not None and not math.isfinite(momentum):
             raise ValueError(f"expected momentum to be finite or None, got {momentum!r}")
         self._dtype = np.dtype(dtype)
-        if self._dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        if self._dtype not in FLOATS:
             raise TypeError(f"expected dtype float32 or float64, got {self._dtype}")
         self._eps = float(eps)
         self._momentum = None if momentum is None else float(momentum)
@@ -105,12 +104,9 @@ class BatchNorm:
         self._unbiased = bool(unbiased)
         self._num_threads = num_threads
         self.training = True
-        self.params: dict[str, Array] = {}
-        self.grads: dict[str, Array] = {}
-        if affine:
-            for name in ("weight", "bias"):
-                self.params[name] = np.zeros(self._num_features, self._dtype)
-                self.grads[name] = np.zeros(self._num_features, self._dtype)
+        names = ("weight", "bias") if affine else ()
+        self.params = Arrays({name: np.zeros(self._num_features, self._dtype) for name in names})
+        self.grads = Arrays({name: np.zeros(self._num_features, self._dtype) for name in names})
         self._running_mean = np.zeros(self._num_features) if track_running_stats else None
         self._running_var = np.zeros(self._num_features) if track_running_stats else None
         self._connect()
@@ -267,22 +263,10 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            For missing or unknown keys and other shapes; nothing is changed then.
-        TypeError
-            For values that are not real numbers; nothing is changed then.
+            For missing or unknown keys, other shapes, and values that are not real numbers; nothing is changed then.
         """
-        arrays = self._arrays()
-        expected = set(arrays) | ({"num_batches_tracked"} if self._running_mean is not None else set())
-        if set(state) != expected:
-            raise ValueError(f"expected the keys {sorted(expected)}, got {sorted(state)}")
-        given = {name: np.asarray(value) for name, value in state.items()}
-        for name, value in given.items():
-            shape = arrays[name].shape if name in arrays else ()
-            if value.shape != shape:
-                raise ValueError(f"expected {name} of shape {shape}, got {value.shape}")
-            if value.dtype.kind not in ("fiub" if name in arrays else "iu"):
-                raise TypeError(f"expected {name} of real numbers, got {value.dtype}")
-        for name, array in arrays.items():
+        given = check_state(state, self.state_dict())
+        for name, array in self._arrays().items():
             array[...] = given[name]
         if "num_batches_tracked" in given:
             self.num_batches_tracked = int(given["num_batches_tracked"])
@@ -380,7 +364,4 @@ class BatchNorm:
     def _assign(self, name: str, array: Array | None, value: ArrayLike) -> None:
         if array is None:
             raise ValueError(f"expected no {name}: this layer was made without")
-        given = np.asarray(value)
-        if given.shape not in ((), array.shape):
-            raise ValueError(f"expected {name} of shape {array.shape}, got {given.shape}")
-        array[...] = given
+        assign(array, value, name)

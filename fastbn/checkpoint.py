@@ -16,7 +16,8 @@ from typing import Any
 
 from . import nn
 from .batchnorm import BatchNorm
-from .nn import Array, Sequential
+from .nn import Sequential
+from .state import Array
 
 __all__ = ["load", "read_metadata", "restore", "save"]
 

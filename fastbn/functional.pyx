@@ -139,9 +139,10 @@ cdef cnp.ndarray floating(object a, str name):
 
 cdef int feature_axis(cnp.ndarray x, object axis) except -1:
     cdef int ndim = cnp.PyArray_NDIM(x)
-    cdef Py_ssize_t k = operator.index(axis) if type(axis) is not int else axis
-    if not -ndim <= k < ndim:
-        raise AxisError(axis, ndim)
+    cdef Py_ssize_t k
+    if not -ndim <= axis < ndim:
+        raise AxisError(f"axis {axis} is out of bounds for array of dimension {ndim}")
+    k = axis
     return <int>(k + ndim if k < 0 else k)
 
 
@@ -412,6 +413,12 @@ cdef class Call:
         self.job.y = cnp.PyArray_DATA(self.y)
         return 0
 
+    cdef bint kept(self, object x, cnp.ndarray given) except -1:
+        """Whether x, which `given` was made of, still holds its values."""
+        if self.inplace:
+            return False
+        return x is given or not isinstance(x, np.ndarray) or not isinstance(self.out, np.ndarray) or not overlap(self.out, x)
+
     cdef int finish(self) except -1:
         if self.y is not self.out:
             np.copyto(self.out, self.y)
@@ -436,14 +443,19 @@ cdef int call(Kernel first, Kernel second, Job *job) except -1:
     return 0
 
 
-cdef double *running_array(object a, Py_ssize_t C, str name) except NULL:
-    """The memory of a running average that can be updated in place."""
+cdef void *writable(object a, Py_ssize_t C, bint float64_only, str name) except NULL:
+    """The memory of a (C,) array that is written in place."""
     if not cnp.PyArray_CheckExact(a):
-        raise TypeError(f"expected {name} to be a NumPy array, which training updates in place, got {type(a).__name__}")
+        raise TypeError(f"expected {name} to be a NumPy array, which is written in place, got {type(a).__name__}")
     cdef cnp.ndarray array = a
+    cdef int kind = cnp.PyArray_TYPE(array)
+    if kind != cnp.NPY_FLOAT64 and (float64_only or kind != cnp.NPY_FLOAT32) or not cnp.PyArray_ISNOTSWAPPED(array):
+        raise TypeError(f"expected {name} of dtype {'float64' if float64_only else 'float32 or float64'}, got {array.dtype}")
     if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != C:
         raise ValueError(f"expected {name} of shape ({C},), got {shape_of(array)}")
-    return <double *>cnp.PyArray_DATA(array)
+    if not cnp.PyArray_IS_C_CONTIGUOUS(array) or not cnp.PyArray_ISALIGNED(array) or not cnp.PyArray_ISWRITEABLE(array):
+        raise ValueError(f"expected {name} to be contiguous, aligned and writeable, got {array.flags}")
+    return cnp.PyArray_DATA(array)
 
 
 def forward(Constants constants, x, out, double factor):
@@ -461,8 +473,8 @@ def forward(Constants constants, x, out, double factor):
     c.parameters(constants)
     c.output(out, given, given)
     if constants.mean is not None:
-        running_mean = running_array(constants.mean, job.C, "running_mean")
-        running_var = running_array(constants.var, job.C, "running_var")
+        running_mean = <double *>writable(constants.mean, job.C, True, "running_mean")
+        running_var = <double *>writable(constants.var, job.C, True, "running_var")
     m = job.M * job.S
     if m == 1 and job.C:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(c.x)}")
@@ -475,7 +487,7 @@ def forward(Constants constants, x, out, double factor):
         for i in range(job.C):
             running_mean[i] = (1 - factor) * running_mean[i] + factor * job.mean[i]
             running_var[i] = (1 - factor) * running_var[i] + factor * (job.var[i] * correction)
-    return c.out, stats, not c.inplace
+    return c.out, stats, c.kept(x, given)
 
 
 def infer(Constants constants, x, out):
@@ -493,7 +505,7 @@ def infer(Constants constants, x, out):
     load(constants.var, c.job.var, c.job.C, 1, "running_var")
     call(KERNELS.normalize, NULL, &c.job)
     c.finish()
-    return c.out, stats, not c.inplace
+    return c.out, stats, c.kept(x, given)
 
 
 def moments(x, axis=1, *, mask=None):
@@ -540,7 +552,7 @@ def moments(x, axis=1, *, mask=None):
     cdef cnp.ndarray given = floating(x, "x")
     cdef BatchStats stats
     if mask is not None:
-        k = feature_axis(given, axis)
+        k = feature_axis(given, operator.index(axis))
         mask = np.asarray(mask)
         rest = shape_of(given)[:k] + shape_of(given)[k + 1:]
         if mask.dtype != np.bool_:
@@ -665,8 +677,8 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
         if running_mean is None:
             raise ValueError("expected running_mean and running_var where training=False, got None")
         return infer(Constants(-1, weight, bias, eps, running_mean, running_var, unbiased, axis, activation, num_threads), x, out)[0]
-    if not np.isfinite(momentum):
-        raise ValueError(f"expected momentum to be finite, got {momentum!r}")
+    if momentum is None or not np.isfinite(momentum):
+        raise ValueError(f"expected momentum to be a finite number, got {momentum!r}")
     mean, var = updatable(running_mean, "running_mean"), updatable(running_var, "running_var")
     y = forward(Constants(-1, weight, bias, eps, mean, var, unbiased, axis, activation, num_threads), x, out, momentum)[0]
     for given, used in ((running_mean, mean), (running_var, var)):
@@ -744,8 +756,13 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, train
 
 def backward_into(Constants constants, dy, x, stats, bint training, out, dweight, dbias):
     """As batch_norm_backward, with the gradients of weight and bias written into given arrays (or None); returns dx."""
-    cdef Call c = backward_call(constants, dy, x, stats, training, out)
-    if dweight is not None:
+    cdef Call c
+    if constants.weight is not None:
+        # Before anything is computed: a caller can reach these arrays and may have changed their flags.
+        writable(dweight, constants.features, False, "the gradient of weight")
+        writable(dbias, constants.features, False, "the gradient of bias")
+    c = backward_call(constants, dy, x, stats, training, out)
+    if constants.weight is not None:
         store(c.job.dweight, dweight, c.job.C)
         store(c.job.dbias, dbias, c.job.C)
     return c.out
@@ -777,6 +794,8 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
     c.begin(constants, given)
     if not same_shape(gradient, given):
         raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
+    if training and (<BatchStats>stats).count != job.M * job.S:
+        raise ValueError(f"expected statistics of the {job.M * job.S} values per feature of x, got those of {(<BatchStats>stats).count}")
     c.parameters(constants)
     c.statistics(stats)
     c.output(out, given, gradient)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .nn import Array, as_float
+from .state import Array, as_float
 
 __all__ = ["mse", "sigmoid_cross_entropy", "softmax_cross_entropy"]
 

@@ -15,51 +15,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from .state import FLOATS, Array, Arrays, as_float, check_state
 
 __all__ = ["Dense", "Dropout", "LeakyReLU", "ReLU", "Sequential", "Sigmoid", "Tanh"]
-
-Array = NDArray[Any]
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-
-
-def as_float(x: ArrayLike) -> Array:
-    """`x` as a native float32 or float64 array: integers and bool become float64, others are a TypeError."""
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError("expected a plain array, got a masked array: its mask would be lost")
-    a = np.asarray(x)
-    if a.dtype in _FLOATS:
-        return a
-    if a.dtype.kind in "biu":
-        return a.astype(np.float64)
-    if a.dtype.newbyteorder("=") in _FLOATS:
-        return a.astype(a.dtype.newbyteorder("="))
-    raise TypeError(f"expected float32, float64, integers or bool, got {a.dtype}")
-
-
-def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -> dict[str, Array]:
-    """`given` as arrays, once its keys and shapes are those of `expected`; ValueError naming the key if not."""
-    arrays = {key: np.asarray(value) for key, value in dict(given).items()}
-    if wrong := expected.keys() ^ arrays.keys():
-        what = "missing" if min(wrong) in expected else "unexpected"
-        raise ValueError(f"{what} key {min(wrong)!r}: expected {sorted(expected)}, got {sorted(arrays)}")
-    for key, a in arrays.items():
-        dtype, shape = expected[key].dtype, expected[key].shape
-        if a.shape != shape or a.dtype.kind not in "biuf":
-            raise ValueError(f"{key!r}: expected {dtype} of shape {shape}, got {a.dtype} of shape {a.shape}")
-    return arrays
 
 
 class Layer:
     """Mode, state and repr; a subclass keeps its constructor's arguments as attributes of the same names."""
 
-    params: dict[str, Array]
-    grads: dict[str, Array]
+    params: Arrays
+    grads: Arrays
     training: bool
     _saved: tuple[Array, tuple[int, ...]] | None  # what backward needs, with x's dtype; the shape of y
 
     def __init__(self) -> None:
-        self.params, self.grads = {}, {}
+        self.params, self.grads = Arrays(), Arrays()
         self.training = True
         self._saved = None
 
@@ -149,7 +121,7 @@ class Dense(Layer):
         if self.n_in < 1 or self.n_out < 1:
             raise ValueError(f"expected n_in and n_out of at least 1, got {n_in} and {n_out}")
         self.bias, self.dtype = bool(bias), np.dtype(dtype)
-        if self.dtype not in _FLOATS:
+        if self.dtype not in FLOATS:
             raise TypeError(f"expected dtype float32 or float64, got {self.dtype}")
         self.seed = None if seed is None else operator.index(seed)
         rng, bound = np.random.default_rng(self.seed), 1 / math.sqrt(self.n_in)
@@ -157,8 +129,8 @@ class Dense(Layer):
         if self.bias:
             params["bias"] = rng.uniform(-bound, bound, self.n_out).astype(self.dtype)
         super().__init__()
-        self.params = params
-        self.grads = {name: np.zeros_like(p) for name, p in params.items()}
+        self.params = Arrays(params)
+        self.grads = Arrays({name: np.zeros_like(p) for name, p in params.items()})
 
     def forward(self, x: ArrayLike) -> Array:
         """y, (..., n_out), from x, (..., n_in); ValueError where the last axis of x is not n_in long."""
@@ -386,8 +358,8 @@ class Sequential:
 
     def _collect(self) -> None:
         layers = self._layers
-        self.params = {f"{i}.{k}": p for i, layer in enumerate(layers) for k, p in layer.params.items()}
-        self.grads = {f"{i}.{k}": g for i, layer in enumerate(layers) for k, g in layer.grads.items()}
+        self.params = Arrays({f"{i}.{k}": p for i, layer in enumerate(layers) for k, p in layer.params.items()})
+        self.grads = Arrays({f"{i}.{k}": g for i, layer in enumerate(layers) for k, g in layer.grads.items()})
 
     def forward(self, x: ArrayLike) -> Any:
         """x through all layers."""
@@ -428,8 +400,14 @@ class Sequential:
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Copy `state` into the layers; ValueError, and nothing changed, unless all keys and shapes fit."""
         arrays = check_state(state, self.state_dict())
-        for i, layer in enumerate(self._layers):
-            layer.load_state_dict({k: arrays[f"{i}.{k}"] for k in layer.state_dict()})
+        before = [layer.state_dict() for layer in self._layers]
+        try:
+            for i, layer in enumerate(self._layers):
+                layer.load_state_dict({k: arrays[f"{i}.{k}"] for k in before[i]})
+        except BaseException:
+            for layer, state_before in zip(self._layers, before, strict=True):
+                layer.load_state_dict(state_before)
+            raise
 
     def __getitem__(self, index: int | slice) -> Any:
         """A layer, or with a slice a Sequential of those very layers (`model[:-1]`: the last one's input)."""

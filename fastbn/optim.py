@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .nn import Array, check_state
+from .state import Array, check_state
 
 __all__ = ["SGD", "Adam", "RMSprop"]
 

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 
 from . import losses
 from .data import minibatches
-from .nn import Array, Sequential, as_float
+from .nn import Sequential
+from .state import Array, as_float
 
 __all__ = ["History", "evaluate", "fit"]
 

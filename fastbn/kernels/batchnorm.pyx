@@ -506,18 +506,19 @@ cdef void prepare(row table, Py_ssize_t C, f64 mean, f64 low, f64 var, double ep
     for c in range(C):
         invstd = 1 / sqrt(var[c] + eps)
         if sizeof(table[0]) == 8:
-            # One Newton step: invstd enters the float64 gradient three times, and its two roundings would be half of what 8u allows.
+            # One Newton step: two roundings become one.
             e = square_root_error(var[c] + eps, invstd)
             invstd += 0.5 * e * invstd if -1e-15 < e < 1e-15 else 0
         table[WEIGHT * C + c] = weight[c] * invstd
-        table[INVSTD * C + c] = invstd
+        # float64: the sums are of g*(x - mean), one rounding less; the squares of float32 x would overflow.
+        table[INVSTD * C + c] = 1 if sizeof(table[0]) == 8 else invstd
     for c in range(C):
         table[c] = mean[c]
         table[LOW * C + c] = (mean[c] - table[c]) + low[c]
         table[BIAS * C + c] = bias[c]
 
 
-cdef void merge_gradients(Work *w, row table, f64 dweight, f64 dbias, f64 lost) noexcept nogil:
+cdef void merge_gradients(Work *w, row table, f64 var, double eps, f64 dweight, f64 dbias, f64 lost) noexcept nogil:
     """The chunks' sums into the gradients, and those into the last rows of the table.  lost: (2, C) scratch."""
     cdef Py_ssize_t C = w.job.C
     cdef Py_ssize_t c
@@ -538,7 +539,11 @@ cdef void merge_gradients(Work *w, row table, f64 dweight, f64 dbias, f64 lost) 
         dbias[c] += lost[c]
         dweight[c] += lost[C + c]
         table[MEAN_DY * C + c] = dbias[c] / m
-        table[SLOPE * C + c] = dweight[c] / m * table[INVSTD * C + c]
+        if sizeof(table[0]) == 8:
+            table[SLOPE * C + c] = dweight[c] / (m * (var[c] + eps))
+            dweight[c] /= sqrt(var[c] + eps)
+        else:
+            table[SLOPE * C + c] = dweight[c] / m * table[INVSTD * C + c]
 
 
 cdef bint representable(row table, Py_ssize_t C, f64 weight) noexcept nogil:
@@ -644,7 +649,7 @@ cdef int backward_of(Job *job, row x) noexcept nogil:
     w.part = table + PARAMETERS * job.C
     prepare(<row>w.params, job.C, job.mean, job.mean_low, job.var, job.eps, job.weight, job.bias)
     run(&w, GRADIENTS, x)
-    merge_gradients(&w, <row>w.params, job.dweight, job.dbias, w.part + 3 * w.chunks * job.C)
+    merge_gradients(&w, <row>w.params, job.var, job.eps, job.dweight, job.dbias, w.part + 3 * w.chunks * job.C)
     if not representable(<row>w.params, job.C, job.weight):
         backward_wide(job)
     elif job.training:

@@ -36,7 +36,7 @@ cdef enum Parameter:
     LOW = 1      # the mean's low part
     WEIGHT = 2   # weight * invstd
     BIAS = 3
-    INVSTD = 4
+    INVSTD = 4   # 1 in float64, where the gradients' sums are of g*(x - mean)
     MEAN_DY = 5
     SLOPE = 6    # invstd * mean(dy * x_hat)
     PARAMETERS = 7

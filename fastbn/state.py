@@ -1,0 +1,79 @@
+"""Named arrays that are written in place, and the checks of what is written into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def as_float(x: ArrayLike) -> Array:
+    """`x` as a native float32 or float64 array: integers and bool become float64, others are a TypeError."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError("expected a plain array, got a masked array: its mask would be lost")
+    a = np.asarray(x)
+    if a.dtype in FLOATS:
+        return a
+    if a.dtype.kind in "biu":
+        return a.astype(np.float64)
+    if a.dtype.newbyteorder("=") in FLOATS:
+        return a.astype(a.dtype.newbyteorder("="))
+    raise TypeError(f"expected float32, float64, integers or bool, got {a.dtype}")
+
+
+def assign(array: Array, value: ArrayLike, name: str) -> None:
+    """Copy `value`, of array's shape or a scalar, into `array`."""
+    given = as_float(value)
+    if given.shape not in ((), array.shape):
+        raise ValueError(f"expected {name} of shape {array.shape}, got {given.shape}")
+    array[...] = given
+
+
+def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -> dict[str, Array]:
+    """`given` as arrays, once keys, shapes and kinds are those of `expected`; ValueError naming the key if not."""
+    arrays = {key: np.asarray(value) for key, value in dict(given).items()}
+    if wrong := expected.keys() ^ arrays.keys():
+        what = "missing" if min(wrong) in expected else "unexpected"
+        raise ValueError(f"{what} key {min(wrong)!r}: expected {sorted(expected)}, got {sorted(arrays)}")
+    for key, a in arrays.items():
+        dtype, shape = expected[key].dtype, expected[key].shape
+        if a.shape != shape or a.dtype.kind not in ("iu" if dtype.kind == "i" else "biuf"):
+            raise ValueError(f"{key!r}: expected {dtype} of shape {shape}, got {a.dtype} of shape {a.shape}")
+        if dtype.kind == "i" and not 0 <= int(a) < 2**63:
+            raise ValueError(f"{key!r}: expected a count of at least 0, got {a}")
+    return arrays
+
+
+class Arrays(dict[str, Array]):
+    """A dict of arrays that stay the same ones: layers, models and optimizers all hold on to them.
+
+    Assigning to a key copies into its array, so that ``model.grads[k] = np.clip(model.grads[k], -1, 1)`` means what it
+    says; keys can be neither added nor removed.
+    """
+
+    def __setitem__(self, key: str, value: ArrayLike) -> None:
+        if key not in self:
+            raise KeyError(f"expected one of {sorted(self)}, got {key!r}")
+        if value is not self[key]:
+            assign(self[key], value, key)
+
+    def update(self, other: Any = (), /, **more: ArrayLike) -> None:
+        for key, value in dict(other, **more).items():
+            self[key] = value
+
+    def __ior__(self, other: Mapping[str, ArrayLike] | Iterable[tuple[str, ArrayLike]]) -> Arrays:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def _fixed(self, *_: Any) -> NoReturn:
+        raise TypeError(f"expected the keys {sorted(self)} to stay: the layer works with these arrays")
+
+    __delitem__ = pop = popitem = clear = setdefault = _fixed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Arrays, (dict(self),)
