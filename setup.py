@@ -6,6 +6,7 @@ chooses among them at import. FASTBN_REQUIRE_OPENMP=1 makes a missing OpenMP an 
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,11 @@ GNU_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 BUILDS = {
     "baseline": {"gnu": [], "msvc": []},
-    "v3": {"gnu": ["-march=x86-64-v3"], "msvc": ["/arch:AVX2"]},
+    # On a Mac a universal build compiles for arm64 too, which must not see the flag.
+    "v3": {
+        "gnu": (["-Xarch_x86_64"] if sys.platform == "darwin" else []) + ["-march=x86-64-v3"],
+        "msvc": ["/arch:AVX2"],
+    },
 }
 OPENMP_CANDIDATES = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
 OPENMP_PROGRAM = """
@@ -72,7 +77,9 @@ class BuildExt(build_ext):
             source.write_text(program)
             try:
                 objects = self.compiler.compile([str(source)], folder, extra_postargs=compile_args)
-                self.compiler.link_executable(objects, "probe", folder, extra_postargs=link_args)
+                # Extensions are linked with these too; setuptools leaves them out for programs.
+                flags = shlex.split(os.environ.get("CFLAGS", "")) + shlex.split(os.environ.get("LDFLAGS", ""))
+                self.compiler.link_executable(objects, "probe", folder, extra_postargs=flags + link_args)
             except (CompileError, LinkError):
                 return False
             if os.environ.get("_PYTHON_HOST_PLATFORM"):

@@ -117,12 +117,20 @@ class BatchNorm:
         self._weight = self.params.get("weight")
         self._bias = self.params.get("bias")
         self._constants = functional.Constants(
-            self._num_features, self._weight, self._bias, self._eps, self._running_mean, self._running_var,
-            self._unbiased, self._axis, self._activation, self._num_threads,
-        )  # fmt: skip
+            self._num_features,
+            self._weight,
+            self._bias,
+            self._eps,
+            mean=self._running_mean,
+            var=self._running_var,
+            unbiased=self._unbiased,
+            axis=self._axis,
+            activation=self._activation,
+            num_threads=self._num_threads,
+        )
         self._saved: tuple[ArrayLike, functional.BatchStats, bool] | None = None
 
-    # --- the layer ---------------------------------------------------------------------------------------------------
+    # --- the layer
 
     def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x: with its own statistics in training, with the running ones in inference.

@@ -10,7 +10,8 @@ Float64 = NDArray[np.float64]
 Activation = Literal["relu", "leaky_relu"]
 
 class BatchStats:
-    count: int
+    @property
+    def count(self) -> int: ...
     def __init__(self, mean: ArrayLike, var: ArrayLike, count: int, mean_low: ArrayLike | None = None) -> None: ...
     @property
     def mean(self) -> Float64: ...
@@ -19,6 +20,7 @@ class BatchStats:
     @property
     def var(self) -> Float64: ...
 
+def floating(a: ArrayLike, name: str = "x") -> Array: ...
 def moments(x: ArrayLike, axis: int = 1, *, mask: ArrayLike | None = None) -> BatchStats: ...
 def batch_norm(
     x: ArrayLike,
@@ -67,16 +69,17 @@ def batch_norm_backward(
 class Constants:
     def __init__(
         self,
-        features: int,
-        weight: ArrayLike | None,
-        bias: ArrayLike | None,
-        eps: float,
-        mean: ArrayLike | None,
-        var: ArrayLike | None,
-        unbiased: bool,
-        axis: int,
-        activation: str | None,
-        num_threads: int | None,
+        features: int = -1,
+        weight: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        eps: float = 1e-5,
+        *,
+        mean: ArrayLike | None = None,
+        var: ArrayLike | None = None,
+        unbiased: bool = True,
+        axis: int = 1,
+        activation: str | None = None,
+        num_threads: int | None = None,
     ) -> None: ...
 
 def forward(constants: Constants, x: ArrayLike, out: Array | None, factor: float) -> tuple[Array, BatchStats, bool]: ...

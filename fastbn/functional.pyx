@@ -117,7 +117,7 @@ cdef BatchStats new_stats(Py_ssize_t C, Py_ssize_t count):
 
 # --- arguments ------------------------------------------------------------------------------------------------------------
 
-cdef cnp.ndarray floating(object a, str name):
+cpdef cnp.ndarray floating(object a, str name="x"):
     """a as a float32 or float64 array in native byte order; integers and bool become float64."""
     cdef cnp.ndarray array
     cdef int kind
@@ -200,16 +200,6 @@ cdef tuple shape_of(cnp.ndarray a):
     return tuple([cnp.PyArray_DIM(a, i) for i in range(cnp.PyArray_NDIM(a))])
 
 
-cdef bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
-    cdef int i
-    if cnp.PyArray_NDIM(a) != cnp.PyArray_NDIM(b):
-        return False
-    for i in range(cnp.PyArray_NDIM(a)):
-        if cnp.PyArray_DIM(a, i) != cnp.PyArray_DIM(b, i):
-            return False
-    return True
-
-
 cdef void extent(cnp.ndarray a, char **low, char **high) noexcept:
     """The first byte of a, and the one behind the last."""
     cdef int i
@@ -247,7 +237,7 @@ cdef cnp.ndarray checked_out(object out, cnp.ndarray x):
     if not cnp.PyArray_Check(out) or not cnp.PyArray_CheckExact(out) and isinstance(out, MaskedArray):
         raise TypeError(f"expected out to be a NumPy array, got {type(out).__name__}")
     cdef cnp.ndarray given = out
-    if not same_shape(given, x):
+    if not cnp.PyArray_SAMESHAPE(given, x):
         raise ValueError(f"expected out of shape {shape_of(x)}, got {shape_of(given)}")
     if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(x) or not cnp.PyArray_ISNOTSWAPPED(given):
         raise TypeError(f"expected out of dtype {x.dtype}, got {given.dtype}")
@@ -271,15 +261,6 @@ cdef double checked_eps(object eps) except -1:
     if not 0 < value < np.inf:
         raise ValueError(f"expected eps to be positive and finite, got {eps!r}")
     return value
-
-
-cdef int checked_threads(object num_threads) except -1:
-    if num_threads is None:
-        return 0
-    count = operator.index(num_threads)
-    if not 1 <= count <= 65536:
-        raise ValueError(f"expected num_threads to be at least 1 and at most 65536, got {num_threads!r}")
-    return count
 
 
 cdef int load(object a, double *to, Py_ssize_t C, double default, str name) except -1:
@@ -324,7 +305,8 @@ cdef class Constants:
     cdef Activation activation
     cdef int num_threads
 
-    def __init__(self, features, weight, bias, eps, mean, var, unbiased, axis, activation, num_threads):
+    def __init__(self, features=-1, weight=None, bias=None, eps=1e-5, *, mean=None, var=None, unbiased=True, axis=1, activation=None,
+                 num_threads=None):
         self.features = features
         self.weight = weight
         self.bias = bias
@@ -334,7 +316,7 @@ cdef class Constants:
         self.unbiased = unbiased
         self.axis = operator.index(axis)
         self.activation = activation_of(activation)
-        self.num_threads = checked_threads(num_threads)
+        self.num_threads = 0 if num_threads is None else cpu.checked_threads(num_threads)
 
 
 @cython.freelist(8)
@@ -392,8 +374,8 @@ cdef class Call:
         self.job.var = stats.data + 2 * stats.C
         return 0
 
-    cdef int output(self, object out, cnp.ndarray given, cnp.ndarray inplace) except -1:
-        """Where the result goes: `out`, or a new array laid out as x. `inplace` is the one input that out may be."""
+    cdef int output(self, object out, cnp.ndarray over, object keep) except -1:
+        """Where the result goes: `out`, or a new array laid out as x. `over` is the input that out may be, `keep` one that it must not touch."""
         cdef cnp.ndarray target
         if out is None:
             if cnp.PyArray_IS_C_CONTIGUOUS(self.x):
@@ -404,10 +386,10 @@ cdef class Call:
         else:
             target = checked_out(out, self.x)
             self.out = out
-            if given is not inplace and overlap(target, given):
+            if keep is not None and overlap(target, keep):
                 raise ValueError("expected out to share no memory with x, whose values the gradients need")
-            self.inplace = identical(target, inplace)
-            if not self.inplace and overlap(target, inplace):
+            self.inplace = identical(target, over)
+            if not self.inplace and overlap(target, over):
                 raise ValueError("expected out to be the input itself or to share no memory with it, got a partly overlapping array")
         self.y = target if usable_as(self.x, target) else np.empty_like(self.x, order="K", subok=False)
         self.job.y = cnp.PyArray_DATA(self.y)
@@ -471,7 +453,7 @@ def forward(Constants constants, x, out, double factor):
     cdef Job *job = &c.job
     c.begin(constants, given)
     c.parameters(constants)
-    c.output(out, given, given)
+    c.output(out, given, None)
     if constants.mean is not None:
         running_mean = <double *>writable(constants.mean, job.C, True, "running_mean")
         running_var = <double *>writable(constants.var, job.C, True, "running_var")
@@ -497,7 +479,7 @@ def infer(Constants constants, x, out):
     cdef BatchStats stats
     c.begin(constants, given)
     c.parameters(constants)
-    c.output(out, given, given)
+    c.output(out, given, None)
     stats = new_stats(c.job.C, 0)
     c.statistics(stats)
     load(constants.mean, c.job.mean, c.job.C, 0, "running_mean")
@@ -561,7 +543,7 @@ def moments(x, axis=1, *, mask=None):
             raise ValueError(f"expected mask of shape {rest}, x's without the feature axis, got {mask.shape}")
         given = np.moveaxis(given, k, -1)[mask]
         axis = 1
-    c.begin(Constants(-1, None, None, 1, None, None, True, axis, None, None), given)
+    c.begin(Constants(axis=axis), given)
     stats = new_stats(c.job.C, c.job.M * c.job.S)
     c.statistics(stats)
     call(KERNELS.moments, NULL, &c.job)
@@ -619,8 +601,9 @@ def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axi
     # What an exact or a debiased average does with a batch is not a weighted sum: it takes the statistics afterwards.
     direct = running is not None and running.momentum is not None and not running.debias
     constants = Constants(
-        -1 if running is None else running.num_features, weight, bias, eps, running.mean if direct else None,
-        running.var if direct else None, running is None or running.unbiased, axis, activation, num_threads)
+        -1 if running is None else running.num_features, weight, bias, eps, mean=running.mean if direct else None,
+        var=running.var if direct else None, unbiased=running is None or running.unbiased, axis=axis, activation=activation,
+        num_threads=num_threads)
     y, stats, _ = forward(constants, x, out, running.momentum if direct else 0)
     if direct:
         running._counted(stats)
@@ -676,11 +659,15 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
     if not training:
         if running_mean is None:
             raise ValueError("expected running_mean and running_var where training=False, got None")
-        return infer(Constants(-1, weight, bias, eps, running_mean, running_var, unbiased, axis, activation, num_threads), x, out)[0]
+        constants = Constants(-1, weight, bias, eps, mean=running_mean, var=running_var, axis=axis, activation=activation,
+                              num_threads=num_threads)
+        return infer(constants, x, out)[0]
     if momentum is None or not np.isfinite(momentum):
         raise ValueError(f"expected momentum to be a finite number, got {momentum!r}")
     mean, var = updatable(running_mean, "running_mean"), updatable(running_var, "running_var")
-    y = forward(Constants(-1, weight, bias, eps, mean, var, unbiased, axis, activation, num_threads), x, out, momentum)[0]
+    constants = Constants(-1, weight, bias, eps, mean=mean, var=var, unbiased=unbiased, axis=axis, activation=activation,
+                          num_threads=num_threads)
+    y = forward(constants, x, out, momentum)[0]
     for given, used in ((running_mean, mean), (running_var, var)):
         if used is not given:
             np.copyto(given, used, casting="same_kind")
@@ -745,7 +732,8 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, train
     (True, [3.0])
     """
     cdef cnp.npy_intp shape[1]
-    cdef Call c = backward_call(Constants(-1, weight, bias, eps, None, None, True, axis, activation, num_threads), dy, x, stats, training, out)
+    constants = Constants(-1, weight, bias, eps, axis=axis, activation=activation, num_threads=num_threads)
+    cdef Call c = backward_call(constants, dy, x, stats, training, out)
     shape[0] = c.job.C
     dweight = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
     dbias = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
@@ -792,13 +780,13 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
     if not isinstance(stats, BatchStats):
         raise TypeError(f"expected stats to be a BatchStats, as batch_norm_forward returns, got {type(stats).__name__}")
     c.begin(constants, given)
-    if not same_shape(gradient, given):
+    if not cnp.PyArray_SAMESHAPE(gradient, given):
         raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
-    if training and (<BatchStats>stats).count != job.M * job.S:
-        raise ValueError(f"expected statistics of the {job.M * job.S} values per feature of x, got those of {(<BatchStats>stats).count}")
     c.parameters(constants)
     c.statistics(stats)
-    c.output(out, given, gradient)
+    if training and (<BatchStats>stats).count != job.M * job.S:
+        raise ValueError(f"expected statistics of the {job.M * job.S} values per feature of x, got those of {(<BatchStats>stats).count}")
+    c.output(out, gradient, x if isinstance(x, np.ndarray) else None)
     if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not usable_as(c.x, gradient):
         c.dy = np.empty_like(c.x, order="K", subok=False)
         np.copyto(c.dy, gradient, casting="same_kind")

@@ -8,27 +8,17 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .functional import floating as as_float
+
 Array = NDArray[Any]
+__all__ = ["FLOATS", "Array", "Arrays", "as_float", "assign", "check_state"]
+
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-
-
-def as_float(x: ArrayLike) -> Array:
-    """`x` as a native float32 or float64 array: integers and bool become float64, others are a TypeError."""
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError("expected a plain array, got a masked array: its mask would be lost")
-    a = np.asarray(x)
-    if a.dtype in FLOATS:
-        return a
-    if a.dtype.kind in "biu":
-        return a.astype(np.float64)
-    if a.dtype.newbyteorder("=") in FLOATS:
-        return a.astype(a.dtype.newbyteorder("="))
-    raise TypeError(f"expected float32, float64, integers or bool, got {a.dtype}")
 
 
 def assign(array: Array, value: ArrayLike, name: str) -> None:
     """Copy `value`, of array's shape or a scalar, into `array`."""
-    given = as_float(value)
+    given = as_float(value, name)
     if given.shape not in ((), array.shape):
         raise ValueError(f"expected {name} of shape {array.shape}, got {given.shape}")
     array[...] = given

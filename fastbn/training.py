@@ -176,6 +176,7 @@ def evaluate(
         As for `fit`.
     batch_size : int
         Examples that go through the model at once, at least 1: a matter of memory, the result is that of all at once.
+        (Not so for a BatchNorm without running statistics, which normalises with those of whatever goes through.)
 
     Returns
     -------

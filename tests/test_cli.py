@@ -176,7 +176,7 @@ def test_predict_refuses(flowers, model, capsys, tmp_path):
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--lr", "-1"], "lr"),
         (["--lr", "nan"], "lr"),
-        (["--seed", "-1"], "non-negative"),
+        (["--seed", "-1"], "--seed must be at least 0"),
         (["--bn-momentum", "inf"], "momentum"),
         (["--momentum", "0.5"], "--momentum is for --optimizer sgd, got adam"),
         (["--optimizer", "sgd", "--lr", "1e30"], "with batch normalization, the loss is"),

@@ -323,11 +323,11 @@ cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) n
     cdef Py_ssize_t at
     cdef Py_ssize_t o[32]
     if w.planes:
-        # Steps of 20/32 of a piece, near the golden ratio, so that the places within the planes differ, however many planes there are.
+        # Steps of 21/32 of a piece, near the golden ratio, so that the places within the planes differ, however many planes there are.
         for i in range(32):
             u = first + i * n // 32
             at = u % w.pieces * w.piece
-            o[i] = (u // w.pieces * C + b) * S + at + (2 * (i * 20 % 32) + 1) * min(w.piece, S - at) // 64
+            o[i] = (u // w.pieces * C + b) * S + at + (2 * (i * 21 % 32) + 1) * min(w.piece, S - at) // 64
         pivot[0] = (((tree(x[o[0]], x[o[1]], x[o[2]], x[o[3]], x[o[4]], x[o[5]], x[o[6]], x[o[7]]) * <float>0.125
                       + tree(x[o[8]], x[o[9]], x[o[10]], x[o[11]], x[o[12]], x[o[13]], x[o[14]], x[o[15]]) * <float>0.125)
                      + (tree(x[o[16]], x[o[17]], x[o[18]], x[o[19]], x[o[20]], x[o[21]], x[o[22]], x[o[23]]) * <float>0.125
@@ -547,12 +547,17 @@ cdef void merge_gradients(Work *w, row table, f64 var, double eps, f64 dweight, 
 
 
 cdef bint representable(row table, Py_ssize_t C, f64 weight) noexcept nogil:
-    """Whether x's dtype holds every weight*invstd with full precision: float32 x near 1e37 and a small weight leave its normal range."""
+    """Whether x's dtype holds every invstd and every weight*invstd with full precision; float32 may not, for data of 1e30 or of 1e-30.
+
+    Weights below 1e-30 are let pass: all that they scale is next to nothing, and decay brings many there.
+    """
     cdef Py_ssize_t c
-    cdef Py_ssize_t small = 0
+    cdef Py_ssize_t beyond = 0
     for c in range(C):
-        small += (table[WEIGHT * C + c] < <float>1.2e-38) & (table[WEIGHT * C + c] > -<float>1.2e-38) & (weight[c] != 0)
-    return small == 0 or sizeof(table[0]) == 8
+        w = table[WEIGHT * C + c]
+        beyond += (((w < <float>1.2e-38) & (w > -<float>1.2e-38) & ((weight[c] > 1e-30) | (weight[c] < -1e-30)))
+                   | (w > <float>3.4e38) | (w < -<float>3.4e38) | (table[INVSTD * C + c] > <float>3.4e38))
+    return beyond == 0 or sizeof(table[0]) == 8
 
 
 cdef void normalize_wide(Job *job) noexcept nogil:
@@ -569,22 +574,31 @@ cdef void normalize_wide(Job *job) noexcept nogil:
 
 
 cdef void backward_wide(Job *job) noexcept nogil:
-    """dx for float32 with the arithmetic of float64, from dweight and dbias."""
+    """backward for float32 with the arithmetic of float64."""
     cdef float *x = <float *>job.x
     cdef float *dy = <float *>job.dy
     cdef float *dx = <float *>job.y
     cdef double per = job.training / (<double>job.M * job.S)
     cdef Py_ssize_t i
     cdef Py_ssize_t c
+    cdef int second
     cdef double invstd
     cdef double x_hat
-    cdef double g
-    for i in range(job.M * job.C * job.S):
-        c = i // job.S % job.C
-        invstd = 1 / sqrt(job.var[c] + job.eps)
-        x_hat = (<double>x[i] - job.mean[c] - job.mean_low[c]) * invstd
-        g = unact(<double>dy[i], x_hat * job.weight[c] + job.bias[c], job.activation)
-        dx[i] = ((g - job.dbias[c] * per) - x_hat * (job.dweight[c] * per)) * (job.weight[c] * invstd)
+    cdef float g
+    for c in range(job.C):
+        job.dweight[c] = 0
+        job.dbias[c] = 0
+    for second in range(2):
+        for i in range(job.M * job.C * job.S):
+            c = i // job.S % job.C
+            invstd = 1 / sqrt(job.var[c] + job.eps)
+            x_hat = (<double>x[i] - job.mean[c] - job.mean_low[c]) * invstd
+            g = unact(dy[i], <float>(x_hat * job.weight[c] + job.bias[c]), job.activation)
+            if second:
+                dx[i] = ((g - job.dbias[c] * per) - x_hat * (job.dweight[c] * per)) * (job.weight[c] * invstd)
+            else:
+                job.dbias[c] += g
+                job.dweight[c] += g * x_hat
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------------
@@ -648,14 +662,15 @@ cdef int backward_of(Job *job, row x) noexcept nogil:
     w.params = table
     w.part = table + PARAMETERS * job.C
     prepare(<row>w.params, job.C, job.mean, job.mean_low, job.var, job.eps, job.weight, job.bias)
-    run(&w, GRADIENTS, x)
-    merge_gradients(&w, <row>w.params, job.var, job.eps, job.dweight, job.dbias, w.part + 3 * w.chunks * job.C)
-    if not representable(<row>w.params, job.C, job.weight):
-        backward_wide(job)
-    elif job.training:
-        run(&w, BACKWARD, x)
+    if representable(<row>w.params, job.C, job.weight):
+        run(&w, GRADIENTS, x)
+        merge_gradients(&w, <row>w.params, job.var, job.eps, job.dweight, job.dbias, w.part + 3 * w.chunks * job.C)
+        if job.training:
+            run(&w, BACKWARD, x)
+        else:
+            run(&w, SCALE, x)
     else:
-        run(&w, SCALE, x)
+        backward_wide(job)
     release(table, room)
     return 0
 

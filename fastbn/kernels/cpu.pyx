@@ -4,10 +4,12 @@ Holds the process-wide thread count too, where the compiled core reads it withou
 """
 cdef extern from *:
     """
+    /* Not _OPENMP itself: defined, it would make Cython's own code include omp.h where there is none. */
     #if defined(_OPENMP)
     #include <omp.h>
+    #define FASTBN_OPENMP _OPENMP
     #else
-    #define _OPENMP 0
+    #define FASTBN_OPENMP 0
     static int omp_get_max_threads(void) { return 1; }
     static int omp_get_num_procs(void) { return 1; }
     #endif
@@ -46,10 +48,12 @@ cdef extern from *:
     static int fastbn_x86_64_level(void) { return 0; }
     #endif
     """
-    int _OPENMP
+    int FASTBN_OPENMP
     int omp_get_max_threads() nogil
     int omp_get_num_procs() nogil
     int fastbn_x86_64_level()
+
+import operator
 
 cdef int requested = 0        # set_num_threads; 0: the default
 cdef int quota = 1 << 20      # processors that the control group grants
@@ -58,7 +62,7 @@ cdef bint forked = False
 
 cdef int threads(int asked) noexcept nogil:
     """Threads for one call: `asked` where positive, else the process-wide number."""
-    if forked or not _OPENMP:
+    if forked or not FASTBN_OPENMP:
         return 1
     if asked > 0:
         return asked
@@ -66,6 +70,17 @@ cdef int threads(int asked) noexcept nogil:
         return requested
     # Asked at each call, so that threadpoolctl's and OpenMP's own limits are followed, and a changed affinity mask.
     return max(1, min(omp_get_max_threads(), omp_get_num_procs(), quota))
+
+
+cpdef int checked_threads(object n) except -1:
+    """n as a number of threads."""
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"expected the number of threads as an integer, got {type(n).__name__}") from None
+    if not 1 <= count <= 65536:
+        raise ValueError(f"expected the number of threads to be at least 1 and at most 65536, got {count}")
+    return count
 
 
 def get_requested():
@@ -94,7 +109,7 @@ def current_threads():
 
 def openmp_version():
     """The OpenMP specification's date, as 201511, or 0 for a serial build."""
-    return _OPENMP
+    return FASTBN_OPENMP
 
 
 def builds():

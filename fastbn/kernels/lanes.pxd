@@ -9,6 +9,13 @@ from fastbn.kernels.table cimport LEAKY_RELU, RELU, Activation
 
 cdef extern from *:
     """
+    #include <float.h>
+    #if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD == 2
+    #error "fastbn needs arithmetic in the types' own precision: build with -msse2 -mfpmath=sse"
+    #endif
+    #if defined(_MSC_VER)
+    #pragma fp_contract(off)
+    #endif
     /* Without it the compiler must assume that a store to y changes x, and gives up on vectorising. x and y may be the
        very same array all the same: each element is read before the same element is written. */
     #if defined(_MSC_VER) || defined(__GNUC__)

@@ -32,7 +32,7 @@ ctypedef struct Job:
     double *dbias    # [out] backward
     bint training    # [in] backward: whether mean and var were computed from x
 
-# All return 0, or -1 where memory ran out (nothing is written then).
+# All return 0, or -1 where memory ran out, before they write anything.
 ctypedef int (*Kernel)(Job *job) noexcept nogil
 
 ctypedef struct Table:

@@ -1,6 +1,5 @@
 """How many threads a call may use: process-wide, as BLAS and OpenMP have it, and the guard for forked children."""
 
-import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,16 +37,6 @@ def _cgroup_quota() -> int | None:
     return min(granted, default=None)
 
 
-def _checked(n: int) -> int:
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise TypeError(f"expected the number of threads as an integer, got {type(n).__name__}") from None
-    if not 1 <= count <= 1 << 16:
-        raise ValueError(f"expected the number of threads to be at least 1 and at most 65536, got {count}")
-    return count
-
-
 def get_num_threads() -> int:
     """Threads that a large call uses.
 
@@ -72,14 +61,15 @@ def set_num_threads(n: int) -> int:
     Parameters
     ----------
     n : int
-        At least 1; more than there are processors is honoured.
+        At least 1; more than there are processors is honoured. The default, which follows OpenMP's limit, comes back
+        only where `threads` was used instead.
 
     Raises
     ------
     ValueError, TypeError
         Where n is not a positive integer.
     """
-    count = _checked(n)
+    count = cpu.checked_threads(n)
     before = get_num_threads()
     cpu.set_requested(count)
     return before
@@ -96,7 +86,7 @@ def threads(n: int) -> Iterator[None]:
     ...     fastbn.get_num_threads()
     1
     """
-    count = _checked(n)
+    count = cpu.checked_threads(n)
     before = cpu.get_requested()
     cpu.set_requested(count)
     try:

@@ -1,0 +1,171 @@
+"""Arrays that a caller can reach stay the layer's own, and nothing is written through ones that do not fit."""
+
+import copy
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import nn
+from fastbn.state import Arrays
+
+
+def model_after_backward():
+    model = nn.Sequential(nn.Dense(3, 4, bias=False, seed=0), fastbn.BatchNorm(4))
+    rng = np.random.default_rng(0)
+    model(rng.standard_normal((8, 3)))
+    model.backward(rng.standard_normal((8, 4)))
+    return model
+
+
+def test_assignment_copies_into_the_layers_own_array():
+    model = model_after_backward()
+    clipped = {key: np.clip(grad, -1e-3, 1e-3) for key, grad in model.grads.items()}
+    own = {key: id(grad) for key, grad in model.grads.items()}
+    for key in model.grads:
+        model.grads[key] = clipped[key]
+    model.params |= {"1.weight": np.full(4, 2.0)}
+    model.params.update({"1.bias": 3})
+    model.params["0.weight"] *= 2
+    assert {key: id(grad) for key, grad in model.grads.items()} == own
+    assert all((model.grads[key] == clipped[key]).all() for key in clipped)
+    assert (model[1].weight == 2).all()
+    assert (model[1].bias == 3).all()
+    assert (model[1].grads["weight"] == clipped["1.weight"]).all()
+    before = model.grads["1.bias"].copy()
+    model.backward(np.ones((8, 4)))
+    assert (model.grads["1.bias"] != before).all()
+
+
+def test_keys_stay():
+    params = fastbn.BatchNorm(2).params
+    with pytest.raises(KeyError, match="gamma"):
+        params["gamma"] = np.ones(2)
+    for change in (params.clear, params.popitem, lambda: params.pop("bias"), lambda: params.__delitem__("bias")):
+        with pytest.raises(TypeError, match="to stay"):
+            change()
+    assert sorted(params) == ["bias", "weight"]
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (np.ones(3), ValueError),
+        (None, TypeError),
+        (np.ones(2, complex), TypeError),
+        (["1", "2"], TypeError),
+        (np.ma.masked_array([1.0, 2.0], [True, False]), TypeError),
+        (np.array([1, None]), TypeError),
+    ],
+)
+def test_assigning_what_does_not_fit(value, error):
+    bn = fastbn.BatchNorm(2)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        before = getattr(bn, name).copy()
+        with pytest.raises(error):
+            setattr(bn, name, value)
+        assert (getattr(bn, name) == before).all()
+    with pytest.raises(error):
+        bn.params["weight"] = value
+
+
+def test_copies_of_the_dict():
+    arrays = Arrays({"a": np.arange(3.0)})
+    for twin in (copy.deepcopy(arrays), pickle.loads(pickle.dumps(arrays))):
+        assert type(twin) is Arrays
+        assert (twin["a"] == arrays["a"]).all()
+        assert not np.shares_memory(twin["a"], arrays["a"])
+
+
+@pytest.mark.parametrize("spoil", ["grad", "running_mean"])
+def test_read_only_arrays_are_not_written(spoil):
+    bn = fastbn.BatchNorm(3)
+    x = np.random.default_rng(0).standard_normal((6, 3))
+    bn(x)
+    array = bn.grads["bias"] if spoil == "grad" else bn.running_mean
+    array.flags.writeable = False
+    state, grads = bn.state_dict(), copy.deepcopy(bn.grads)
+    with pytest.raises(ValueError, match="writeable"):
+        bn.backward(x) if spoil == "grad" else bn(x)
+    assert all((bn.state_dict()[key] == state[key]).all() for key in state)
+    assert all((bn.grads[key] == grads[key]).all() for key in grads)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, ">f8"])
+def test_running_averages_of_another_dtype(dtype):
+    class Running:
+        num_features, momentum, debias, unbiased = 3, 0.1, False, True
+        mean, var = np.zeros(3, dtype), np.ones(3, dtype)
+
+    with pytest.raises(TypeError, match="expected running_mean of dtype float64"):
+        fastbn.batch_norm_forward(np.eye(3), running=Running())
+
+
+@pytest.mark.parametrize("x", [np.arange(32.0, dtype=">f4").reshape(8, 4), np.arange(32).reshape(8, 4)])
+def test_a_converted_x_that_out_overwrites_is_gone(x):
+    bn = fastbn.BatchNorm(4)
+    bn(x, out=x.view("<f4") if x.dtype.kind == "f" else x.view("f8"))
+    with pytest.raises(RuntimeError, match="overwrite"):
+        bn.backward(np.ones((8, 4)))
+
+
+def test_backward_never_writes_into_x():
+    x = np.random.default_rng(0).standard_normal((8, 4))
+    bn, before = fastbn.BatchNorm(4), x.copy()
+    bn(x)
+    with pytest.raises(ValueError, match="no memory with x"):
+        bn.backward(x, out=x)
+    assert (x == before).all()
+
+
+def test_statistics_of_another_batch():
+    x = np.random.default_rng(0).standard_normal((8, 4))
+    with pytest.raises(ValueError, match=r"8 values.*those of 6"):
+        fastbn.batch_norm_backward(x, x, fastbn.moments(x[:6]))
+    fastbn.batch_norm_backward(x, x, fastbn.moments(x[:6]), training=False)
+
+
+@pytest.mark.parametrize("value", [3.0, -1, 2**64 - 1])
+def test_a_counter_that_is_none_leaves_the_model_as_it_was(value):
+    model = model_after_backward()
+    state, before = model.state_dict(), model.state_dict()
+    state["0.weight"] = np.full((4, 3), 9.0)
+    state["1.num_batches_tracked"] = np.array(value)
+    with pytest.raises(ValueError, match="num_batches_tracked"):
+        model.load_state_dict(state)
+    assert all((model.state_dict()[key] == before[key]).all() for key in before)
+
+
+def test_scales_that_float32_cannot_hold():
+    rng = np.random.default_rng(0)
+    assert (fastbn.batch_norm_forward(np.full((8, 2), 3, "f4"), None, [7.0, -1.0], 1e-80)[0] == [7, -1]).all()
+    for std, weight in ((1e-3, 2e36), (1e30, 1e-20)):
+        x = (rng.standard_normal((50, 3)) * std).astype("f4")
+        dy = (rng.standard_normal((50, 3)) * 1e-3).astype("f4")
+        w = np.full(3, weight)
+        y, stats = fastbn.batch_norm_forward(x, w, activation="relu", eps=1e-12)
+        wide, wide_stats = fastbn.batch_norm_forward(x.astype("f8"), w, activation="relu", eps=1e-12)
+        np.testing.assert_allclose(y, wide, rtol=1e-6)
+        got = fastbn.batch_norm_backward(dy, x, stats, w, activation="relu", eps=1e-12)
+        expected = fastbn.batch_norm_backward(
+            dy.astype("f8"), x.astype("f8"), wide_stats, w, activation="relu", eps=1e-12
+        )
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=float(abs(b).max()) * 1e-6 + 1e-44)
+        assert (got[2] != 0).all()
+
+
+def test_a_tree_that_has_not_been_built_says_so(tmp_path):
+    source = Path(fastbn.__file__).parent
+    shutil.copytree(source, tmp_path / "fastbn", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    # -S and a path of its own: an installed fastbn must not fill in what is missing here.
+    numpy_folder = str(Path(np.__file__).parents[1])
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {numpy_folder!r}]; import fastbn"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: fastbn is not built here: run `python -m pip")
