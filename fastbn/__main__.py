@@ -221,6 +221,8 @@ def _predict(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.model}: expected a label for each of its {outputs} outputs, got {trained['classes']!r}"
         )
+    if not isinstance(trained["columns"], list | None):
+        raise ValueError(f"{args.model}: expected names of columns or none, got {trained['columns']!r}")
     dataset = _load(args.data, args.target)
     is_test_part = dataset.held_out is not None
     dataset = dataset.held_out or dataset

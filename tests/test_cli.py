@@ -177,7 +177,9 @@ def test_predict_refuses(flowers, model, capsys, tmp_path):
         (["--lr", "-1"], "lr"),
         (["--lr", "nan"], "lr"),
         (["--seed", "-1"], "--seed must be at least 0"),
-        (["--bn-momentum", "inf"], "momentum"),
+        (["--bn-momentum", "inf"], "--bn-momentum must lie between 0 and 1, got inf"),
+        (["--bn-momentum", "1.5"], "--bn-momentum must lie between 0 and 1, got 1.5"),
+        (["--hidden", "1000000000000"], "not enough memory"),
         (["--momentum", "0.5"], "--momentum is for --optimizer sgd, got adam"),
         (["--optimizer", "sgd", "--lr", "1e30"], "with batch normalization, the loss is"),
         (["--out", "flowers.csv"], "flowers.csv is not a folder"),
@@ -293,3 +295,12 @@ def test_learning_curves_of_a_regression_and_of_nothing(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="no epochs to draw"):
             plots.learning_curves(histories, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"classes": ["a"]}, {"classes": 5}, {"columns": 7}])
+def test_a_model_whose_metadata_do_not_fit(flowers, monkeypatch, capsys, wrong):
+    monkeypatch.chdir(flowers[0] if isinstance(flowers, tuple) else flowers)
+    metadata = {"classes": ["a", "b"], "inputs": 4, "columns": None, "data": "x"} | wrong
+    checkpoint.save("wrong.safetensors", nn.Sequential(nn.Dense(4, 2)), metadata=metadata)
+    assert main(["predict", "wrong.safetensors", "unlabelled.npz"]) == 2
+    assert "wrong.safetensors: expected" in capsys.readouterr().err
