@@ -1,33 +1,20 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, infer_types=True
 """The loops over x, compiled once for each instruction set.
 
-Design: everything is *strips*, rows of lanes. A lane is a column of a strip and belongs to one feature, so that
-the compiler vectorises across lanes and no sum ever crosses a vector register: one arithmetic for all builds.
-
-- rows (S small): one row of x is C*S lanes; short rows are folded, k of them seen as one, so that C = 3 runs as wide as C = 1000.
-  Wide rows are cut into blocks of at most LANES lanes.
-- planes (S long): a contiguous run of one feature is cut into strips of RUN_LANES lanes, or of an eighth of what is left.
-
-Work is cut into tasks by shape alone; a task owns its lanes' partial sums, and they are merged in the order of the tasks,
-so the bits do not depend on the number of threads. One traversal (`visit`) serves the operations below.
+Design: plan.pxd cuts the work into tasks by shape alone; lanes.pxd has the arithmetic on a strip, rows of lanes. A task owns its lanes'
+partial sums, and merge.pxd adds them up in the order of the tasks, so the bits do not depend on the number of threads. One traversal
+(`visit`) serves the operations below.
 
 Passes over memory (reads + writes): moments 1 + 0, normalize 1 + 1, backward 2*2 + 1.
 """
 from cython.parallel cimport prange
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from fastbn.kernels.lanes cimport (
-    BIAS,
-    INVSTD,
-    LOW,
     MEAN_DY,
     PARAMETERS,
-    SLOPE,
-    WEIGHT,
-    act,
     add,
     add_four,
     add_four_gradients,
@@ -41,22 +28,11 @@ from fastbn.kernels.lanes cimport (
     row,
     scale_rows,
     tree,
-    unact,
 )
+from fastbn.kernels.merge cimport merge_gradients, merge_moments, prepare, representable
+from fastbn.kernels.plan cimport PITCH, ROOM, RUN_LANES, Work, count, features, plan
 from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
-
-cdef enum:
-    LANES = 512          # lanes of a strip: four rows of x, the sums and the parameters of a strip stay in L1
-    NARROW = 64          # rows shorter than this are folded
-    PITCH = LANES + 24   # between rows of LANES values: at a multiple of 4 KB a load would wait for a store to another row
-    FOLD = 128           # into rows of up to so many lanes
-    RUN_LANES = 128      # lanes of a strip within a plane: eight rows are 1024 elements
-    PLANE = 64           # S from here on is a plane
-    PIECE = 16384        # a longer plane is cut into pieces of this many elements (a multiple of 8*RUN_LANES)
-    ROOM = 2048          # float64 values that a call has on its stack
-    TASKS = 64           # threads that a large shape can keep busy
-    CHUNK = 16384        # fewest elements that are worth a task
-    ROWS = 128           # fewest rows of lanes: what is done once for each lane of a task must not weigh
+from fastbn.kernels.wide cimport backward_wide, normalize_wide
 
 cdef enum Operation:
     MOMENTS     # sums of d and d*d, d = x - pivot
@@ -64,57 +40,6 @@ cdef enum Operation:
     GRADIENTS   # sums of dy and dy*x_hat
     BACKWARD    # dx, where the statistics depend on x
     SCALE       # dx, where they are constants
-
-ctypedef struct Work:
-    Job *job
-    void *params          # (PARAMETERS, C) in x's dtype
-    double *part          # (chunks, 3, C): pivot and the two sums of each chunk
-    bint planes
-    Py_ssize_t width      # lanes of one row of x: C*S
-    Py_ssize_t fold       # rows of x in one row of lanes
-    Py_ssize_t block      # lanes of a strip
-    Py_ssize_t blocks     # strips side by side (rows), or features (planes)
-    Py_ssize_t units      # rows of lanes (rows), or pieces of one feature (planes)
-    Py_ssize_t chunk      # units of a task
-    Py_ssize_t chunks
-    Py_ssize_t pieces     # pieces of a plane
-    Py_ssize_t piece      # elements of a piece
-
-
-cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
-    return (a + b - 1) // b
-
-
-cdef void plan(Work *w) noexcept nogil:
-    """Cut the work by shape alone: the thread count must not be looked at here."""
-    cdef Job *job = w.job
-    cdef Py_ssize_t wanted, worth
-    w.planes = job.S >= PLANE
-    w.width = job.C * job.S
-    w.fold = 1
-    w.pieces = 1
-    w.piece = job.S
-    if w.planes:
-        if job.S > PIECE:
-            w.piece = PIECE
-            w.pieces = ceil_div(job.S, PIECE)
-        w.block = RUN_LANES
-        w.blocks = job.C
-        w.units = job.M * w.pieces
-        worth = ceil_div(job.M * job.S, CHUNK)
-    else:
-        if w.width < NARROW:
-            w.fold = min(FOLD // w.width, job.M)
-        w.block = w.fold * w.width if w.width <= LANES else LANES // job.S * job.S
-        w.blocks = ceil_div(w.width, w.block) if w.fold == 1 else 1
-        w.units = ceil_div(job.M, w.fold)
-        worth = min(ceil_div(w.units * w.block, CHUNK), ceil_div(w.units, ROWS))
-    wanted = min(ceil_div(TASKS, w.blocks), worth)
-    w.chunk = ceil_div(w.units, wanted)
-    if not w.planes:
-        w.chunk = ceil_div(w.chunk, 8) * 8
-    w.chunks = ceil_div(w.units, w.chunk)
-
 
 # --- one strip ----------------------------------------------------------------------------------------------------------
 
@@ -211,27 +136,6 @@ cdef void visit(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row pa
     strip(w, op, x, at, ld, rows, n, params, step, sums)
     if rows < end - first:
         strip(w, op, x, at + rows * ld, ld, 1, w.job.M % w.fold * w.width, params, step, sums)
-
-
-cdef inline Py_ssize_t features(Work *w, Py_ssize_t b) noexcept nogil:
-    """How many features block b holds; the first is number b * features(w, 0)."""
-    if w.planes:
-        return 1
-    if w.blocks == 1:
-        return w.job.C
-    return min(w.block // w.job.S, w.job.C - b * (w.block // w.job.S))
-
-
-cdef Py_ssize_t count(Work *w, Py_ssize_t k) noexcept nogil:
-    """Elements of one feature in chunk k."""
-    cdef Py_ssize_t first = k * w.chunk
-    cdef Py_ssize_t end = min(first + w.chunk, w.units)
-    cdef Py_ssize_t last
-    if w.planes:
-        # The last piece of a plane is shorter: as many of them as planes end within the chunk.
-        last = end // w.pieces - first // w.pieces
-        return (end - first - last) * w.piece + last * (w.job.S - (w.pieces - 1) * w.piece)
-    return (min(end * w.fold, w.job.M) - first * w.fold) * w.job.S
 
 
 cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t used, row lanes, Py_ssize_t *step) noexcept nogil:
@@ -418,187 +322,6 @@ cdef void run(Work *w, Operation op, row x) noexcept nogil:
     else:
         for i in prange(tasks, schedule="static", num_threads=threads):
             task(w, op, i, x)
-
-
-# --- O(C): from sums to statistics, from statistics to the parameters of the loops ------------------------------------------
-
-cdef void merge_moments(Work *w, f64 mean, f64 low, f64 var, f64 lost, f64 shift) noexcept nogil:
-    """The chunks' sums, each about a pivot of its own, into mean and variance (Chan, Golub & LeVeque 1979).
-
-    mean, low, var: (C,) [out].  lost, shift: (C,) scratch.
-    """
-    cdef Py_ssize_t C = w.job.C
-    cdef Py_ssize_t c
-    cdef Py_ssize_t k
-    cdef double m = <double>w.job.M * w.job.S
-    cdef double n
-    cdef double d
-    cdef double s
-    cdef f64 first = w.part
-    cdef f64 part
-    if w.chunks == 1:
-        # What the steps below come to, bit for bit, in a quarter of their time.
-        for c in range(C):
-            shift[c] = first[C + c] / m
-            mean[c] = first[c]
-            low[c] = 0
-            add(mean, low, c, shift[c], True)
-            s = (first[2 * C + c] - first[C + c] * shift[c]) / m
-            var[c] = 0 if s < 0 else s
-        return
-    # The mean, relative to the first chunk's pivot.
-    for c in range(C):
-        mean[c] = 0
-        lost[c] = 0
-    for k in range(w.chunks):
-        part = w.part + 3 * k * C
-        n = count(w, k)
-        for c in range(C):
-            add(mean, lost, c, part[C + c], True)
-            add(mean, lost, c, n * (part[c] - first[c]), True)
-    for c in range(C):
-        shift[c] = (mean[c] + lost[c]) / m
-        mean[c] = first[c]
-        low[c] = 0
-        add(mean, low, c, shift[c], True)
-        var[c] = 0
-        lost[c] = 0
-    # Squares about each chunk's own mean, and those of the chunks' means about the whole one.
-    for k in range(w.chunks):
-        part = w.part + 3 * k * C
-        n = count(w, k)
-        for c in range(C):
-            s = part[C + c] / n
-            d = (part[c] - first[c]) + s - shift[c]
-            add(var, lost, c, part[2 * C + c] - part[C + c] * s, True)
-            add(var, lost, c, n * d * d, True)
-    for c in range(C):
-        s = (var[c] + lost[c]) / m
-        var[c] = 0 if s < 0 else s
-
-
-cdef inline double split_high(double a) noexcept nogil:
-    """The upper half of a's digits (Veltkamp): products of halves are exact, on every processor and without fused multiply-add."""
-    cdef double t = a * 134217729.0
-    return t - (t - a)
-
-
-cdef inline double square_root_error(double v, double r) noexcept nogil:
-    """1 - v*r*r to full relative precision, by Dekker's products."""
-    cdef double r_high = split_high(r)
-    cdef double r_low = r - r_high
-    cdef double p = r * r
-    cdef double p_error = ((r_high * r_high - p) + 2 * r_high * r_low) + r_low * r_low
-    cdef double p_high = split_high(p)
-    cdef double p_low = p - p_high
-    cdef double v_high = split_high(v)
-    cdef double v_low = v - v_high
-    cdef double q = v * p
-    cdef double q_error = ((v_high * p_high - q) + (v_high * p_low + v_low * p_high)) + v_low * p_low
-    return ((1 - q) - q_error) - v * p_error
-
-
-cdef void prepare(row table, Py_ssize_t C, f64 mean, f64 low, f64 var, double eps, f64 weight, f64 bias) noexcept nogil:
-    """The parameter table, in x's dtype: the mean in two parts, so that x - mean does not cancel."""
-    cdef Py_ssize_t c
-    cdef double invstd
-    cdef double e
-    for c in range(C):
-        invstd = 1 / sqrt(var[c] + eps)
-        if sizeof(table[0]) == 8:
-            # One Newton step: two roundings become one.
-            e = square_root_error(var[c] + eps, invstd)
-            invstd += 0.5 * e * invstd if -1e-15 < e < 1e-15 else 0
-        table[WEIGHT * C + c] = weight[c] * invstd
-        # float64: the sums are of g*(x - mean), one rounding less; the squares of float32 x would overflow.
-        table[INVSTD * C + c] = 1 if sizeof(table[0]) == 8 else invstd
-    for c in range(C):
-        table[c] = mean[c]
-        table[LOW * C + c] = (mean[c] - table[c]) + low[c]
-        table[BIAS * C + c] = bias[c]
-
-
-cdef void merge_gradients(Work *w, row table, f64 var, double eps, f64 dweight, f64 dbias, f64 lost) noexcept nogil:
-    """The chunks' sums into the gradients, and those into the last rows of the table.  lost: (2, C) scratch."""
-    cdef Py_ssize_t C = w.job.C
-    cdef Py_ssize_t c
-    cdef Py_ssize_t k
-    cdef double m = <double>w.job.M * w.job.S
-    cdef f64 part
-    for c in range(C):
-        dbias[c] = 0
-        dweight[c] = 0
-    for c in range(2 * C):
-        lost[c] = 0
-    for k in range(w.chunks):
-        part = w.part + 3 * k * C
-        for c in range(C):
-            add(dbias, lost, c, part[C + c], True)
-            add(dweight, lost + C, c, part[2 * C + c], True)
-    for c in range(C):
-        dbias[c] += lost[c]
-        dweight[c] += lost[C + c]
-        table[MEAN_DY * C + c] = dbias[c] / m
-        if sizeof(table[0]) == 8:
-            table[SLOPE * C + c] = dweight[c] / (m * (var[c] + eps))
-            dweight[c] /= sqrt(var[c] + eps)
-        else:
-            table[SLOPE * C + c] = dweight[c] / m * table[INVSTD * C + c]
-
-
-cdef bint representable(row table, Py_ssize_t C, f64 weight) noexcept nogil:
-    """Whether x's dtype holds every invstd and every weight*invstd with full precision; float32 may not, for data of 1e30 or of 1e-30.
-
-    Weights below 1e-30 are let pass: all that they scale is next to nothing, and decay brings many there.
-    """
-    cdef Py_ssize_t c
-    cdef Py_ssize_t beyond = 0
-    for c in range(C):
-        w = table[WEIGHT * C + c]
-        beyond += (((w < <float>1.2e-38) & (w > -<float>1.2e-38) & ((weight[c] > 1e-30) | (weight[c] < -1e-30)))
-                   | (w > <float>3.4e38) | (w < -<float>3.4e38) | (table[INVSTD * C + c] > <float>3.4e38))
-    return beyond == 0 or sizeof(table[0]) == 8
-
-
-cdef void normalize_wide(Job *job) noexcept nogil:
-    """normalize for float32 with the arithmetic of float64; for the rare data above, so neither threads nor vectors."""
-    cdef float *x = <float *>job.x
-    cdef float *y = <float *>job.y
-    cdef Py_ssize_t i
-    cdef Py_ssize_t c
-    cdef double z
-    for i in range(job.M * job.C * job.S):
-        c = i // job.S % job.C
-        z = (<double>x[i] - job.mean[c] - job.mean_low[c]) * (job.weight[c] / sqrt(job.var[c] + job.eps)) + job.bias[c]
-        y[i] = act(<float>z, job.activation)
-
-
-cdef void backward_wide(Job *job) noexcept nogil:
-    """backward for float32 with the arithmetic of float64."""
-    cdef float *x = <float *>job.x
-    cdef float *dy = <float *>job.dy
-    cdef float *dx = <float *>job.y
-    cdef double per = job.training / (<double>job.M * job.S)
-    cdef Py_ssize_t i
-    cdef Py_ssize_t c
-    cdef int second
-    cdef double invstd
-    cdef double x_hat
-    cdef float g
-    for c in range(job.C):
-        job.dweight[c] = 0
-        job.dbias[c] = 0
-    for second in range(2):
-        for i in range(job.M * job.C * job.S):
-            c = i // job.S % job.C
-            invstd = 1 / sqrt(job.var[c] + job.eps)
-            x_hat = (<double>x[i] - job.mean[c] - job.mean_low[c]) * invstd
-            g = unact(dy[i], <float>(x_hat * job.weight[c] + job.bias[c]), job.activation)
-            if second:
-                dx[i] = ((g - job.dbias[c] * per) - x_hat * (job.dweight[c] * per)) * (job.weight[c] * invstd)
-            else:
-                job.dbias[c] += g
-                job.dweight[c] += g * x_hat
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------------
