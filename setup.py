@@ -105,10 +105,12 @@ def cythonized(extensions: list[Extension], folder: str) -> list[Extension]:
 
 
 builds = BUILDS if is_x86_64() else ["baseline"]
-modules = cythonized(
-    [extension(f"fastbn.{name}", f"fastbn/{name.replace('.', '/')}.pyx") for name in ("functional", "kernels.cpu")],
-    "once",
-)
+once = [
+    extension("fastbn.arguments", "fastbn/arguments.pyx"),
+    extension("fastbn.functional", "fastbn/functional.pyx"),
+    extension("fastbn.kernels.cpu", "fastbn/kernels/cpu.pyx"),
+]
+modules = cythonized(once, "once")
 for build in builds:
     # A folder for each: the C files of one source would overwrite each other.
     modules += cythonized([extension(f"fastbn.kernels.batchnorm_{build}", "fastbn/kernels/batchnorm.pyx")], build)

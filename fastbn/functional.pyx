@@ -1,15 +1,13 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
 """Batch normalization as functions of arrays.
 
-Design: the one place that checks arguments, chooses the view and allocates. Every function reads as: check everything,
+Design: the one place that chooses the view, allocates and calls the kernels. Every function reads as: check everything (arguments.pyx),
 run the kernels without the GIL, and only then change what the caller holds (running averages). An array whose memory is
 some transpose of a C-contiguous one is worked on as it lies, through the view (M, C, S); anything else is copied once.
 """
 import operator
 
 import numpy as np
-from numpy.exceptions import AxisError
-from numpy.ma import MaskedArray
 
 cimport cython
 cimport numpy as cnp
@@ -18,8 +16,24 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport NAN
 from libc.string cimport memcpy
 
+from fastbn.arguments cimport (
+    activation_of,
+    checked_eps,
+    checked_out,
+    dense,
+    feature_axis,
+    floating,
+    identical,
+    load,
+    overlap,
+    shape_of,
+    store,
+    updatable,
+    usable_as,
+    writable,
+)
 from fastbn.kernels cimport cpu
-from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, THREADED, Activation, Job, Kernel, Table
+from fastbn.kernels.table cimport THREADED, Activation, Job, Kernel, Table
 
 from fastbn import kernels
 
@@ -113,177 +127,6 @@ cdef BatchStats new_stats(Py_ssize_t C, Py_ssize_t count):
     cdef BatchStats stats = BatchStats.__new__(BatchStats)
     stats.reserve(C, count)
     return stats
-
-
-# --- arguments ------------------------------------------------------------------------------------------------------------
-
-cpdef cnp.ndarray floating(object a, str name="x"):
-    """a as a float32 or float64 array in native byte order; integers and bool become float64."""
-    cdef cnp.ndarray array
-    cdef int kind
-    if cnp.PyArray_CheckExact(a):
-        array = a
-    else:
-        if isinstance(a, MaskedArray):
-            raise TypeError(f"expected {name} without a mask, got a masked array: its mask would be lost (moments takes mask=)")
-        array = np.asarray(a)
-    kind = cnp.PyArray_TYPE(array)
-    if kind == cnp.NPY_FLOAT32 or kind == cnp.NPY_FLOAT64:
-        if cnp.PyArray_ISNOTSWAPPED(array):
-            return array
-        return array.astype(array.dtype.newbyteorder("="))
-    if array.dtype.kind in "biu":
-        return array.astype(np.float64)
-    raise TypeError(f"expected {name} of dtype float32 or float64 (or integers), got {array.dtype}")
-
-
-cdef int feature_axis(cnp.ndarray x, object axis) except -1:
-    cdef int ndim = cnp.PyArray_NDIM(x)
-    cdef Py_ssize_t k
-    if not -ndim <= axis < ndim:
-        raise AxisError(f"axis {axis} is out of bounds for array of dimension {ndim}")
-    k = axis
-    return <int>(k + ndim if k < 0 else k)
-
-
-cdef bint dense(cnp.ndarray x, int axis, Py_ssize_t *M, Py_ssize_t *S) noexcept:
-    """Whether x's memory is a C-contiguous (M, C, S), in whatever order its axes lie there."""
-    cdef int ndim = cnp.PyArray_NDIM(x)
-    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(x)
-    cdef cnp.npy_intp *strides = cnp.PyArray_STRIDES(x)
-    cdef int i
-    cdef int inner
-    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(x)
-    cdef Py_ssize_t whole = size * cnp.PyArray_SIZE(x)
-    M[0] = 1
-    S[0] = 1
-    if not cnp.PyArray_ISALIGNED(x):
-        return False
-    if cnp.PyArray_IS_C_CONTIGUOUS(x):
-        for i in range(axis):
-            M[0] *= shape[i]
-        for i in range(axis + 1, ndim):
-            S[0] *= shape[i]
-        return True
-    # Walk from the innermost axis outwards: the next one is that whose stride is what has been covered so far.
-    while size < whole:
-        inner = -1
-        for i in range(ndim):
-            if shape[i] > 1 and strides[i] == size:
-                inner = i
-        if inner < 0:
-            return False
-        if inner != axis:
-            if strides[inner] < strides[axis] or shape[axis] == 1:
-                S[0] *= shape[inner]
-            else:
-                M[0] *= shape[inner]
-        size *= shape[inner]
-    return True
-
-
-cdef bint same_strides(cnp.ndarray a, cnp.ndarray b) noexcept:
-    """Whether two arrays of one shape and dtype place their elements alike."""
-    cdef int i
-    for i in range(cnp.PyArray_NDIM(a)):
-        if cnp.PyArray_DIM(a, i) > 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i):
-            return False
-    return True
-
-
-cdef bint usable_as(cnp.ndarray a, cnp.ndarray b) noexcept:
-    """Whether the kernels can work on b beside a, which is dense and aligned."""
-    return same_strides(a, b) and cnp.PyArray_ISALIGNED(b)
-
-
-cdef tuple shape_of(cnp.ndarray a):
-    return tuple([cnp.PyArray_DIM(a, i) for i in range(cnp.PyArray_NDIM(a))])
-
-
-cdef void extent(cnp.ndarray a, char **low, char **high) noexcept:
-    """The first byte of a, and the one behind the last."""
-    cdef int i
-    cdef Py_ssize_t span
-    low[0] = high[0] = <char *>cnp.PyArray_DATA(a)
-    for i in range(cnp.PyArray_NDIM(a)):
-        span = (cnp.PyArray_DIM(a, i) - 1) * cnp.PyArray_STRIDE(a, i)
-        if span < 0:
-            low[0] += span
-        else:
-            high[0] += span
-    high[0] += cnp.PyArray_ITEMSIZE(a)
-
-
-cdef bint overlap(cnp.ndarray a, cnp.ndarray b) except -1:
-    """Whether a and b share memory; never a wrong no."""
-    cdef char *ends[4]
-    if cnp.PyArray_SIZE(a) == 0 or cnp.PyArray_SIZE(b) == 0:
-        return False
-    extent(a, &ends[0], &ends[1])
-    extent(b, &ends[2], &ends[3])
-    if ends[1] <= ends[2] or ends[3] <= ends[0]:
-        return False
-    try:
-        return np.shares_memory(a, b, max_work=10000)
-    except np.exceptions.TooHardError:
-        return True
-
-
-cdef bint identical(cnp.ndarray a, cnp.ndarray b) noexcept:
-    return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and same_strides(a, b)
-
-
-cdef cnp.ndarray checked_out(object out, cnp.ndarray x):
-    if not cnp.PyArray_Check(out) or not cnp.PyArray_CheckExact(out) and isinstance(out, MaskedArray):
-        raise TypeError(f"expected out to be a NumPy array, got {type(out).__name__}")
-    cdef cnp.ndarray given = out
-    if not cnp.PyArray_SAMESHAPE(given, x):
-        raise ValueError(f"expected out of shape {shape_of(x)}, got {shape_of(given)}")
-    if cnp.PyArray_TYPE(given) != cnp.PyArray_TYPE(x) or not cnp.PyArray_ISNOTSWAPPED(given):
-        raise TypeError(f"expected out of dtype {x.dtype}, got {given.dtype}")
-    if not cnp.PyArray_ISWRITEABLE(given):
-        raise ValueError("expected out to be writeable, got a read-only array")
-    return given
-
-
-cdef Activation activation_of(object name) except? RELU:
-    if name is None:
-        return IDENTITY
-    if name == "relu":
-        return RELU
-    if name == "leaky_relu":
-        return LEAKY_RELU
-    raise ValueError(f"expected activation None, 'relu' or 'leaky_relu', got {name!r}")
-
-
-cdef double checked_eps(object eps) except -1:
-    cdef double value = eps
-    if not 0 < value < np.inf:
-        raise ValueError(f"expected eps to be positive and finite, got {eps!r}")
-    return value
-
-
-cdef int load(object a, double *to, Py_ssize_t C, double default, str name) except -1:
-    """The (C,) parameter a as float64."""
-    cdef Py_ssize_t i
-    cdef cnp.ndarray array
-    cdef float *f32
-    if a is None:
-        for i in range(C):
-            to[i] = default
-        return 0
-    array = floating(a, name)
-    if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != C:
-        raise ValueError(f"expected {name} of shape ({C},), got {shape_of(array)}")
-    if not cnp.PyArray_IS_C_CONTIGUOUS(array) or not cnp.PyArray_ISALIGNED(array):
-        array = array.copy()
-    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
-        memcpy(to, cnp.PyArray_DATA(array), C * sizeof(double))
-    else:
-        f32 = <float *>cnp.PyArray_DATA(array)
-        for i in range(C):
-            to[i] = f32[i]
-    return 0
 
 
 # --- one call ------------------------------------------------------------------------------------------------------------
@@ -423,21 +266,6 @@ cdef int call(Kernel first, Kernel second, Job *job) except -1:
     if status:
         raise MemoryError()
     return 0
-
-
-cdef void *writable(object a, Py_ssize_t C, bint float64_only, str name) except NULL:
-    """The memory of a (C,) array that is written in place."""
-    if not cnp.PyArray_CheckExact(a):
-        raise TypeError(f"expected {name} to be a NumPy array, which is written in place, got {type(a).__name__}")
-    cdef cnp.ndarray array = a
-    cdef int kind = cnp.PyArray_TYPE(array)
-    if kind != cnp.NPY_FLOAT64 and (float64_only or kind != cnp.NPY_FLOAT32) or not cnp.PyArray_ISNOTSWAPPED(array):
-        raise TypeError(f"expected {name} of dtype {'float64' if float64_only else 'float32 or float64'}, got {array.dtype}")
-    if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != C:
-        raise ValueError(f"expected {name} of shape ({C},), got {shape_of(array)}")
-    if not cnp.PyArray_IS_C_CONTIGUOUS(array) or not cnp.PyArray_ISALIGNED(array) or not cnp.PyArray_ISWRITEABLE(array):
-        raise ValueError(f"expected {name} to be contiguous, aligned and writeable, got {array.flags}")
-    return cnp.PyArray_DATA(array)
 
 
 def forward(Constants constants, x, out, double factor):
@@ -674,18 +502,6 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
     return y
 
 
-cdef cnp.ndarray updatable(object a, str name):
-    """a itself, or a float64 copy whose values go back to a."""
-    if a is None:
-        return None
-    if not isinstance(a, np.ndarray) or a.dtype.kind != "f" or a.itemsize not in (4, 8):
-        raise TypeError(f"expected {name} to be a float32 or float64 NumPy array, which training updates in place, "
-                        f"got {getattr(a, 'dtype', type(a).__name__)}")
-    if not a.flags.writeable:
-        raise ValueError(f"expected {name} to be writeable, got a read-only array")
-    return a if type(a) is np.ndarray and a.dtype == np.float64 and a.flags.carray else np.array(a, dtype=np.float64)
-
-
 def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, training=True, axis=1, activation=None, out=None,
                         num_threads=None):
     """The gradients of a batch normalization.
@@ -754,21 +570,6 @@ def backward_into(Constants constants, dy, x, stats, bint training, out, dweight
         store(c.job.dweight, dweight, c.job.C)
         store(c.job.dbias, dbias, c.job.C)
     return c.out
-
-
-cdef int store(double *values, cnp.ndarray to, Py_ssize_t C) except -1:
-    cdef Py_ssize_t i
-    cdef float *f32
-    cdef double *f64
-    if cnp.PyArray_TYPE(to) == cnp.NPY_FLOAT64:
-        f64 = <double *>cnp.PyArray_DATA(to)
-        for i in range(C):
-            f64[i] = values[i]
-    else:
-        f32 = <float *>cnp.PyArray_DATA(to)
-        for i in range(C):
-            f32[i] = <float>values[i]
-    return 0
 
 
 cdef Call backward_call(Constants constants, object dy, object x, object stats, bint training, object out):

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .functional import floating as as_float
+from .arguments import floating as as_float
 
 Array = NDArray[Any]
 __all__ = ["FLOATS", "Array", "Arrays", "as_float", "assign", "check_state"]
