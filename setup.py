@@ -50,6 +50,10 @@ def is_x86_64() -> bool:
 class BuildExt(build_ext):
     """Adds what depends on the compiler: its flags, and OpenMP where a program with it compiles and runs."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def build_extensions(self) -> None:
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "gnu"
         compile_openmp, link_openmp = self.find_openmp(kind)
