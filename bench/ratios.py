@@ -1,10 +1,6 @@
 """What a layer costs in multiples of NumPy's own passes over the same array. usage: python -m bench.ratios [THREADS]"""
 
-import os
 import sys
-
-THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(THREADS)
 
 import numpy as np
 
@@ -24,9 +20,10 @@ SHAPES = [
 
 
 def main() -> None:
-    fastbn.set_num_threads(THREADS)
+    threads = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    fastbn.set_num_threads(threads)
     fastbn.show_config()
-    print(f"\nfloat32, preallocated outputs, {THREADS} thread(s); medians, interleaved\n")
+    print(f"\nfloat32, preallocated outputs, {threads} thread(s); medians, interleaved\n")
     heads = ("add us", "copy us", "train us", "train/add", "train/copy", "infer/copy", "backward/copy")
     print(f"{'shape':<20}" + "".join(f"{head:>14}" for head in heads))
     rng = np.random.default_rng(0)
