@@ -111,7 +111,7 @@ cdef inline void add_one(row x, Py_ssize_t n, row pivot, f64 s1, f64 e1, f64 s2,
 
 cdef inline void add_four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation,
                                     f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    """Four rows: s1 += sum g, s2 += sum g*x_hat, where g is the gradient before the activation; trees of four in x's dtype."""
+    """Four rows: s1 += sum g, s2 += sum g*x_hat (float64: g*(x - mean)), g the gradient before the activation; trees in x's dtype."""
     cdef Py_ssize_t i
     for i in range(n):
         hi = params[i]

@@ -94,7 +94,7 @@ cdef inline void prepare(row table, Py_ssize_t C, f64 mean, f64 low, f64 var, do
             e = square_root_error(var[c] + eps, invstd)
             invstd += 0.5 * e * invstd if -1e-15 < e < 1e-15 else 0
         table[WEIGHT * C + c] = weight[c] * invstd
-        # float64: the sums are of g*(x - mean), one rounding less; the squares of float32 x would overflow.
+        # float64: the sums are of g*(x - mean), one rounding less; in float32 those products could overflow.
         table[INVSTD * C + c] = 1 if sizeof(table[0]) == 8 else invstd
     for c in range(C):
         table[c] = mean[c]

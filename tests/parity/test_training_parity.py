@@ -63,6 +63,18 @@ def networks(dtype, activation):
     return ours, theirs
 
 
+def step(ours, theirs, our_optimizer, their_optimizer, x, t):
+    """One step of both networks on the same mini-batch; the two losses."""
+    their_optimizer.zero_grad()
+    their_loss = F.cross_entropy(theirs(torch.from_numpy(x)), torch.from_numpy(t))
+    their_loss.backward()
+    their_optimizer.step()
+    our_loss, dy = losses.softmax_cross_entropy(ours(x), t)
+    ours.backward(dy)
+    our_optimizer.step()
+    return our_loss, their_loss.item()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_pytorchs_way(name, dtype):
@@ -73,14 +85,8 @@ def test_training_goes_pytorchs_way(name, dtype):
     apart = 0.0
     for _ in range(STEPS):
         x, t = rng.standard_normal((16, 20)).astype(dtype), rng.integers(0, 6, 16)
-        their_optimizer.zero_grad()
-        their_loss = F.cross_entropy(theirs(torch.from_numpy(x)), torch.from_numpy(t))
-        their_loss.backward()
-        their_optimizer.step()
-        our_loss, dy = losses.softmax_cross_entropy(ours(x), t)
-        ours.backward(dy)
-        our_optimizer.step()
-        apart = max(apart, abs(our_loss - their_loss.item()))
+        our_loss, their_loss = step(ours, theirs, our_optimizer, their_optimizer, x, t)
+        apart = max(apart, abs(our_loss - their_loss))
     assert apart <= LOSS[dtype]
     state = ours.state_dict()
     assert state.keys() == theirs.state_dict().keys()
@@ -105,14 +111,8 @@ def test_other_activations_train_alike(activation):
     rng = np.random.default_rng(3)
     for _ in range(50):
         x, t = rng.standard_normal((16, 20)), rng.integers(0, 6, 16)
-        their_optimizer.zero_grad()
-        their_loss = F.cross_entropy(theirs(torch.from_numpy(x)), torch.from_numpy(t))
-        their_loss.backward()
-        their_optimizer.step()
-        our_loss, dy = losses.softmax_cross_entropy(ours(x), t)
-        ours.backward(dy)
-        our_optimizer.step()
-        assert our_loss == pytest.approx(their_loss.item(), abs=1e-11)
+        our_loss, their_loss = step(ours, theirs, our_optimizer, their_optimizer, x, t)
+        assert our_loss == pytest.approx(their_loss, abs=1e-11)
 
 
 @pytest.mark.parametrize("training", [True, False])
