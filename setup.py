@@ -1,6 +1,6 @@
 """Build of the compiled core; everything else about the package stands in pyproject.toml.
 
-`fastbn/kernels/batchnorm.pyx` is compiled once for each instruction set, into modules of different names; the package
+What stands in PER_BUILD is compiled once for each instruction set, into modules of different names; the package
 chooses among them at import. FASTBN_REQUIRE_OPENMP=1 makes a missing OpenMP an error (for wheels).
 """
 
@@ -29,6 +29,8 @@ BUILDS = {
         "msvc": ["/arch:AVX2"],
     },
 }
+PER_BUILD = ["batchnorm"]  # sources in fastbn/kernels
+ONCE = ["arguments", "functional", "kernels.cpu"]
 OPENMP_CANDIDATES = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
 OPENMP_PROGRAM = """
 #include <omp.h>
@@ -59,7 +61,7 @@ class BuildExt(build_ext):
         compile_openmp, link_openmp = self.find_openmp(kind)
         for ext in self.extensions:
             ext.extra_compile_args += MSVC_FLAGS if kind == "msvc" else GNU_FLAGS
-            ext.extra_compile_args += BUILDS[ext.name.rpartition("_")[2]][kind] if "batchnorm_" in ext.name else []
+            ext.extra_compile_args += BUILDS.get(ext.name.rpartition("_")[2], {kind: []})[kind]
             ext.extra_compile_args += compile_openmp
             ext.extra_link_args += link_openmp
         super().build_extensions()
@@ -108,15 +110,10 @@ def cythonized(extensions: list[Extension], folder: str) -> list[Extension]:
     return cythonize(extensions, build_dir=f"build/cython/{folder}", language_level=3)
 
 
-builds = BUILDS if is_x86_64() else ["baseline"]
-once = [
-    extension("fastbn.arguments", "fastbn/arguments.pyx"),
-    extension("fastbn.functional", "fastbn/functional.pyx"),
-    extension("fastbn.kernels.cpu", "fastbn/kernels/cpu.pyx"),
-]
-modules = cythonized(once, "once")
-for build in builds:
+modules = cythonized([extension(f"fastbn.{name}", f"fastbn/{name.replace('.', '/')}.pyx") for name in ONCE], "once")
+for build in BUILDS if is_x86_64() else ["baseline"]:
     # A folder for each: the C files of one source would overwrite each other.
-    modules += cythonized([extension(f"fastbn.kernels.batchnorm_{build}", "fastbn/kernels/batchnorm.pyx")], build)
+    kernels = [extension(f"fastbn.kernels.{name}_{build}", f"fastbn/kernels/{name}.pyx") for name in PER_BUILD]
+    modules += cythonized(kernels, build)
 
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExt})
