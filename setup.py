@@ -98,7 +98,7 @@ def extension(name: str, source: str) -> Extension:
     return Extension(
         name,
         [source],
-        include_dirs=[numpy.get_include()],
+        include_dirs=[numpy.get_include(), "fastbn/kernels"],
         define_macros=[
             ("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"),
             ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),

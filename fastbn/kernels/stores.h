@@ -1,0 +1,78 @@
+/* Streaming stores and prefetches, the one thing Cython cannot say.
+
+   An output that does not fit in the last-level cache is written past it: a plain store first reads the line that it
+   overwrites, and the lines push out the input. Below that size a plain store is faster, so the caller decides.
+
+   FASTBN_STREAMS is 0 where there is nothing to gain: 64-bit ARM has only a hint (STNP), which its cores may ignore, and
+   they stop allocating by themselves once whole lines are written one after the other. There fastbn_stream is memcpy. */
+#ifndef FASTBN_STORES_H
+#define FASTBN_STORES_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__SSE2__) || defined(_M_X64)
+#include <immintrin.h>
+#define FASTBN_STREAMS 1
+#else
+#define FASTBN_STREAMS 0
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
+#endif
+
+/* Copies a strip that is in cache to memory. It may start at any address; the two do not overlap. Streamed lines are
+   ordered with nothing: fastbn_stream_fence() before another thread may look. */
+static inline void fastbn_stream(void *to, const void *from, size_t bytes) {
+#if FASTBN_STREAMS
+    char *out = (char *)to;
+    const char *in = (const char *)from;
+    size_t head = (size_t)(-(uintptr_t)out & 63);
+    if (head > bytes) head = bytes;
+    if (head) memcpy(out, in, head);
+    out += head;
+    in += head;
+    /* Whole lines, each written at once: a line that is streamed in parts costs a write for each part. */
+    for (bytes -= head; bytes >= 64; bytes -= 64, out += 64, in += 64) {
+#if defined(__AVX512F__)
+        _mm512_stream_ps((float *)out, _mm512_loadu_ps((const float *)in));
+#elif defined(__AVX__)
+        __m256 a = _mm256_loadu_ps((const float *)in), b = _mm256_loadu_ps((const float *)in + 8);
+        _mm256_stream_ps((float *)out, a);
+        _mm256_stream_ps((float *)out + 8, b);
+#else
+        __m128 a = _mm_loadu_ps((const float *)in), b = _mm_loadu_ps((const float *)in + 4);
+        __m128 c = _mm_loadu_ps((const float *)in + 8), d = _mm_loadu_ps((const float *)in + 12);
+        _mm_stream_ps((float *)out, a);
+        _mm_stream_ps((float *)out + 4, b);
+        _mm_stream_ps((float *)out + 8, c);
+        _mm_stream_ps((float *)out + 12, d);
+#endif
+    }
+    if (bytes) memcpy(out, in, bytes);
+#else
+    memcpy(to, from, bytes);
+#endif
+}
+
+static inline void fastbn_stream_fence(void) {
+#if FASTBN_STREAMS
+    _mm_sfence();
+#endif
+}
+
+/* Asks for the line at p, which need not be a valid address. */
+static inline void fastbn_prefetch(const void *p) {
+#if FASTBN_STREAMS
+    _mm_prefetch((const char *)p, _MM_HINT_T0);
+#elif defined(__GNUC__)
+    __builtin_prefetch(p);
+#elif defined(_MSC_VER) && defined(_M_ARM64)
+    __prefetch(p);
+#else
+    (void)p;
+#endif
+}
+
+#endif

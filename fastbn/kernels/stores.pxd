@@ -1,0 +1,7 @@
+"""Streaming stores and prefetches: what stores.h says, and why."""
+
+cdef extern from "stores.h" nogil:
+    const bint FASTBN_STREAMS    # whether streaming stores differ from plain ones here
+    void stream "fastbn_stream"(void *to, const void *source, size_t size) noexcept
+    void stream_fence "fastbn_stream_fence"() noexcept
+    void prefetch "fastbn_prefetch"(const void *p) noexcept
