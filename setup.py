@@ -5,10 +5,10 @@ chooses among them at import. FASTBN_REQUIRE_OPENMP=1 makes a missing OpenMP an 
 """
 
 import os
-import platform
 import shlex
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -21,16 +21,26 @@ from setuptools.errors import CompileError, LinkError
 # Contraction of a*b + c is off: a build with fused multiply-add must give the bits of a build without.
 GNU_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
+# v4 has vectors of 512 bits, a cache line. clang by itself takes half, to spare the clocks of older processors.
 BUILDS = {
     "baseline": {"gnu": [], "msvc": []},
-    # On a Mac a universal build compiles for arm64 too, which must not see the flag.
-    "v3": {
-        "gnu": (["-Xarch_x86_64"] if sys.platform == "darwin" else []) + ["-march=x86-64-v3"],
-        "msvc": ["/arch:AVX2"],
+    "v3": {"gnu": ["-march=x86-64-v3"], "msvc": ["/arch:AVX2"], "macro": "__AVX2__"},
+    "v4": {
+        "gnu": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+        "msvc": ["/arch:AVX512"],
+        "macro": "__AVX512VL__",
     },
+    "arm64": {"gnu": [], "msvc": []},
 }
 PER_BUILD = ["batchnorm"]  # sources in fastbn/kernels
 ONCE = ["arguments", "functional", "kernels.cpu"]
+# MSVC only warns of an /arch that it does not know, and the arm64 half of a universal build is given none.
+BUILD_PROGRAM = """
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(%s)
+#error "this compiler does not know the instruction set"
+#endif
+int main(void) { return 0; }
+"""
 OPENMP_CANDIDATES = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
 OPENMP_PROGRAM = """
 #include <omp.h>
@@ -43,10 +53,16 @@ int main(void) {
 """
 
 
-def is_x86_64() -> bool:
-    # The target, which is not the machine that builds when macOS or a cross compiler says so.
-    target = os.environ.get("_PYTHON_HOST_PLATFORM") or os.environ.get("ARCHFLAGS") or platform.machine()
-    return any(name in target.lower() for name in ("x86_64", "amd64"))
+def target_builds() -> list[str]:
+    # The target is not the machine that builds when macOS or a cross compiler says so; a universal build has two.
+    target = (os.environ.get("ARCHFLAGS") or sysconfig.get_platform()).lower()
+    arm = any(name in target for name in ("arm64", "aarch64", "universal2"))
+    x86 = any(name in target for name in ("x86_64", "amd64", "universal2"))
+    return (["baseline", "v3", "v4"] if x86 else [] if arm else ["baseline"]) + ["arm64"] * arm
+
+
+def build_of(ext: Extension) -> str:
+    return ext.name.rpartition("_")[2]
 
 
 class BuildExt(build_ext):
@@ -58,18 +74,34 @@ class BuildExt(build_ext):
 
     def build_extensions(self) -> None:
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "gnu"
+        flags = {name: self.build_flags(name, kind) for name in target_builds()}
+        self.extensions = [ext for ext in self.extensions if flags.get(build_of(ext), []) is not None]
         compile_openmp, link_openmp = self.find_openmp(kind)
         for ext in self.extensions:
             ext.extra_compile_args += MSVC_FLAGS if kind == "msvc" else GNU_FLAGS
-            ext.extra_compile_args += BUILDS.get(ext.name.rpartition("_")[2], {kind: []})[kind]
+            ext.extra_compile_args += flags.get(build_of(ext), [])
             ext.extra_compile_args += compile_openmp
             ext.extra_link_args += link_openmp
         super().build_extensions()
 
+    def build_flags(self, name: str, kind: str) -> list[str] | None:
+        """The flags of one build, or None where the compiler does not know them."""
+        flags = BUILDS[name][kind]
+        if kind == "gnu" and sys.platform == "darwin":
+            # A universal build compiles for arm64 too, which must not see them.
+            flags = [part for flag in flags for part in ("-Xarch_x86_64", flag)]
+        if flags and not self.works(BUILD_PROGRAM % BUILDS[name]["macro"], flags):
+            print(
+                f"warning: the compiler does not know {' '.join(flags)}; fastbn is built without {name}",
+                file=sys.stderr,
+            )
+            return None
+        return flags
+
     def find_openmp(self, kind: str) -> tuple[list[str], list[str]]:
         candidates = [(["/openmp"], [])] if kind == "msvc" else OPENMP_CANDIDATES
         for flags in candidates:
-            if self.runs(OPENMP_PROGRAM, *flags):
+            if self.works(OPENMP_PROGRAM, *flags):
                 return flags
         message = "no OpenMP found: a program with `#pragma omp parallel` did not compile and run"
         if os.environ.get("FASTBN_REQUIRE_OPENMP") == "1":
@@ -77,12 +109,15 @@ class BuildExt(build_ext):
         print(f"warning: {message}; fastbn is built serial", file=sys.stderr)
         return [], []
 
-    def runs(self, program: str, compile_args: list[str], link_args: list[str]) -> bool:
+    def works(self, program: str, compile_args: list[str], link_args: list[str] | None = None) -> bool:
+        """Whether a program compiles, and, where link_args are given, links and runs."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")
             source.write_text(program)
             try:
                 objects = self.compiler.compile([str(source)], folder, extra_postargs=compile_args)
+                if link_args is None:
+                    return True
                 # Extensions are linked with these too; setuptools leaves them out for programs.
                 flags = shlex.split(os.environ.get("CFLAGS", "")) + shlex.split(os.environ.get("LDFLAGS", ""))
                 self.compiler.link_executable(objects, "probe", folder, extra_postargs=flags + link_args)
@@ -111,7 +146,7 @@ def cythonized(extensions: list[Extension], folder: str) -> list[Extension]:
 
 
 modules = cythonized([extension(f"fastbn.{name}", f"fastbn/{name.replace('.', '/')}.pyx") for name in ONCE], "once")
-for build in BUILDS if is_x86_64() else ["baseline"]:
+for build in target_builds():
     # A folder for each: the C files of one source would overwrite each other.
     kernels = [extension(f"fastbn.kernels.{name}_{build}", f"fastbn/kernels/{name}.pyx") for name in PER_BUILD]
     modules += cythonized(kernels, build)

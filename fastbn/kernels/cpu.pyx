@@ -31,20 +31,23 @@ cdef extern from *:
         return ((unsigned long long)high << 32) | low;
     }
     #endif
-    /* The x86-64 psABI's level that processor and operating system support: 1, or 3 (AVX2, FMA, BMI, F16C, LZCNT, MOVBE). */
-    static int fastbn_x86_64_level(void) {
-        unsigned r[4], leaf1, leaf7, extended;
-        const unsigned need1 = (1u << 12) | (1u << 22) | (1u << 23) | (1u << 27) | (1u << 28) | (1u << 29);
-        const unsigned need7 = (1u << 3) | (1u << 5) | (1u << 8);
+    /* ECX of leaf 1, EBX of leaf 7, ECX of leaf 0x80000001, and XCR0, which only a processor with OSXSAVE can be asked for. */
+    static void fastbn_features(unsigned long long f[4]) {
+        unsigned r[4], last;
         fastbn_cpuid(0, 0, r);
-        if (r[0] < 7) return 1;
-        fastbn_cpuid(1, 0, r); leaf1 = r[2];
-        fastbn_cpuid(7, 0, r); leaf7 = r[1];
+        last = r[0];
+        fastbn_cpuid(1, 0, r);
+        f[0] = r[2];
+        if (f[0] >> 27 & 1) f[3] = fastbn_xcr0();
+        if (last >= 7) {
+            fastbn_cpuid(7, 0, r);
+            f[1] = r[1];
+        }
         fastbn_cpuid(0x80000000u, 0, r);
-        if (r[0] < 0x80000001u) return 1;
-        fastbn_cpuid(0x80000001u, 0, r); extended = r[2];
-        if ((leaf1 & need1) != need1 || (leaf7 & need7) != need7 || !(extended & (1u << 5))) return 1;
-        return (fastbn_xcr0() & 6) == 6 ? 3 : 1;
+        if (r[0] >= 0x80000001u) {
+            fastbn_cpuid(0x80000001u, 0, r);
+            f[2] = r[2];
+        }
     }
     /* Bytes of the largest level that leaf 4 (Intel) or its twin 0x8000001D (AMD, where leaf 4 is empty) lists; or 0. */
     static size_t fastbn_cache_bytes(void) {
@@ -65,7 +68,7 @@ cdef extern from *:
         return largest;
     }
     #else
-    static int fastbn_x86_64_level(void) { return 0; }
+    static void fastbn_features(unsigned long long f[4]) { (void)f; }
     #if defined(__APPLE__)
     #include <sys/sysctl.h>
     static size_t fastbn_cache_bytes(void) {
@@ -87,11 +90,18 @@ cdef extern from *:
     }
     #endif
     #endif
+
+    #if defined(__aarch64__) || defined(_M_ARM64)
+    #define FASTBN_ARM64 1
+    #else
+    #define FASTBN_ARM64 0
+    #endif
     """
     int FASTBN_OPENMP
     int omp_get_max_threads() nogil
     int omp_get_num_procs() nogil
-    int fastbn_x86_64_level()
+    const bint FASTBN_ARM64
+    void fastbn_features(unsigned long long *f)
     size_t fastbn_cache_bytes()
 
 import operator
@@ -168,6 +178,30 @@ def openmp_version():
     return FASTBN_OPENMP
 
 
-def builds():
-    """Names of the kernel builds that this processor can run, best last."""
-    return ("baseline", "v3") if fastbn_x86_64_level() >= 3 else ("baseline",)
+cdef unsigned long long bits(object numbers):
+    return sum(1 << n for n in numbers)  # a Python int each: a C shift of 1 would be one of 32 bits
+
+
+def builds(features=None):
+    """Names of the kernel builds that this processor can run, best last.
+
+    features: ECX of CPUID leaf 1, EBX of leaf 7, ECX of leaf 0x80000001, and XCR0; by default this processor's.
+    """
+    cdef unsigned long long[4] f = [0, 0, 0, 0]
+    if FASTBN_ARM64:
+        return ("arm64",)
+    if features is None:
+        fastbn_features(f)
+    else:
+        f = features
+    # The levels of the x86-64 psABI, and what the operating system must save of the registers.
+    # SSE3, SSSE3, FMA, CMPXCHG16B, SSE4.1, SSE4.2, MOVBE, POPCNT, OSXSAVE, AVX, F16C; BMI1, AVX2, BMI2; LAHF, LZCNT; SSE and AVX registers.
+    v3 = (bits((0, 9, 12, 13, 19, 20, 22, 23, 27, 28, 29)), bits((3, 5, 8)), bits((0, 5)), bits((1, 2)))
+    # AVX512 F, DQ, CD, BW, VL; mask registers, the upper halves of the first 16 vector registers, the other 16.
+    v4 = (0, bits((16, 17, 28, 30, 31)), 0, bits((5, 6, 7)))
+    runs = ("baseline",)
+    for name, needs in (("v3", v3), ("v4", v4)):
+        if any(need & ~f[i] for i, need in enumerate(needs)):
+            break
+        runs += (name,)
+    return runs

@@ -28,7 +28,7 @@ static inline void fastbn_stream(void *to, const void *from, size_t bytes) {
 #if FASTBN_STREAMS
     char *out = (char *)to;
     const char *in = (const char *)from;
-    size_t head = (size_t)(-(uintptr_t)out & 63);
+    size_t head = (64 - ((uintptr_t)out & 63)) & 63;
     if (head > bytes) head = bytes;
     if (head) memcpy(out, in, head);
     out += head;
