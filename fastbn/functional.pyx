@@ -236,6 +236,8 @@ cdef class Call:
                 raise ValueError("expected out to be the input itself or to share no memory with it, got a partly overlapping array")
         self.y = target if usable_as(self.x, target) else np.empty_like(self.x, order="K", subok=False)
         self.job.y = cnp.PyArray_DATA(self.y)
+        # Input and output together above half the last-level cache: the rest of it is for others.
+        self.job.streamed = not self.inplace and cnp.PyArray_NBYTES(self.y) > cpu.cache_bytes() // 4
         return 0
 
     cdef bint kept(self, object x, cnp.ndarray given) except -1:
@@ -250,19 +252,17 @@ cdef class Call:
         return 0
 
 
-cdef int call(Kernel first, Kernel second, Job *job) except -1:
-    """Run one kernel or two, unless there is nothing to work on."""
+cdef int call(Kernel kernel, Job *job) except -1:
+    """Run a kernel, unless there is nothing to work on."""
     cdef int status
     cdef Py_ssize_t c
     if job.M * job.C * job.S == 0:
-        if first == KERNELS.moments:
+        if kernel == KERNELS.moments or kernel == KERNELS.forward:
             for c in range(job.C):
                 job.mean[c] = job.mean_low[c] = job.var[c] = NAN
         return 0
     with nogil:
-        status = first(job)
-        if status == 0 and second != NULL:
-            status = second(job)
+        status = kernel(job)
     if status:
         raise MemoryError()
     return 0
@@ -290,7 +290,7 @@ def forward(Constants constants, x, out, double factor):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(c.x)}")
     stats = new_stats(job.C, m)
     c.statistics(stats)
-    call(KERNELS.moments, KERNELS.normalize, job)
+    call(KERNELS.forward, job)
     c.finish()
     if running_mean != NULL and m:
         correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
@@ -313,7 +313,7 @@ def infer(Constants constants, x, out):
     load(constants.mean, c.job.mean, c.job.C, 0, "running_mean")
     load(None, c.job.mean_low, c.job.C, 0, "mean_low")
     load(constants.var, c.job.var, c.job.C, 1, "running_var")
-    call(KERNELS.normalize, NULL, &c.job)
+    call(KERNELS.normalize, &c.job)
     c.finish()
     return c.out, stats, c.kept(x, given)
 
@@ -374,7 +374,7 @@ def moments(x, axis=1, *, mask=None):
     c.begin(Constants(axis=axis), given)
     stats = new_stats(c.job.C, c.job.M * c.job.S)
     c.statistics(stats)
-    call(KERNELS.moments, NULL, &c.job)
+    call(KERNELS.moments, &c.job)
     return stats
 
 
@@ -598,6 +598,6 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
     for i in range(job.C):
         job.dweight[i] = 0
         job.dbias[i] = 0
-    call(KERNELS.backward, NULL, job)
+    call(KERNELS.backward, job)
     c.finish()
     return c

@@ -1,56 +1,78 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, infer_types=True
 """The loops over x, compiled once for each instruction set.
 
-Design: plan.pxd cuts the work into tasks by shape alone; lanes.pxd has the arithmetic on a strip, rows of lanes. A task owns its lanes'
-partial sums, and merge.pxd adds them up in the order of the tasks, so the bits do not depend on the number of threads. One traversal
-(`visit`) serves the operations below.
+Design: plan.pxd cuts the work into tasks: a chunk of the units of a block of the lanes. lanes.pxd has the arithmetic on a strip, rows of
+lanes. A task owns its lanes' partial sums, and merge.pxd adds them up in the order of the chunks, so the bits do not depend on the number of
+threads. One traversal (`visit`) serves the operations below. A call is a few steps, each a loop over tasks or blocks, within one parallel region.
 
-Passes over memory (reads + writes): moments 1 + 0, normalize 1 + 1, backward 2*2 + 1.
+Passes over memory (reads + writes): moments 1 + 0, normalize 1 + 1, forward 2 + 1, backward 2*2 + 1. Where a block stays in cache (`fused`) its second
+read is not one of memory: forward 1 + 1, backward 2 + 1. The last step goes backwards, to what the one before it left in cache.
 """
-from cython.parallel cimport prange
+from cython.parallel cimport parallel, prange
 from cpython.pycapsule cimport PyCapsule_New
+from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from fastbn.kernels.lanes cimport (
+    LOW,
     MEAN_DY,
     PARAMETERS,
     add,
-    add_four,
-    add_four_gradients,
-    add_one,
-    add_one_gradient,
+    add_gradient_rows,
+    add_rows,
     average_rows,
     backward_rows,
     f32,
     f64,
+    line_of,
     normalize_rows,
     row,
-    scale_rows,
     tree,
 )
-from fastbn.kernels.merge cimport merge_gradients, merge_moments, prepare, representable
-from fastbn.kernels.plan cimport PITCH, ROOM, RUN_LANES, Work, count, features, plan
+from fastbn.kernels.merge cimport merge_gradients, merge_moments, prepare
+from fastbn.kernels.plan cimport (
+    AHEAD,
+    LINE_BYTES,
+    PITCH,
+    ROOM,
+    SPREAD,
+    Work,
+    count,
+    features,
+    plan,
+)
+from fastbn.kernels.stores cimport FASTBN_STREAMS, stream, stream_fence
 from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
 from fastbn.kernels.wide cimport backward_wide, normalize_wide
 
 cdef enum Operation:
-    MOMENTS     # sums of d and d*d, d = x - pivot
+    RAW_MOMENTS   # sums of x and x*x
+    MOMENTS       # sums of d and d*d, d = x - pivot
     NORMALIZE
-    GRADIENTS   # sums of dy and dy*x_hat
-    BACKWARD    # dx, where the statistics depend on x
-    SCALE       # dx, where they are constants
+    GRADIENTS     # sums of dy and dy*x_hat
+    BACKWARD      # dx, where the statistics depend on x
+    SCALE         # dx, where they are constants
+
+cdef enum:
+    SPREAD_PITCH = SPREAD + 16   # off the multiples of 4 KB, as PITCH
+    STAGE = 1024                 # float64 values of output that are gathered before they are streamed to memory
+
+
+cdef inline void *aligned(void *room) noexcept nogil:
+    """The first cache line within room."""
+    return <void *>((<uintptr_t>room + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES)
+
 
 # --- one strip ----------------------------------------------------------------------------------------------------------
 
-cdef void strip(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
-                row params, Py_ssize_t step, f64 sums) noexcept nogil:
+cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
+                       row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
     """The operation on `rows` rows of n lanes, the first at element `at`, ld elements apart.
 
-    params: (PARAMETERS, step), the first n of each row used.  sums: (4, PITCH), two sums and what they lost.
+    y: the output's first row.  params: (PARAMETERS, step), the first n of each row used.  sums: (4, PITCH), two sums and what they lost.
     """
     cdef row dy = <row>w.job.dy + at
-    cdef row y = <row>w.job.y + at
     cdef f64 s1 = sums
     cdef f64 e1 = sums + PITCH
     cdef f64 s2 = sums + 2 * PITCH
@@ -58,88 +80,119 @@ cdef void strip(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t ld, Py_s
     cdef Activation a = w.job.activation
     x += at
     # Each activation is a loop of its own: a test inside the loop would not vectorise with every compiler.
-    if op == NORMALIZE:
+    if op == RAW_MOMENTS:
+        add_rows(x, ld, rows, n, params, False, ahead, s1, e1, s2, e2)
+    elif op == MOMENTS:
+        add_rows(x, ld, rows, n, params, True, ahead, s1, e1, s2, e2)
+    elif op == NORMALIZE:
         if a == IDENTITY:
-            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY)
+            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY, ahead)
         elif a == RELU:
-            normalize_rows(x, y, ld, rows, n, params, step, RELU)
+            normalize_rows(x, y, ld, rows, n, params, step, RELU, ahead)
         else:
-            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU)
+            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU, ahead)
+    elif op == GRADIENTS:
+        if a == IDENTITY:
+            add_gradient_rows(x, dy, ld, rows, n, params, step, IDENTITY, ahead, s1, e1, s2, e2)
+        elif a == RELU:
+            add_gradient_rows(x, dy, ld, rows, n, params, step, RELU, ahead, s1, e1, s2, e2)
+        else:
+            add_gradient_rows(x, dy, ld, rows, n, params, step, LEAKY_RELU, ahead, s1, e1, s2, e2)
     elif op == BACKWARD:
         if a == IDENTITY:
-            backward_rows(x, dy, y, ld, rows, n, params, step, IDENTITY)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY, ahead)
         elif a == RELU:
-            backward_rows(x, dy, y, ld, rows, n, params, step, RELU)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU, ahead)
         else:
-            backward_rows(x, dy, y, ld, rows, n, params, step, LEAKY_RELU)
-    elif op == SCALE:
-        if a == IDENTITY:
-            scale_rows(x, dy, y, ld, rows, n, params, step, IDENTITY)
-        elif a == RELU:
-            scale_rows(x, dy, y, ld, rows, n, params, step, RELU)
-        else:
-            scale_rows(x, dy, y, ld, rows, n, params, step, LEAKY_RELU)
-    elif op == GRADIENTS:
-        while rows >= 4:
-            if a == IDENTITY:
-                add_four_gradients(x, dy, ld, n, params, step, IDENTITY, s1, e1, s2, e2)
-            elif a == RELU:
-                add_four_gradients(x, dy, ld, n, params, step, RELU, s1, e1, s2, e2)
-            else:
-                add_four_gradients(x, dy, ld, n, params, step, LEAKY_RELU, s1, e1, s2, e2)
-            x += 4 * ld
-            dy += 4 * ld
-            rows -= 4
-        while rows > 0:
-            add_one_gradient(x, dy, n, params, step, a, s1, e1, s2, e2)
-            x += ld
-            dy += ld
-            rows -= 1
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU, ahead)
     else:
-        while rows >= 4:
-            add_four(x, ld, n, params, s1, e1, s2, e2)
-            x += 4 * ld
-            rows -= 4
-        while rows > 0:
-            add_one(x, n, params, s1, e1, s2, e2)
-            x += ld
-            rows -= 1
+        if a == IDENTITY:
+            backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY, ahead)
+        elif a == RELU:
+            backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU, ahead)
+        else:
+            backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU, ahead)
+
+
+cdef void row_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
+                    row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
+    strip(w, op, x, at, y, ld, rows, n, params, step, ahead, sums)
+
+
+cdef void run_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t ahead, f64 sums) noexcept nogil:
+    """A contiguous run of n elements of one feature: rows of one cache line, and what is left.
+
+    A line's sums and parameters then stay in registers.
+    """
+    cdef Py_ssize_t line = line_of(x)
+    cdef Py_ssize_t whole = n // line * line
+    strip(w, op, x, at, y, line, n // line, line, params, line, ahead, sums)
+    if whole < n:
+        row_strip(w, op, x, at + whole, y + whole, n - whole, 1, n - whole, params, line, 0, sums)
 
 
 # --- one task: chunk k of the units, block b of the lanes ----------------------------------------------------------------
 
 cdef void visit(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
     """The operation on every strip of a task."""
+    cdef double room[STAGE + 8]
+    cdef row stage = <row>aligned(room)
+    cdef row y = <row>w.job.y
+    cdef Py_ssize_t size = sizeof(x[0])
+    cdef Py_ssize_t most = 8 * STAGE // size
+    cdef bint staged = FASTBN_STREAMS and w.job.streamed and op != MOMENTS and op != RAW_MOMENTS and op != GRADIENTS
     cdef Py_ssize_t first = k * w.chunk
     cdef Py_ssize_t end = min(first + w.chunk, w.units)
+    cdef Py_ssize_t ahead = AHEAD // size
     cdef Py_ssize_t u
     cdef Py_ssize_t at
     cdef Py_ssize_t n
     cdef Py_ssize_t ld
     cdef Py_ssize_t rows
+    cdef Py_ssize_t part
     if w.planes:
+        if w.job.S * size <= AHEAD:
+            ahead = w.job.C * w.job.S  # the feature's next plane
         for u in range(first, end):
             at = u % w.pieces * w.piece
             n = min(w.piece, w.job.S - at)
             at += (u // w.pieces * w.job.C + b) * w.job.S
-            rows = n // (8 * RUN_LANES) * 8
-            strip(w, op, x, at, RUN_LANES, rows, RUN_LANES, params, step, sums)
-            at += rows * RUN_LANES
-            n -= rows * RUN_LANES
-            strip(w, op, x, at, n // 8, 8, n // 8, params, step, sums)
-            strip(w, op, x, at + n // 8 * 8, 8, 1, n % 8, params, step, sums)
-        return
-    ld = w.fold * w.width
-    at = first * ld + b * w.block
-    n = min(w.block, ld - b * w.block)
-    rows = min(end, w.job.M // w.fold) - first
-    strip(w, op, x, at, ld, rows, n, params, step, sums)
-    if rows < end - first:
-        strip(w, op, x, at + rows * ld, ld, 1, w.job.M % w.fold * w.width, params, step, sums)
+            if staged:
+                while n > 0:
+                    part = min(n, most)
+                    run_strip(w, op, x, at, stage, part, params, ahead, sums)
+                    stream(y + at, stage, part * size)
+                    at += part
+                    n -= part
+            else:
+                run_strip(w, op, x, at, y + at, n, params, ahead, sums)
+    else:
+        ld = w.fold * w.width
+        at = first * ld + b * w.block
+        n = min(w.block, ld - b * w.block)
+        if n < ld:
+            ahead = 4 * ld
+        rows = min(end, w.job.M // w.fold) - first
+        if staged:
+            part = max(most // ld, 1) if n == ld else 1
+            while rows > 0:
+                part = min(part, rows)
+                row_strip(w, op, x, at, stage, ld, part, n, params, step, ahead, sums)
+                stream(y + at, stage, part * n * size)
+                at += part * ld
+                rows -= part
+        else:
+            row_strip(w, op, x, at, y + at, ld, rows, n, params, step, ahead, sums)
+            at += rows * ld
+        if w.job.M // w.fold < end:
+            n = w.job.M % w.fold * w.width
+            row_strip(w, op, x, at, y + at, n, 1, n, params, step, 0, sums)
+    if staged:
+        stream_fence()
 
 
 cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t used, row lanes, Py_ssize_t *step) noexcept nogil:
-    """One value for each lane of block b, from one for each feature: the first `used` rows of `lanes` (PARAMETERS, PITCH).
+    """One value for each lane of block b, from one for each feature: the first `used` rows of `lanes` (PARAMETERS, step).
 
     table: (used, pitch), its first column that of the block's first feature; handed back as it is where each lane is a feature.
     """
@@ -148,15 +201,15 @@ cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t u
     cdef Py_ssize_t c
     cdef Py_ssize_t s
     cdef Py_ssize_t n = features(w, b)
-    cdef Py_ssize_t S = RUN_LANES if w.planes else w.job.S
+    cdef Py_ssize_t S = line_of(table) if w.planes else w.job.S
     cdef Py_ssize_t copies = 1 if w.planes else w.fold
     cdef row lane
     if S == 1 and copies == 1:
         step[0] = pitch
         return table
-    step[0] = PITCH
+    step[0] = S if w.planes else SPREAD_PITCH
     for p in range(used):
-        lane = lanes + p * PITCH
+        lane = lanes + p * step[0]
         for _ in range(copies):
             if S == 1:
                 for c in range(n):
@@ -178,14 +231,14 @@ cdef inline void merge(f64 s, f64 e, Py_ssize_t i, Py_ssize_t j, Py_ssize_t n) n
         e[i + k] += e[j + k]
 
 
-cdef void gather(Work *w, Py_ssize_t b, f64 s, f64 e) noexcept nogil:
+cdef void gather(Work *w, Py_ssize_t b, Py_ssize_t line, f64 s, f64 e) noexcept nogil:
     """Add up the lanes of each feature of block b: the sum of its i-th feature is left in s[i]."""
     cdef Py_ssize_t S = w.job.S
     cdef Py_ssize_t n = features(w, b)
     cdef Py_ssize_t i
     cdef Py_ssize_t j
     if w.planes:
-        j = RUN_LANES // 2
+        j = line // 2
         while j:
             merge(s, e, 0, j, j)
             j //= 2
@@ -202,15 +255,21 @@ cdef void gather(Work *w, Py_ssize_t b, f64 s, f64 e) noexcept nogil:
         s[i] += e[i]
 
 
+cdef inline row parameters(Work *w, Py_ssize_t b, Py_ssize_t used, row lanes, Py_ssize_t *step) noexcept nogil:
+    """The first `used` rows of the parameter table for the lanes of block b."""
+    return spread(w, b, <row>w.params + b * features(w, 0), w.pitch, used, lanes, step)
+
+
 cdef void total(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
     """The task's two sums of each feature of block b: sums[i] and sums[2*PITCH + i]."""
-    cdef Py_ssize_t n = RUN_LANES if w.planes else w.block
+    cdef Py_ssize_t line = line_of(x)
+    cdef Py_ssize_t n = line if w.planes else w.block
     cdef Py_ssize_t a
     for a in range(4):
         memset(sums + a * PITCH, 0, n * sizeof(double))
     visit(w, op, k, b, x, params, step, sums)
-    gather(w, b, sums, sums + PITCH)
-    gather(w, b, sums + 2 * PITCH, sums + 3 * PITCH)
+    gather(w, b, line, sums, sums + PITCH)
+    gather(w, b, line, sums + 2 * PITCH, sums + 3 * PITCH)
 
 
 cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) noexcept nogil:
@@ -248,80 +307,163 @@ cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) n
         average_rows(x + o[0], x + o[1], x + o[2], x + o[3], x + o[4], x + o[5], x + o[6], x + o[7], S, pivot, n)
 
 
-cdef inline bint trusted(double s1, double s2, double per) noexcept nogil:
-    """Whether the pivot was within sqrt(3) std of the mean, so that float64 keeps its accuracy once the mean is taken out of the squares."""
+cdef inline bint far(row x, double s1, double s2, double per) noexcept nogil:
+    """Whether the pivot was too far from the mean, so that taking the mean out of the squares costs accuracy.
+
+    float64: more than sqrt(3) standard deviations. float32, whose squares are summed in float64: more than 32, so that even a sum of
+    half a million equal terms, whose roundings do not average out, keeps 1e-7.
+    """
     cdef double d = s1 * per
     cdef double q = s2 * per
-    return q - d * d >= 0.25 * q
+    return d * d > (0.75 if sizeof(x[0]) == 8 else 0.999) * q
 
 
-cdef void task_moments(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row lanes, f64 sums) noexcept nogil:
-    cdef double pivots[PITCH]
-    cdef row pivot = <row><void *>pivots
+cdef void add_up_moments(Work *w, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
+    """A task's part: the pivot of each feature and the two sums about it."""
+    cdef double room[4 * PITCH + 8]
+    cdef double lane_room[SPREAD_PITCH + 8]
+    cdef double pivot_room[PITCH + 8]
+    cdef f64 sums = <f64>aligned(room)
+    cdef row lanes = <row>aligned(lane_room)
+    cdef row pivot = <row>aligned(pivot_room)
     cdef Py_ssize_t C = w.job.C
     cdef Py_ssize_t n = features(w, b)
     cdef double per = 1 / <double>count(w, k)
     cdef f64 part = w.part + 3 * k * C + b * features(w, 0)
-    cdef Py_ssize_t right = 0
-    cdef Py_ssize_t step
+    cdef Py_ssize_t again = 0
+    cdef Py_ssize_t step = 0
     cdef Py_ssize_t c
-    choose_pivots(w, k, b, x, pivot)
-    total(w, MOMENTS, k, b, x, spread(w, b, pivot, PITCH, 1, lanes, &step), PITCH, sums)
+    if sizeof(x[0]) == 8:
+        choose_pivots(w, k, b, x, pivot)
+        total(w, MOMENTS, k, b, x, spread(w, b, pivot, PITCH, 1, lanes, &step), PITCH, sums)
+    else:
+        for c in range(n):
+            pivot[c] = 0
+        total(w, RAW_MOMENTS, k, b, x, pivot, PITCH, sums)
     for c in range(n):
         part[c] = pivot[c]
         part[C + c] = sums[c]
         part[2 * C + c] = sums[2 * PITCH + c]
-        right += trusted(sums[c], sums[2 * PITCH + c], per)
-    # float32 data can do without: no element is further than sqrt(m) std from the mean, and float64 has 29 bits to spare.
-    if right == n or sizeof(x[0]) == 4:
+        again += far(x, sums[c], sums[2 * PITCH + c], per)
+    if again == 0:
         return
     for c in range(n):
         pivot[c] += sums[c] * per
     # The data is still in cache. Features that were right the first time keep their bits, whatever stands beside them.
     total(w, MOMENTS, k, b, x, spread(w, b, pivot, PITCH, 1, lanes, &step), PITCH, sums)
     for c in range(n):
-        if not trusted(part[C + c], part[2 * C + c], per):
+        if far(x, part[C + c], part[2 * C + c], per):
             part[c] = pivot[c]
             part[C + c] = sums[c]
             part[2 * C + c] = sums[2 * PITCH + c]
 
 
-cdef void task(Work *w, Operation op, Py_ssize_t i, row x) noexcept nogil:
-    cdef double sums[4 * PITCH]
-    cdef double room[PARAMETERS * PITCH]
-    cdef row lanes = <row><void *>room
-    cdef row params
-    cdef Py_ssize_t step
-    cdef Py_ssize_t b = i % w.blocks
-    cdef Py_ssize_t k = i // w.blocks
-    cdef Py_ssize_t first = b * features(w, 0)
+cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
+    cdef double room[4 * PITCH + 8]
+    cdef double lane_room[PARAMETERS * SPREAD_PITCH + 8]
+    cdef f64 sums = <f64>aligned(room)
+    cdef Py_ssize_t C = w.job.C
+    cdef f64 part = w.part + 3 * k * C + b * features(w, 0)
+    cdef Py_ssize_t step = 0
     cdef Py_ssize_t c
-    cdef double *part
-    if op == MOMENTS:
-        task_moments(w, k, b, x, lanes, sums)
-        return
-    params = spread(w, b, <row>w.params + first, w.job.C, MEAN_DY if op != BACKWARD else PARAMETERS, lanes, &step)
-    if op != GRADIENTS:
-        visit(w, op, k, b, x, params, step, sums)
-        return
-    total(w, op, k, b, x, params, step, sums)
-    part = w.part + 3 * k * w.job.C + first
+    cdef row params = parameters(w, b, MEAN_DY, <row>aligned(lane_room), &step)
+    total(w, GRADIENTS, k, b, x, params, step, sums)
     for c in range(features(w, b)):
-        part[w.job.C + c] = sums[c]
-        part[2 * w.job.C + c] = sums[2 * PITCH + c]
+        part[C + c] = sums[c]
+        part[2 * C + c] = sums[2 * PITCH + c]
 
 
-cdef void run(Work *w, Operation op, row x) noexcept nogil:
-    """Every task of the operation. Only the number of threads is not given by the shape."""
-    cdef Py_ssize_t tasks = w.blocks * w.chunks
-    cdef Py_ssize_t i
-    cdef int threads = <int>min(<Py_ssize_t>w.job.num_threads, tasks)
-    if threads < 2:
-        for i in range(tasks):
-            task(w, op, i, x)
+cdef void write(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
+    cdef double lane_room[PARAMETERS * SPREAD_PITCH + 8]
+    cdef Py_ssize_t step = 0
+    cdef row params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
+    visit(w, op, k, b, x, params, step, NULL)
+
+
+# --- steps: what a kernel is made of ----------------------------------------------------------------------------------------
+
+cdef enum Step:
+    ADD_MOMENTS        # of each task
+    MERGE_MOMENTS      # of each block
+    PREPARE            # of each block
+    WRITE_Y            # of each task
+    ADD_GRADIENTS      # of each task
+    MERGE_GRADIENTS    # of each block
+    WRITE_DX           # of each task
+
+
+cdef inline bint by_task(Step step) noexcept nogil:
+    return step == ADD_MOMENTS or step == WRITE_Y or step == ADD_GRADIENTS or step == WRITE_DX
+
+
+cdef inline bint backwards(Step step) noexcept nogil:
+    return step == WRITE_Y or step == WRITE_DX
+
+
+cdef void do(Work *w, Step step, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
+    """A step's work on chunk k of block b, or on all of block b."""
+    cdef Py_ssize_t at = b * features(w, 0)
+    cdef Py_ssize_t n = features(w, b)
+    if step == ADD_MOMENTS:
+        add_up_moments(w, k, b, x)
+    elif step == MERGE_MOMENTS:
+        merge_moments(w, at, n)
+    elif step == PREPARE:
+        if not prepare(w, <row>w.params, at, n):
+            w.wide = True
+    elif w.wide:
+        return
+    elif step == WRITE_Y:
+        write(w, NORMALIZE, k, b, x)
+    elif step == ADD_GRADIENTS:
+        add_up_gradients(w, k, b, x)
+    elif step == MERGE_GRADIENTS:
+        merge_gradients(w, <row>w.params, at, n)
     else:
-        for i in prange(tasks, schedule="static", num_threads=threads):
-            task(w, op, i, x)
+        write(w, BACKWARD if w.job.training else SCALE, k, b, x)
+
+
+cdef void do_numbered(Work *w, Step step, Py_ssize_t i, row x) noexcept nogil:
+    """Number i of a step's tasks or blocks."""
+    if by_task(step):
+        i = w.chunks * w.blocks - 1 - i if backwards(step) else i
+        do(w, step, i // w.blocks, i % w.blocks, x)
+    else:
+        do(w, step, 0, i, x)
+
+
+cdef void do_block(Work *w, const Step *steps, int count, Py_ssize_t b, row x) noexcept nogil:
+    """All steps of block b."""
+    cdef Py_ssize_t k
+    cdef int s = 0
+    for s in range(count):
+        if by_task(steps[s]):
+            for k in range(w.chunks):
+                do(w, steps[s], w.chunks - 1 - k if backwards(steps[s]) else k, b, x)
+        else:
+            do(w, steps[s], 0, b, x)
+
+
+cdef void run(Work *w, const Step *steps, int count, row x) noexcept nogil:
+    """The steps, one after the other. Only the number of threads is not given by the shape."""
+    cdef Py_ssize_t i
+    cdef int s = 0
+    if w.fused:
+        if w.threads < 2:
+            for i in range(w.blocks):
+                do_block(w, steps, count, i, x)
+        else:
+            for i in prange(w.blocks, schedule="static", num_threads=w.threads):
+                do_block(w, steps, count, i, x)
+    elif w.threads < 2:
+        for s in range(count):
+            for i in range(w.chunks * w.blocks if by_task(steps[s]) else w.blocks):
+                do_numbered(w, steps[s], i, x)
+    else:
+        with parallel(num_threads=w.threads):
+            for s in range(count):
+                for i in prange(w.chunks * w.blocks if by_task(steps[s]) else w.blocks, schedule="static"):
+                    do_numbered(w, steps[s], i, x)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------------
@@ -338,86 +480,62 @@ cdef inline void release(double *taken, double *room) noexcept nogil:
         free(taken)
 
 
-cdef int moments_of(Job *job, row x) noexcept nogil:
+cdef int kernel(Job *job, const Step *steps, int count, Py_ssize_t inputs, row x) noexcept nogil:
     cdef double room[ROOM]
-    cdef double *scratch
+    cdef double *taken
+    cdef Py_ssize_t parameters
     cdef Work w
     w.job = job
-    plan(&w)
-    w.part = workspace(room, (3 * w.chunks + 2) * job.C)
-    if w.part == NULL:
+    plan(&w, inputs)
+    parameters = PARAMETERS * w.pitch * <Py_ssize_t>sizeof(x[0]) // 8
+    taken = workspace(room, 8 + parameters + 3 * w.chunks * job.C)
+    if taken == NULL:
         return -1
-    scratch = w.part + 3 * w.chunks * job.C
-    run(&w, MOMENTS, x)
-    merge_moments(&w, job.mean, job.mean_low, job.var, scratch, scratch + job.C)
-    release(w.part, room)
-    return 0
-
-
-cdef int normalize_of(Job *job, row x) noexcept nogil:
-    cdef double room[ROOM]
-    cdef double *table
-    cdef Work w
-    w.job = job
-    plan(&w)
-    table = workspace(room, PARAMETERS * job.C)
-    if table == NULL:
-        return -1
-    w.params = table
-    prepare(<row>w.params, job.C, job.mean, job.mean_low, job.var, job.eps, job.weight, job.bias)
-    if representable(<row>w.params, job.C, job.weight):
-        run(&w, NORMALIZE, x)
-    else:
-        normalize_wide(job)
-    release(table, room)
-    return 0
-
-
-cdef int backward_of(Job *job, row x) noexcept nogil:
-    cdef double room[ROOM]
-    cdef double *table
-    cdef Work w
-    w.job = job
-    plan(&w)
-    table = workspace(room, (PARAMETERS + 3 * w.chunks + 2) * job.C)
-    if table == NULL:
-        return -1
-    w.params = table
-    w.part = table + PARAMETERS * job.C
-    prepare(<row>w.params, job.C, job.mean, job.mean_low, job.var, job.eps, job.weight, job.bias)
-    if representable(<row>w.params, job.C, job.weight):
-        run(&w, GRADIENTS, x)
-        merge_gradients(&w, <row>w.params, job.var, job.eps, job.dweight, job.dbias, w.part + 3 * w.chunks * job.C)
-        if job.training:
-            run(&w, BACKWARD, x)
+    w.params = aligned(taken)
+    w.part = <double *>w.params + parameters
+    run(&w, steps, count, x)
+    if w.wide:
+        if job.dy == NULL:
+            normalize_wide(job)
         else:
-            run(&w, SCALE, x)
-    else:
-        backward_wide(job)
-    release(table, room)
+            backward_wide(job)
+    release(taken, room)
     return 0
+
+
+cdef inline int kernel_of(Job *job, const Step *steps, int count, Py_ssize_t inputs) noexcept nogil:
+    if job.is_float64:
+        return kernel(job, steps, count, inputs, <f64>job.x)
+    return kernel(job, steps, count, inputs, <f32>job.x)
 
 
 cdef int moments(Job *job) noexcept nogil:
-    if job.is_float64:
-        return moments_of(job, <f64>job.x)
-    return moments_of(job, <f32>job.x)
+    cdef Step steps[2]
+    steps[:] = [ADD_MOMENTS, MERGE_MOMENTS]
+    return kernel_of(job, steps, 2, 1)
+
+
+cdef int forward(Job *job) noexcept nogil:
+    cdef Step steps[4]
+    steps[:] = [ADD_MOMENTS, MERGE_MOMENTS, PREPARE, WRITE_Y]
+    return kernel_of(job, steps, 4, 1)
 
 
 cdef int normalize(Job *job) noexcept nogil:
-    if job.is_float64:
-        return normalize_of(job, <f64>job.x)
-    return normalize_of(job, <f32>job.x)
+    cdef Step steps[2]
+    steps[:] = [PREPARE, WRITE_Y]
+    return kernel_of(job, steps, 2, 1)
 
 
 cdef int backward(Job *job) noexcept nogil:
-    if job.is_float64:
-        return backward_of(job, <f64>job.x)
-    return backward_of(job, <f32>job.x)
+    cdef Step steps[4]
+    steps[:] = [PREPARE, ADD_GRADIENTS, MERGE_GRADIENTS, WRITE_DX]
+    return kernel_of(job, steps, 4, 2)
 
 
 cdef Table TABLE
 TABLE.moments = moments
+TABLE.forward = forward
 TABLE.normalize = normalize
 TABLE.backward = backward
 

@@ -4,7 +4,13 @@
 Design: a lane is a column of a strip and belongs to one feature, so that the compiler vectorises across lanes and no sum ever crosses
 a vector register: one arithmetic for all instruction sets. Arrays are (lanes,), rows of x, dy, y and dx are ld elements apart, and params is
 a table (PARAMETERS, step), of which each loop reads the first n of the rows it needs.
+
+Each operation is a loop over n lanes of a few rows at once (which share what they load of sums and parameters), and a loop over rows that
+calls it a cache line at a time: the line that is `ahead` elements further on is fetched meanwhile. Four rows of 0.25 to 4 KB at once
+confuse the processor's own prefetching, which then reads at half the memory's speed.
 """
+from fastbn.kernels.plan cimport LINE_BYTES
+from fastbn.kernels.stores cimport prefetch
 from fastbn.kernels.table cimport LEAKY_RELU, RELU, Activation
 
 cdef extern from *:
@@ -40,9 +46,9 @@ ctypedef fused real:
 # Rows of the parameter table, each (C,) in x's dtype, or (lanes,) once spread over the lanes of a strip.
 cdef enum Parameter:
     HIGH = 0     # the mean's high part; the pivot in MOMENTS
-    LOW = 1      # the mean's low part
-    WEIGHT = 2   # weight * invstd
-    BIAS = 3
+    WEIGHT = 1   # weight * invstd
+    SHIFT = 2    # bias - low*weight*invstd, low what HIGH leaves of the mean
+    LOW = 3      # low, where the gradients cannot do without
     INVSTD = 4   # 1 in float64, where the gradients' sums are of g*(x - mean)
     MEAN_DY = 5
     SLOPE = 6    # invstd * mean(dy * x_hat)
@@ -78,11 +84,22 @@ cdef inline void add(f64 total, f64 lost, Py_ssize_t i, double t, const bint com
         total[i] += t
 
 
-cdef inline void add_four(row x, Py_ssize_t ld, Py_ssize_t n, row pivot, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    """Four rows of n lanes, ld apart: s1 += sum d, s2 += sum d*d, d = x - pivot.
+cdef inline Py_ssize_t line_of(row x) noexcept nogil:
+    """Elements of a cache line."""
+    return LINE_BYTES // <Py_ssize_t>sizeof(x[0])
 
-    In float64 for float32 too: a tree of floats is half again as fast in cache, no faster beyond, and off by more than 1e-7 std on data
-    of few values, where rounding errors do not average out. Eight rows at once run out of ways in L1 where rows are 4 KB apart.
+
+cdef inline void fetch(row x, const Py_ssize_t lines, Py_ssize_t apart) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(lines):
+        prefetch(x + i * apart)
+
+
+# --- moments: s1 += sum d, s2 += sum d*d, d = x - pivot, or d = x where not centred ----------------------------------------------
+
+cdef inline void four_moments(row x, Py_ssize_t ld, Py_ssize_t n, row pivot, const bint centred, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    """In float64 for float32 too: trees of floats take two thirds of the time in cache, and are off by more than 1e-7 std on data of few
+    values, where rounding errors do not average out. Eight rows at once run out of ways in L1 where rows are 4 KB apart.
     """
     cdef Py_ssize_t i
     cdef double p
@@ -91,111 +108,231 @@ cdef inline void add_four(row x, Py_ssize_t ld, Py_ssize_t n, row pivot, f64 s1,
     cdef double c
     cdef double d
     for i in range(n):
-        p = pivot[i]
-        a = <double>x[i] - p
-        b = <double>x[ld + i] - p
-        c = <double>x[2 * ld + i] - p
-        d = <double>x[3 * ld + i] - p
+        p = pivot[i] if centred else 0
+        a = <double>x[i] - p if centred else x[i]
+        b = <double>x[ld + i] - p if centred else x[ld + i]
+        c = <double>x[2 * ld + i] - p if centred else x[2 * ld + i]
+        d = <double>x[3 * ld + i] - p if centred else x[3 * ld + i]
         add(s1, e1, i, (a + b) + (c + d), sizeof(x[0]) == 8)
         add(s2, e2, i, (a * a + b * b) + (c * c + d * d), sizeof(x[0]) == 8)
 
 
-cdef inline void add_one(row x, Py_ssize_t n, row pivot, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+cdef inline void one_moment(row x, Py_ssize_t n, row pivot, const bint centred, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
     cdef Py_ssize_t i
     cdef double d
     for i in range(n):
-        d = <double>x[i] - <double>pivot[i]
+        d = <double>x[i] - <double>pivot[i] if centred else x[i]
         add(s1, e1, i, d, sizeof(x[0]) == 8)
         add(s2, e2, i, d * d, sizeof(x[0]) == 8)
 
 
-cdef inline void add_four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation,
-                                    f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    """Four rows: s1 += sum g, s2 += sum g*x_hat (float64: g*(x - mean)), g the gradient before the activation; trees in x's dtype."""
+cdef inline void add_rows(row x, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row pivot, const bint centred, Py_ssize_t ahead,
+                          f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    cdef Py_ssize_t line = line_of(x)
+    cdef Py_ssize_t j
+    # Rows that follow each other in memory are fetched in its order, four lines for a line's lanes of four rows.
+    cdef Py_ssize_t pace = 4 if n == ld else 1
+    cdef Py_ssize_t apart = line if n == ld else ld
+    while rows >= 4:
+        j = 0
+        while j + line <= n:
+            fetch(x + pace * j + ahead, 4, apart)
+            four_moments(x + j, ld, line, pivot + j, centred, s1 + j, e1 + j, s2 + j, e2 + j)
+            j += line
+        if j < n:
+            fetch(x + pace * j + ahead, 4, apart)
+            four_moments(x + j, ld, n - j, pivot + j, centred, s1 + j, e1 + j, s2 + j, e2 + j)
+        x += 4 * ld
+        rows -= 4
+    while rows > 0:
+        one_moment(x, n, pivot, centred, s1, e1, s2, e2)
+        x += ld
+        rows -= 1
+
+
+# --- gradients: s1 += sum g, s2 += sum g*x_hat (float64: g*(x - mean)), g the gradient before the activation ------------------------
+
+cdef inline void four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation,
+                                f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    """Trees in x's dtype."""
     cdef Py_ssize_t i
     for i in range(n):
         hi = params[i]
         lo = params[LOW * step + i]
         w = params[WEIGHT * step + i]
-        b = params[BIAS * step + i]
+        b = params[SHIFT * step + i]
         r = params[INVSTD * step + i]
-        c0 = (x[i] - hi) - lo
-        g0 = unact(dy[i], c0 * w + b, activation)
-        c1 = (x[ld + i] - hi) - lo
-        g1 = unact(dy[ld + i], c1 * w + b, activation)
-        c2 = (x[2 * ld + i] - hi) - lo
-        g2 = unact(dy[2 * ld + i], c2 * w + b, activation)
-        c3 = (x[3 * ld + i] - hi) - lo
-        g3 = unact(dy[3 * ld + i], c3 * w + b, activation)
+        d0 = x[i] - hi
+        d1 = x[ld + i] - hi
+        d2 = x[2 * ld + i] - hi
+        d3 = x[3 * ld + i] - hi
+        g0 = unact(dy[i], d0 * w + b, activation)
+        g1 = unact(dy[ld + i], d1 * w + b, activation)
+        g2 = unact(dy[2 * ld + i], d2 * w + b, activation)
+        g3 = unact(dy[3 * ld + i], d3 * w + b, activation)
         add(s1, e1, i, (g0 + g1) + (g2 + g3), sizeof(x[0]) == 8)
-        add(s2, e2, i, (g0 * (c0 * r) + g1 * (c1 * r)) + (g2 * (c2 * r) + g3 * (c3 * r)), sizeof(x[0]) == 8)
+        add(s2, e2, i, (g0 * ((d0 - lo) * r) + g1 * ((d1 - lo) * r)) + (g2 * ((d2 - lo) * r) + g3 * ((d3 - lo) * r)), sizeof(x[0]) == 8)
 
 
-cdef inline void add_one_gradient(row x, row dy, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation,
-                                  f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+cdef inline void one_gradient(row x, row dy, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation,
+                              f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
-        c = (x[i] - params[i]) - params[LOW * step + i]
-        g = unact(dy[i], c * params[WEIGHT * step + i] + params[BIAS * step + i], activation)
+        d = x[i] - params[i]
+        g = unact(dy[i], d * params[WEIGHT * step + i] + params[SHIFT * step + i], activation)
         add(s1, e1, i, g, sizeof(x[0]) == 8)
-        add(s2, e2, i, <double>g * <double>(c * params[INVSTD * step + i]), sizeof(x[0]) == 8)
+        add(s2, e2, i, <double>g * <double>((d - params[LOW * step + i]) * params[INVSTD * step + i]), sizeof(x[0]) == 8)
+
+
+cdef inline void add_gradient_rows(row x, row dy, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
+                                   const Activation activation, Py_ssize_t ahead, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    cdef Py_ssize_t line = line_of(x)
+    cdef Py_ssize_t j
+    cdef Py_ssize_t pace = 4 if n == ld else 1
+    cdef Py_ssize_t apart = line if n == ld else ld
+    while rows >= 4:
+        j = 0
+        while j + line <= n:
+            fetch(x + pace * j + ahead, 4, apart)
+            fetch(dy + pace * j + ahead, 4, apart)
+            four_gradients(x + j, dy + j, ld, line, params + j, step, activation, s1 + j, e1 + j, s2 + j, e2 + j)
+            j += line
+        if j < n:
+            fetch(x + pace * j + ahead, 4, apart)
+            fetch(dy + pace * j + ahead, 4, apart)
+            four_gradients(x + j, dy + j, ld, n - j, params + j, step, activation, s1 + j, e1 + j, s2 + j, e2 + j)
+        x += 4 * ld
+        dy += 4 * ld
+        rows -= 4
+    while rows > 0:
+        one_gradient(x, dy, n, params, step, activation, s1, e1, s2, e2)
+        x += ld
+        dy += ld
+        rows -= 1
+
+
+# --- y = activation((x - mean)*weight*invstd + bias) ------------------------------------------------------------------------------
+
+cdef inline void four_outputs(row x, row y, Py_ssize_t ld, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        hi = params[i]
+        w = params[WEIGHT * step + i]
+        b = params[SHIFT * step + i]
+        y[i] = act((x[i] - hi) * w + b, activation)
+        y[ld + i] = act((x[ld + i] - hi) * w + b, activation)
+        y[2 * ld + i] = act((x[2 * ld + i] - hi) * w + b, activation)
+        y[3 * ld + i] = act((x[3 * ld + i] - hi) * w + b, activation)
+
+
+cdef inline void one_output(row x, row y, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        y[i] = act((x[i] - params[i]) * params[WEIGHT * step + i] + params[SHIFT * step + i], activation)
 
 
 cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                                const Activation activation) noexcept nogil:
-    """y = activation((x - mean)*weight*invstd + bias); four rows share the loads of the parameters."""
-    cdef Py_ssize_t i
+                                const Activation activation, Py_ssize_t ahead) noexcept nogil:
+    cdef Py_ssize_t line = line_of(x)
+    cdef Py_ssize_t j
+    cdef Py_ssize_t pace = 4 if n == ld else 1
+    cdef Py_ssize_t apart = line if n == ld else ld
     while rows >= 4:
-        for i in range(n):
-            hi = params[i]
-            lo = params[LOW * step + i]
-            w = params[WEIGHT * step + i]
-            b = params[BIAS * step + i]
-            y[i] = act(((x[i] - hi) - lo) * w + b, activation)
-            y[ld + i] = act(((x[ld + i] - hi) - lo) * w + b, activation)
-            y[2 * ld + i] = act(((x[2 * ld + i] - hi) - lo) * w + b, activation)
-            y[3 * ld + i] = act(((x[3 * ld + i] - hi) - lo) * w + b, activation)
+        j = 0
+        while j + line <= n:
+            fetch(x + pace * j + ahead, 4, apart)
+            four_outputs(x + j, y + j, ld, line, params + j, step, activation)
+            j += line
+        if j < n:
+            fetch(x + pace * j + ahead, 4, apart)
+            four_outputs(x + j, y + j, ld, n - j, params + j, step, activation)
         x += 4 * ld
         y += 4 * ld
         rows -= 4
     while rows > 0:
-        for i in range(n):
-            y[i] = act(((x[i] - params[i]) - params[LOW * step + i]) * params[WEIGHT * step + i] + params[BIAS * step + i], activation)
+        j = 0
+        while j + line <= n:
+            fetch(x + j + ahead, 1, 0)
+            one_output(x + j, y + j, line, params + j, step, activation)
+            j += line
+        one_output(x + j, y + j, n - j, params + j, step, activation)
         x += ld
         y += ld
         rows -= 1
 
 
+# --- dx --------------------------------------------------------------------------------------------------------------------------
+
+cdef inline void some_inputs(row x, row dy, row dx, Py_ssize_t ld, const Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
+                             const Activation activation) noexcept nogil:
+    """One row or two: weight*invstd*(g - mean(g) - x_hat*mean(g*x_hat))  (Ioffe & Szegedy 2015, section 3, gathered)."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        hi = params[i]
+        lo = params[LOW * step + i]
+        w = params[WEIGHT * step + i]
+        b = params[SHIFT * step + i]
+        m = params[MEAN_DY * step + i]
+        slope = params[SLOPE * step + i]
+        d0 = x[i] - hi
+        g0 = unact(dy[i], d0 * w + b, activation)
+        dx[i] = ((g0 - m) - (d0 - lo) * slope) * w
+        if rows == 2:
+            d1 = x[ld + i] - hi
+            g1 = unact(dy[ld + i], d1 * w + b, activation)
+            dx[ld + i] = ((g1 - m) - (d1 - lo) * slope) * w
+
+
+cdef inline void some_scaled(row x, row dy, row dx, Py_ssize_t ld, const Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
+                             const Activation activation) noexcept nogil:
+    """One row or two where the statistics were constants: weight*invstd*g."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        hi = params[i]
+        w = params[WEIGHT * step + i]
+        b = params[SHIFT * step + i]
+        dx[i] = unact(dy[i], (x[i] - hi) * w + b, activation) * w
+        if rows == 2:
+            dx[ld + i] = unact(dy[ld + i], (x[ld + i] - hi) * w + b, activation) * w
+
+
+cdef inline void inputs(row x, row dy, row dx, Py_ssize_t ld, const Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
+                        const bint training, const Activation activation) noexcept nogil:
+    if training:
+        some_inputs(x, dy, dx, ld, rows, n, params, step, activation)
+    else:
+        some_scaled(x, dy, dx, ld, rows, n, params, step, activation)
+
+
 cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                               const Activation activation) noexcept nogil:
-    """dx = weight*invstd*(g - mean(g) - x_hat*mean(g*x_hat))  (Ioffe & Szegedy 2015, section 3, gathered)."""
-    cdef Py_ssize_t i
-    while rows > 0:
-        for i in range(n):
-            c = (x[i] - params[i]) - params[LOW * step + i]
-            w = params[WEIGHT * step + i]
-            g = unact(dy[i], c * w + params[BIAS * step + i], activation)
-            dx[i] = ((g - params[MEAN_DY * step + i]) - c * params[SLOPE * step + i]) * w
-        x += ld
-        dy += ld
-        dx += ld
-        rows -= 1
+                               const bint training, const Activation activation, Py_ssize_t ahead) noexcept nogil:
+    cdef Py_ssize_t line = line_of(x)
+    cdef Py_ssize_t j
+    cdef Py_ssize_t pace = 2 if n == ld else 1
+    cdef Py_ssize_t apart = line if n == ld else ld
+    while rows >= 2:
+        j = 0
+        while j + line <= n:
+            fetch(x + pace * j + ahead, 2, apart)
+            fetch(dy + pace * j + ahead, 2, apart)
+            inputs(x + j, dy + j, dx + j, ld, 2, line, params + j, step, training, activation)
+            j += line
+        inputs(x + j, dy + j, dx + j, ld, 2, n - j, params + j, step, training, activation)
+        x += 2 * ld
+        dy += 2 * ld
+        dx += 2 * ld
+        rows -= 2
+    if rows > 0:
+        j = 0
+        while j + line <= n:
+            fetch(x + j + ahead, 1, 0)
+            fetch(dy + j + ahead, 1, 0)
+            inputs(x + j, dy + j, dx + j, ld, 1, line, params + j, step, training, activation)
+            j += line
+        inputs(x + j, dy + j, dx + j, ld, 1, n - j, params + j, step, training, activation)
 
 
-cdef inline void scale_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                            const Activation activation) noexcept nogil:
-    """dx = weight*invstd*g: the statistics were constants."""
-    cdef Py_ssize_t i
-    while rows > 0:
-        for i in range(n):
-            w = params[WEIGHT * step + i]
-            z = ((x[i] - params[i]) - params[LOW * step + i]) * w + params[BIAS * step + i]
-            dx[i] = unact(dy[i], z, activation) * w
-        x += ld
-        dy += ld
-        dx += ld
-        rows -= 1
-
+# --- pivots ------------------------------------------------------------------------------------------------------------------------
 
 cdef inline real tree(real a, real b, real c, real d, real e, real f, real g, real h) noexcept nogil:
     return ((a + b) + (c + d)) + ((e + f) + (g + h))

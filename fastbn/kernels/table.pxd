@@ -31,11 +31,13 @@ ctypedef struct Job:
     double *dweight  # [out] backward
     double *dbias    # [out] backward
     bint training    # [in] backward: whether mean and var were computed from x
+    bint streamed    # [in] y is larger than the caches: write past them
 
 # All return 0, or -1 where memory ran out, before they write anything.
 ctypedef int (*Kernel)(Job *job) noexcept nogil
 
 ctypedef struct Table:
     Kernel moments    # mean, mean_low, var of x
+    Kernel forward    # the two in one
     Kernel normalize  # y = activation((x - mean) * weight / sqrt(var + eps) + bias)
     Kernel backward   # dx, dweight, dbias
