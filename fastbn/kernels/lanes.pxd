@@ -29,6 +29,16 @@ cdef extern from *:
     #else
     #define FASTBN_RESTRICT restrict
     #endif
+    /* The loops are specialised by constant arguments: an activation, a number of lanes. A compiler left to itself keeps one copy for
+       several of them and tests inside the loop. */
+    #undef CYTHON_INLINE
+    #if defined(_MSC_VER)
+    #define CYTHON_INLINE __forceinline
+    #elif defined(__GNUC__)
+    #define CYTHON_INLINE __inline__ __attribute__((always_inline))
+    #else
+    #define CYTHON_INLINE inline
+    #endif
     typedef float *FASTBN_RESTRICT fastbn_f32;
     typedef double *FASTBN_RESTRICT fastbn_f64;
     """
@@ -213,16 +223,17 @@ cdef inline void add_gradient_rows(row x, row dy, Py_ssize_t ld, Py_ssize_t rows
 
 # --- y = activation((x - mean)*weight*invstd + bias) ------------------------------------------------------------------------------
 
-cdef inline void four_outputs(row x, row y, Py_ssize_t ld, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation) noexcept nogil:
+cdef inline void four_outputs(row x, row y0, row y1, row y2, row y3, Py_ssize_t ld, Py_ssize_t n, row params, Py_ssize_t step,
+                              const Activation activation) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
         hi = params[i]
         w = params[WEIGHT * step + i]
         b = params[SHIFT * step + i]
-        y[i] = act((x[i] - hi) * w + b, activation)
-        y[ld + i] = act((x[ld + i] - hi) * w + b, activation)
-        y[2 * ld + i] = act((x[2 * ld + i] - hi) * w + b, activation)
-        y[3 * ld + i] = act((x[3 * ld + i] - hi) * w + b, activation)
+        y0[i] = act((x[i] - hi) * w + b, activation)
+        y1[i] = act((x[ld + i] - hi) * w + b, activation)
+        y2[i] = act((x[2 * ld + i] - hi) * w + b, activation)
+        y3[i] = act((x[3 * ld + i] - hi) * w + b, activation)
 
 
 cdef inline void one_output(row x, row y, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation) noexcept nogil:
@@ -241,11 +252,11 @@ cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py
         j = 0
         while j + line <= n:
             fetch(x + pace * j + ahead, 4, apart)
-            four_outputs(x + j, y + j, ld, line, params + j, step, activation)
+            four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, line, params + j, step, activation)
             j += line
         if j < n:
             fetch(x + pace * j + ahead, 4, apart)
-            four_outputs(x + j, y + j, ld, n - j, params + j, step, activation)
+            four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, n - j, params + j, step, activation)
         x += 4 * ld
         y += 4 * ld
         rows -= 4
@@ -263,7 +274,7 @@ cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py
 
 # --- dx --------------------------------------------------------------------------------------------------------------------------
 
-cdef inline void some_inputs(row x, row dy, row dx, Py_ssize_t ld, const Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
+cdef inline void some_inputs(row x, row dy, row dx0, row dx1, Py_ssize_t ld, const Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
                              const Activation activation) noexcept nogil:
     """One row or two: weight*invstd*(g - mean(g) - x_hat*mean(g*x_hat))  (Ioffe & Szegedy 2015, section 3, gathered)."""
     cdef Py_ssize_t i
@@ -276,14 +287,14 @@ cdef inline void some_inputs(row x, row dy, row dx, Py_ssize_t ld, const Py_ssiz
         slope = params[SLOPE * step + i]
         d0 = x[i] - hi
         g0 = unact(dy[i], d0 * w + b, activation)
-        dx[i] = ((g0 - m) - (d0 - lo) * slope) * w
+        dx0[i] = ((g0 - m) - (d0 - lo) * slope) * w
         if rows == 2:
             d1 = x[ld + i] - hi
             g1 = unact(dy[ld + i], d1 * w + b, activation)
-            dx[ld + i] = ((g1 - m) - (d1 - lo) * slope) * w
+            dx1[i] = ((g1 - m) - (d1 - lo) * slope) * w
 
 
-cdef inline void some_scaled(row x, row dy, row dx, Py_ssize_t ld, const Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
+cdef inline void some_scaled(row x, row dy, row dx0, row dx1, Py_ssize_t ld, const Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
                              const Activation activation) noexcept nogil:
     """One row or two where the statistics were constants: weight*invstd*g."""
     cdef Py_ssize_t i
@@ -291,17 +302,17 @@ cdef inline void some_scaled(row x, row dy, row dx, Py_ssize_t ld, const Py_ssiz
         hi = params[i]
         w = params[WEIGHT * step + i]
         b = params[SHIFT * step + i]
-        dx[i] = unact(dy[i], (x[i] - hi) * w + b, activation) * w
+        dx0[i] = unact(dy[i], (x[i] - hi) * w + b, activation) * w
         if rows == 2:
-            dx[ld + i] = unact(dy[ld + i], (x[ld + i] - hi) * w + b, activation) * w
+            dx1[i] = unact(dy[ld + i], (x[ld + i] - hi) * w + b, activation) * w
 
 
 cdef inline void inputs(row x, row dy, row dx, Py_ssize_t ld, const Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
                         const bint training, const Activation activation) noexcept nogil:
     if training:
-        some_inputs(x, dy, dx, ld, rows, n, params, step, activation)
+        some_inputs(x, dy, dx, dx + ld, ld, rows, n, params, step, activation)
     else:
-        some_scaled(x, dy, dx, ld, rows, n, params, step, activation)
+        some_scaled(x, dy, dx, dx + ld, ld, rows, n, params, step, activation)
 
 
 cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
