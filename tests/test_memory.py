@@ -133,11 +133,6 @@ def test_a_training_loop_allocates_nothing_large_after_its_first_step():
     assert 0 < fastbn.clear_pool() <= 4 * 1.25 * size
 
 
-def test_an_inference_loop_writes_to_one_place():
-    bn = fastbn.BatchNorm(128).eval()
-    assert len({address(bn(batch(k))) for k in range(5)}) == 1
-
-
 def test_a_block_serves_sizes_a_little_smaller_and_no_others():
     first = address(sized(1000))
     assert address(sized(990)) == first
@@ -193,13 +188,10 @@ def test_set_returns_the_limit_before():
     assert fastbn.get_pool_limit() == first
 
 
-@pytest.mark.parametrize(
-    ("nbytes", "error"),
-    [(-1, ValueError), (2**64, ValueError), (1.5, TypeError), ("1", TypeError), (None, TypeError)],
-)
-def test_bad_limits(nbytes, error):
+@pytest.mark.parametrize("nbytes", [-1, 2**64, 1.5, "1", None])
+def test_bad_limits(nbytes):
     before = fastbn.get_pool_limit()
-    with pytest.raises(error, match="expected the limit in bytes"):
+    with pytest.raises(ValueError if isinstance(nbytes, int) else TypeError, match="expected the limit in bytes"):
         fastbn.set_pool_limit(nbytes)
     assert fastbn.get_pool_limit() == before
 
@@ -272,12 +264,9 @@ for shape in ((100_000, 64), (4000, 64, 7, 7)):
     x = np.ones(shape, "float32")
     y, dx = np.ones_like(x), np.ones_like(x)
     bn = fastbn.BatchNorm(64)
-    bn(x[:2000], out=y[:2000])
-    bn.backward(x[:2000], out=dx[:2000])
+    bn(x[:2000], out=y[:2000]), bn.backward(x[:2000], out=dx[:2000])
     before = peak()
-    bn(x, out=y)
-    bn.backward(y, out=dx)
-    bn.eval()(x, out=y)
+    bn(x, out=y), bn.backward(y, out=dx), bn.eval()(x, out=y)
     print(peak() - before)
 """
 

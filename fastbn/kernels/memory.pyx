@@ -3,8 +3,8 @@
 
 Design: the first touch of a new large array costs more than the arithmetic on it. Outputs are allocated through NumPy's own hook for
 memory (PyDataMem_Handler, NEP 49), so that each is an ordinary array that owns its data: NumPy knows when the last view, memoryview or
-foreign holder is gone, frees the data, and that is when it comes here. Nothing below the public functions touches Python, so a destructor
-may run it wherever it runs.
+foreign holder is gone, frees the data, and that is when it comes here. What NumPy calls touches nothing of Python, so a destructor may run
+it wherever it runs.
 
 One lock guards the lists; it is held for a few instructions, and never while memory is asked for or given back. Under the GIL it is always
 free. Without the GIL, who finds it taken does not wait but goes past the pool: allocating and freeing cannot hang, not even in a child that
