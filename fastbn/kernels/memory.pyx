@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
 """The pool of outputs: memory of large arrays that died, kept for the next ones.
 
-Design: the first touch of a new large array costs more than the arithmetic on it. Outputs are allocated through NumPy's own hook for
+Design: the first touch of a new large array can cost more than the arithmetic on it. Outputs are allocated through NumPy's own hook for
 memory (PyDataMem_Handler, NEP 49), so that each is an ordinary array that owns its data: NumPy knows when the last view, memoryview or
 foreign holder is gone, frees the data, and that is when it comes here. What NumPy calls touches nothing of Python, so a destructor may run
 it wherever it runs.
