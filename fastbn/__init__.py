@@ -11,6 +11,7 @@ from . import checkpoint, losses, nn, optim, training
 from .batchnorm import BatchNorm
 from .config import show_config
 from .functional import BatchStats, batch_norm, batch_norm_backward, batch_norm_forward, moments
+from .kernels.memory import clear_pool, get_pool_limit, set_pool_limit
 from .kernels.threads import get_num_threads, set_num_threads, threads
 from .running import RunningStats
 
@@ -24,13 +25,16 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "checkpoint",
+    "clear_pool",
     "get_num_threads",
+    "get_pool_limit",
     "kernels",
     "losses",
     "moments",
     "nn",
     "optim",
     "set_num_threads",
+    "set_pool_limit",
     "show_config",
     "threads",
     "training",

@@ -32,7 +32,7 @@ from fastbn.arguments cimport (
     usable_as,
     writable,
 )
-from fastbn.kernels cimport cpu
+from fastbn.kernels cimport cpu, memory
 from fastbn.kernels.table cimport THREADED, Activation, Job, Kernel, Table
 
 from fastbn import kernels
@@ -221,10 +221,7 @@ cdef class Call:
         """Where the result goes: `out`, or a new array laid out as x. `over` is the input that out may be, `keep` one that it must not touch."""
         cdef cnp.ndarray target
         if out is None:
-            if cnp.PyArray_IS_C_CONTIGUOUS(self.x):
-                target = cnp.PyArray_SimpleNew(cnp.PyArray_NDIM(self.x), cnp.PyArray_DIMS(self.x), cnp.PyArray_TYPE(self.x))
-            else:
-                target = np.empty_like(self.x, order="K", subok=False)
+            target = memory.empty_like(self.x)
             self.out = target
         else:
             target = checked_out(out, self.x)
@@ -234,7 +231,7 @@ cdef class Call:
             self.inplace = identical(target, over)
             if not self.inplace and overlap(target, over):
                 raise ValueError("expected out to be the input itself or to share no memory with it, got a partly overlapping array")
-        self.y = target if usable_as(self.x, target) else np.empty_like(self.x, order="K", subok=False)
+        self.y = target if usable_as(self.x, target) else memory.empty_like(self.x)
         self.job.y = cnp.PyArray_DATA(self.y)
         # Input and output together above half the last-level cache: the rest of it is for others.
         self.job.streamed = not self.inplace and cnp.PyArray_NBYTES(self.y) > cpu.cache_bytes() // 4
@@ -589,7 +586,7 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
         raise ValueError(f"expected statistics of the {job.M * job.S} values per feature of x, got those of {(<BatchStats>stats).count}")
     c.output(out, gradient, x if isinstance(x, np.ndarray) else None)
     if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not usable_as(c.x, gradient):
-        c.dy = np.empty_like(c.x, order="K", subok=False)
+        c.dy = memory.empty_like(c.x)
         np.copyto(c.dy, gradient, casting="same_kind")
     else:
         c.dy = gradient
