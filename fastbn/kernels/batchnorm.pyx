@@ -34,6 +34,7 @@ from fastbn.kernels.merge cimport merge_gradients, merge_moments, prepare
 from fastbn.kernels.plan cimport (
     AHEAD,
     LINE_BYTES,
+    NEAR,
     PITCH,
     ROOM,
     SPREAD,
@@ -67,7 +68,7 @@ cdef inline void *aligned(void *room) noexcept nogil:
 # --- one strip ----------------------------------------------------------------------------------------------------------
 
 cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
-                       row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
+                       row params, Py_ssize_t step, Py_ssize_t ahead, Py_ssize_t ahead_y, f64 sums) noexcept nogil:
     """The operation on `rows` rows of n lanes, the first at element `at`, ld elements apart.
 
     y: the output's first row.  params: (PARAMETERS, step), the first n of each row used.  sums: (4, PITCH), two sums and what they lost.
@@ -86,11 +87,11 @@ cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ss
         add_rows(x, ld, rows, n, params, True, ahead, s1, e1, s2, e2)
     elif op == NORMALIZE:
         if a == IDENTITY:
-            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY, ahead)
+            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY, ahead, ahead_y)
         elif a == RELU:
-            normalize_rows(x, y, ld, rows, n, params, step, RELU, ahead)
+            normalize_rows(x, y, ld, rows, n, params, step, RELU, ahead, ahead_y)
         else:
-            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU, ahead)
+            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU, ahead, ahead_y)
     elif op == GRADIENTS:
         if a == IDENTITY:
             add_gradient_rows(x, dy, ld, rows, n, params, step, IDENTITY, ahead, s1, e1, s2, e2)
@@ -100,95 +101,114 @@ cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ss
             add_gradient_rows(x, dy, ld, rows, n, params, step, LEAKY_RELU, ahead, s1, e1, s2, e2)
     elif op == BACKWARD:
         if a == IDENTITY:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY, ahead)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY, ahead, ahead_y)
         elif a == RELU:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU, ahead)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU, ahead, ahead_y)
         else:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU, ahead)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU, ahead, ahead_y)
     else:
         if a == IDENTITY:
-            backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY, ahead)
+            backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY, ahead, ahead_y)
         elif a == RELU:
-            backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU, ahead)
+            backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU, ahead, ahead_y)
         else:
-            backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU, ahead)
+            backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU, ahead, ahead_y)
 
 
 cdef void row_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
-                    row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
-    strip(w, op, x, at, y, ld, rows, n, params, step, ahead, sums)
+                    row params, Py_ssize_t step, Py_ssize_t ahead, Py_ssize_t ahead_y, f64 sums) noexcept nogil:
+    strip(w, op, x, at, y, ld, rows, n, params, step, ahead, ahead_y, sums)
 
 
-cdef void run_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t ahead, f64 sums) noexcept nogil:
+cdef void run_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t ahead, Py_ssize_t ahead_y,
+                    f64 sums) noexcept nogil:
     """A contiguous run of n elements of one feature: rows of one cache line, and what is left.
 
     A line's sums and parameters then stay in registers.
     """
     cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t whole = n // line * line
-    strip(w, op, x, at, y, line, n // line, line, params, line, ahead, sums)
+    strip(w, op, x, at, y, line, n // line, line, params, line, ahead, ahead_y, sums)
     if whole < n:
-        row_strip(w, op, x, at + whole, y + whole, n - whole, 1, n - whole, params, line, 0, sums)
+        row_strip(w, op, x, at + whole, y + whole, n - whole, 1, n - whole, params, line, 0, 0, sums)
 
 
 # --- one task: chunk k of the units, block b of the lanes ----------------------------------------------------------------
 
-cdef void visit(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
-    """The operation on every strip of a task."""
+cdef inline bint staged(Work *w, Operation op) noexcept nogil:
+    """Whether the output is gathered in cache, and streamed to memory from there."""
+    return FASTBN_STREAMS and w.job.streamed and (op == NORMALIZE or op == BACKWARD or op == SCALE)
+
+
+cdef void visit_rows(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
     cdef double room[STAGE + 8]
     cdef row stage = <row>aligned(room)
     cdef row y = <row>w.job.y
     cdef Py_ssize_t size = sizeof(x[0])
-    cdef Py_ssize_t most = 8 * STAGE // size
-    cdef bint staged = FASTBN_STREAMS and w.job.streamed and op != MOMENTS and op != RAW_MOMENTS and op != GRADIENTS
     cdef Py_ssize_t first = k * w.chunk
     cdef Py_ssize_t end = min(first + w.chunk, w.units)
-    cdef Py_ssize_t ahead = AHEAD // size
+    cdef Py_ssize_t ld = w.fold * w.width
+    cdef Py_ssize_t at = first * ld + b * w.block
+    cdef Py_ssize_t n = min(w.block, ld - b * w.block)
+    cdef Py_ssize_t rows = min(end, w.job.M // w.fold) - first
+    cdef Py_ssize_t ahead = AHEAD // size if n == ld else 4 * ld
+    cdef Py_ssize_t part
+    if staged(w, op):
+        part = max(8 * STAGE // size // ld, 1) if n == ld else 1
+        while rows > 0:
+            part = min(part, rows)
+            row_strip(w, op, x, at, stage, ld, part, n, params, step, ahead, 0, sums)
+            stream(y + at, stage, part * n * size)
+            at += part * ld
+            rows -= part
+        stream_fence()
+    else:
+        row_strip(w, op, x, at, y + at, ld, rows, n, params, step, ahead, ahead, sums)
+        at += rows * ld
+    if w.job.M // w.fold < end:
+        n = w.job.M % w.fold * w.width
+        row_strip(w, op, x, at, y + at, n, 1, n, params, step, 0, 0, sums)
+
+
+cdef void visit_planes(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, f64 sums) noexcept nogil:
+    """The pieces of one feature's planes."""
+    cdef double room[STAGE + 8]
+    cdef row stage = <row>aligned(room)
+    cdef row y = <row>w.job.y
+    cdef Py_ssize_t size = sizeof(x[0])
+    cdef Py_ssize_t first = k * w.chunk
+    cdef Py_ssize_t end = min(first + w.chunk, w.units)
+    # The processor fetches ahead within a long plane by itself, but not from one short plane to the next.
+    cdef Py_ssize_t lead = NEAR // (w.job.S * size) + 1 if w.job.S * size <= AHEAD else 0
+    cdef Py_ssize_t ahead
     cdef Py_ssize_t u
     cdef Py_ssize_t at
     cdef Py_ssize_t n
-    cdef Py_ssize_t ld
-    cdef Py_ssize_t rows
     cdef Py_ssize_t part
-    if w.planes:
-        if w.job.S * size <= AHEAD:
-            ahead = w.job.C * w.job.S  # the feature's next plane
-        for u in range(first, end):
-            at = u % w.pieces * w.piece
-            n = min(w.piece, w.job.S - at)
-            at += (u // w.pieces * w.job.C + b) * w.job.S
-            if staged:
-                while n > 0:
-                    part = min(n, most)
-                    run_strip(w, op, x, at, stage, part, params, ahead, sums)
-                    stream(y + at, stage, part * size)
-                    at += part
-                    n -= part
-            else:
-                run_strip(w, op, x, at, y + at, n, params, ahead, sums)
-    else:
-        ld = w.fold * w.width
-        at = first * ld + b * w.block
-        n = min(w.block, ld - b * w.block)
-        if n < ld:
-            ahead = 4 * ld
-        rows = min(end, w.job.M // w.fold) - first
-        if staged:
-            part = max(most // ld, 1) if n == ld else 1
-            while rows > 0:
-                part = min(part, rows)
-                row_strip(w, op, x, at, stage, ld, part, n, params, step, ahead, sums)
-                stream(y + at, stage, part * n * size)
-                at += part * ld
-                rows -= part
+    for u in range(first, end):
+        at = u % w.pieces * w.piece
+        n = min(w.piece, w.job.S - at)
+        at += (u // w.pieces * w.job.C + b) * w.job.S
+        ahead = lead * w.job.C * w.job.S if u + lead < end else 0
+        if staged(w, op):
+            while n > 0:
+                part = min(n, 8 * STAGE // size)
+                run_strip(w, op, x, at, stage, part, params, ahead, 0, sums)
+                stream(y + at, stage, part * size)
+                at += part
+                n -= part
         else:
-            row_strip(w, op, x, at, y + at, ld, rows, n, params, step, ahead, sums)
-            at += rows * ld
-        if w.job.M // w.fold < end:
-            n = w.job.M % w.fold * w.width
-            row_strip(w, op, x, at, y + at, n, 1, n, params, step, 0, sums)
-    if staged:
+            run_strip(w, op, x, at, y + at, n, params, ahead, ahead, sums)
+    if staged(w, op):
         stream_fence()
+
+
+cdef void visit(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
+    """The operation on every strip of a task."""
+    if w.planes:
+        visit_planes(w, op, k, b, x, params, sums)
+    else:
+        visit_rows(w, op, k, b, x, params, step, sums)
 
 
 cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t used, row lanes, Py_ssize_t *step) noexcept nogil:
@@ -380,6 +400,46 @@ cdef void write(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexce
     visit(w, op, k, b, x, params, step, NULL)
 
 
+cdef void write_share(Work *w, Operation op, Py_ssize_t i, row x) noexcept nogil:
+    """Task number i's share of all planes, in the order of memory: where nothing stays in cache, planes of one feature need not go together."""
+    cdef double room[STAGE + 8]
+    cdef double lane_room[PARAMETERS * 16 + 8]
+    cdef row stage = <row>aligned(room)
+    cdef row lanes = <row>aligned(lane_room)
+    cdef row y = <row>w.job.y
+    cdef Py_ssize_t size = sizeof(x[0])
+    cdef Py_ssize_t ahead = AHEAD // size
+    cdef Py_ssize_t all = w.job.M * w.job.C * w.pieces
+    cdef Py_ssize_t tasks = w.chunks * w.blocks
+    cdef Py_ssize_t filled = 0
+    cdef Py_ssize_t step = 0
+    cdef Py_ssize_t u
+    cdef Py_ssize_t at
+    cdef Py_ssize_t n
+    cdef Py_ssize_t part
+    for u in range(all * i // tasks, all * (i + 1) // tasks):
+        parameters(w, u // w.pieces % w.job.C, PARAMETERS if op == BACKWARD else LOW, lanes, &step)
+        at = u % w.pieces * w.piece
+        n = min(w.piece, w.job.S - at)
+        at += u // w.pieces * w.job.S
+        if not staged(w, op):
+            run_strip(w, op, x, at, y + at, n, lanes, ahead, ahead, NULL)
+            continue
+        while n > 0:
+            part = min(n, 8 * STAGE // size - filled)
+            run_strip(w, op, x, at, stage + filled, part, lanes, ahead, 0, NULL)
+            filled += part
+            at += part
+            n -= part
+            if filled == 8 * STAGE // size:
+                stream(y + at - filled, stage, filled * size)
+                filled = 0
+    if filled:
+        stream(y + at - filled, stage, filled * size)
+    if staged(w, op):
+        stream_fence()
+
+
 # --- steps: what a kernel is made of ----------------------------------------------------------------------------------------
 
 cdef enum Step:
@@ -400,6 +460,13 @@ cdef inline bint backwards(Step step) noexcept nogil:
     return step == WRITE_Y or step == WRITE_DX
 
 
+cdef inline Operation writing(Work *w, Step step) noexcept nogil:
+    """The operation of a step that writes."""
+    if step == WRITE_Y:
+        return NORMALIZE
+    return BACKWARD if w.job.training else SCALE
+
+
 cdef void do(Work *w, Step step, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
     """A step's work on chunk k of block b, or on all of block b."""
     cdef Py_ssize_t at = b * features(w, 0)
@@ -413,21 +480,22 @@ cdef void do(Work *w, Step step, Py_ssize_t k, Py_ssize_t b, row x) noexcept nog
             w.wide = True
     elif w.wide:
         return
-    elif step == WRITE_Y:
-        write(w, NORMALIZE, k, b, x)
     elif step == ADD_GRADIENTS:
         add_up_gradients(w, k, b, x)
     elif step == MERGE_GRADIENTS:
         merge_gradients(w, <row>w.params, at, n)
     else:
-        write(w, BACKWARD if w.job.training else SCALE, k, b, x)
+        write(w, writing(w, step), k, b, x)
 
 
 cdef void do_numbered(Work *w, Step step, Py_ssize_t i, row x) noexcept nogil:
     """Number i of a step's tasks or blocks."""
     if by_task(step):
         i = w.chunks * w.blocks - 1 - i if backwards(step) else i
-        do(w, step, i // w.blocks, i % w.blocks, x)
+        if w.planes and backwards(step) and not w.wide:
+            write_share(w, writing(w, step), i, x)
+        else:
+            do(w, step, i // w.blocks, i % w.blocks, x)
     else:
         do(w, step, 0, i, x)
 
@@ -524,7 +592,7 @@ cdef int forward(Job *job) noexcept nogil:
 cdef int normalize(Job *job) noexcept nogil:
     cdef Step steps[2]
     steps[:] = [PREPARE, WRITE_Y]
-    return kernel_of(job, steps, 2, 1)
+    return kernel_of(job, steps, 2, 0)
 
 
 cdef int backward(Job *job) noexcept nogil:

@@ -99,12 +99,6 @@ cdef inline Py_ssize_t line_of(row x) noexcept nogil:
     return LINE_BYTES // <Py_ssize_t>sizeof(x[0])
 
 
-cdef inline void fetch(row x, const Py_ssize_t lines, Py_ssize_t apart) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(lines):
-        prefetch(x + i * apart)
-
-
 # --- moments: s1 += sum d, s2 += sum d*d, d = x - pivot, or d = x where not centred ----------------------------------------------
 
 cdef inline void four_moments(row x, Py_ssize_t ld, Py_ssize_t n, row pivot, const bint centred, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
@@ -142,15 +136,15 @@ cdef inline void add_rows(row x, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, r
     cdef Py_ssize_t j
     # Rows that follow each other in memory are fetched in its order, four lines for a line's lanes of four rows.
     cdef Py_ssize_t pace = 4 if n == ld else 1
-    cdef Py_ssize_t apart = line if n == ld else ld
+    cdef Py_ssize_t apart = LINE_BYTES if n == ld else ld * <Py_ssize_t>sizeof(x[0])
     while rows >= 4:
         j = 0
         while j + line <= n:
-            fetch(x + pace * j + ahead, 4, apart)
+            prefetch(x + pace * j + ahead, 4, apart)
             four_moments(x + j, ld, line, pivot + j, centred, s1 + j, e1 + j, s2 + j, e2 + j)
             j += line
         if j < n:
-            fetch(x + pace * j + ahead, 4, apart)
+            prefetch(x + pace * j + ahead, 4, apart)
             four_moments(x + j, ld, n - j, pivot + j, centred, s1 + j, e1 + j, s2 + j, e2 + j)
         x += 4 * ld
         rows -= 4
@@ -199,17 +193,17 @@ cdef inline void add_gradient_rows(row x, row dy, Py_ssize_t ld, Py_ssize_t rows
     cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
     cdef Py_ssize_t pace = 4 if n == ld else 1
-    cdef Py_ssize_t apart = line if n == ld else ld
+    cdef Py_ssize_t apart = LINE_BYTES if n == ld else ld * <Py_ssize_t>sizeof(x[0])
     while rows >= 4:
         j = 0
         while j + line <= n:
-            fetch(x + pace * j + ahead, 4, apart)
-            fetch(dy + pace * j + ahead, 4, apart)
+            prefetch(x + pace * j + ahead, 4, apart)
+            prefetch(dy + pace * j + ahead, 4, apart)
             four_gradients(x + j, dy + j, ld, line, params + j, step, activation, s1 + j, e1 + j, s2 + j, e2 + j)
             j += line
         if j < n:
-            fetch(x + pace * j + ahead, 4, apart)
-            fetch(dy + pace * j + ahead, 4, apart)
+            prefetch(x + pace * j + ahead, 4, apart)
+            prefetch(dy + pace * j + ahead, 4, apart)
             four_gradients(x + j, dy + j, ld, n - j, params + j, step, activation, s1 + j, e1 + j, s2 + j, e2 + j)
         x += 4 * ld
         dy += 4 * ld
@@ -243,19 +237,21 @@ cdef inline void one_output(row x, row y, Py_ssize_t n, row params, Py_ssize_t s
 
 
 cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                                const Activation activation, Py_ssize_t ahead) noexcept nogil:
+                                const Activation activation, Py_ssize_t ahead, Py_ssize_t ahead_y) noexcept nogil:
     cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
     cdef Py_ssize_t pace = 4 if n == ld else 1
-    cdef Py_ssize_t apart = line if n == ld else ld
+    cdef Py_ssize_t apart = LINE_BYTES if n == ld else ld * <Py_ssize_t>sizeof(x[0])
     while rows >= 4:
         j = 0
         while j + line <= n:
-            fetch(x + pace * j + ahead, 4, apart)
+            prefetch(x + pace * j + ahead, 4, apart)
+            prefetch(y + pace * j + ahead_y, 4, apart)
             four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, line, params + j, step, activation)
             j += line
         if j < n:
-            fetch(x + pace * j + ahead, 4, apart)
+            prefetch(x + pace * j + ahead, 4, apart)
+            prefetch(y + pace * j + ahead_y, 4, apart)
             four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, n - j, params + j, step, activation)
         x += 4 * ld
         y += 4 * ld
@@ -263,7 +259,8 @@ cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py
     while rows > 0:
         j = 0
         while j + line <= n:
-            fetch(x + j + ahead, 1, 0)
+            prefetch(x + j + ahead, 1, 0)
+            prefetch(y + j + ahead_y, 1, 0)
             one_output(x + j, y + j, line, params + j, step, activation)
             j += line
         one_output(x + j, y + j, n - j, params + j, step, activation)
@@ -316,16 +313,18 @@ cdef inline void inputs(row x, row dy, row dx, Py_ssize_t ld, const Py_ssize_t r
 
 
 cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                               const bint training, const Activation activation, Py_ssize_t ahead) noexcept nogil:
+                               const bint training, const Activation activation, Py_ssize_t ahead,
+                               Py_ssize_t ahead_dx) noexcept nogil:
     cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
     cdef Py_ssize_t pace = 2 if n == ld else 1
-    cdef Py_ssize_t apart = line if n == ld else ld
+    cdef Py_ssize_t apart = LINE_BYTES if n == ld else ld * <Py_ssize_t>sizeof(x[0])
     while rows >= 2:
         j = 0
         while j + line <= n:
-            fetch(x + pace * j + ahead, 2, apart)
-            fetch(dy + pace * j + ahead, 2, apart)
+            prefetch(x + pace * j + ahead, 2, apart)
+            prefetch(dy + pace * j + ahead, 2, apart)
+            prefetch(dx + pace * j + ahead_dx, 2, apart)
             inputs(x + j, dy + j, dx + j, ld, 2, line, params + j, step, training, activation)
             j += line
         inputs(x + j, dy + j, dx + j, ld, 2, n - j, params + j, step, training, activation)
@@ -336,8 +335,9 @@ cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t 
     if rows > 0:
         j = 0
         while j + line <= n:
-            fetch(x + j + ahead, 1, 0)
-            fetch(dy + j + ahead, 1, 0)
+            prefetch(x + j + ahead, 1, 0)
+            prefetch(dy + j + ahead, 1, 0)
+            prefetch(dx + j + ahead_dx, 1, 0)
             inputs(x + j, dy + j, dx + j, ld, 1, line, params + j, step, training, activation)
             j += line
         inputs(x + j, dy + j, dx + j, ld, 1, n - j, params + j, step, training, activation)

@@ -25,7 +25,9 @@ cdef enum:
     TASKS = 64           # threads that a large shape can keep busy
     CHUNK = 16384        # fewest elements that are worth a task
     ROWS = 128           # fewest rows of lanes: what is done once for each lane of a task must not weigh
+    LONG = 2048          # bytes of a plane from which it pays to jump from one to the feature's next
     SLAB = 262144        # bytes that stay in the second-level cache
+    NEAR = 4096          # bytes from one short plane to the one that is fetched
     AHEAD = 16384        # bytes from what is read to what is fetched: measured, on 4 to 64 KB
 
 ctypedef struct Work:
@@ -73,7 +75,7 @@ cdef inline void cut_blocks(Work *w, Py_ssize_t wanted) noexcept nogil:
 
 
 cdef inline void plan(Work *w, Py_ssize_t inputs) noexcept nogil:
-    """Cut the work; `inputs` arrays of x's size are read more than once. The number of threads must not be looked at before the last lines."""
+    """Cut the work; `inputs` arrays of x's size are read twice. The number of threads must not be looked at before the last lines."""
     cdef Job *job = w.job
     cdef Py_ssize_t wanted, worth
     cdef Py_ssize_t size = 8 if job.is_float64 else 4
@@ -110,7 +112,7 @@ cdef inline void plan(Work *w, Py_ssize_t inputs) noexcept nogil:
         cut_blocks(w, ceil_div(2 * job.num_threads, w.chunks))
     w.threads = <int>min(<Py_ssize_t>job.num_threads, w.chunks * w.blocks)
     w.fused = (job.y != job.x and job.y != job.dy and (w.threads < 2 or w.blocks >= 2 * w.threads)
-               and (w.planes or job.M * w.block * size * inputs <= SLAB))
+               and inputs > 0 and (job.S * size >= LONG if w.planes else job.M * w.block * size * inputs <= SLAB))
     # Not a multiple of 4 KB, as PITCH.
     w.pitch = ceil_div(job.C, 16) * 16 + (16 if job.C % 512 == 0 else 0)
 

@@ -62,17 +62,22 @@ static inline void fastbn_stream_fence(void) {
 #endif
 }
 
-/* Asks for the line at p, which need not be a valid address. */
-static inline void fastbn_prefetch(const void *p) {
+/* Asks for `lines` cache lines, `apart` bytes between them, from p on; none need be a valid address. A macro: gcc takes a
+   function that does nothing else for one without an effect, and deletes the calls of it. */
 #if FASTBN_STREAMS
-    _mm_prefetch((const char *)p, _MM_HINT_T0);
+#define FASTBN_PREFETCH(p) _mm_prefetch((p), _MM_HINT_T0)
 #elif defined(__GNUC__)
-    __builtin_prefetch(p);
+#define FASTBN_PREFETCH(p) __builtin_prefetch(p)
 #elif defined(_MSC_VER) && defined(_M_ARM64)
-    __prefetch(p);
+#define FASTBN_PREFETCH(p) __prefetch(p)
 #else
-    (void)p;
+#define FASTBN_PREFETCH(p) (void)(p)
 #endif
-}
+#define fastbn_prefetch(p, lines, apart)                         \
+    do {                                                         \
+        ptrdiff_t line_;                                         \
+        for (line_ = 0; line_ < (lines); line_++)                \
+            FASTBN_PREFETCH((const char *)(p) + line_ * (apart)); \
+    } while (0)
 
 #endif
