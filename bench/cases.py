@@ -33,7 +33,7 @@ LAYOUTS = [(shape, False) for shape in SHAPES] + [(shape, True) for shape in ALS
 # Far above what rounding does to any of them, far below what a wrong formula does.
 TOLERANCE = {"float32": 5e-4, "float64": 1e-9}
 # A check looks at as many features as hold about this many elements.
-CHECKED = 2_000_000
+CHECKED = 500_000
 
 
 @dataclass(frozen=True)
