@@ -1,7 +1,6 @@
 """What is measured: shapes, operations, their arrays, and what the right results are."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
@@ -90,7 +89,7 @@ class Arrays:
         self.var = rng.uniform(0.5, 1.5, features).astype(dtype)
         some = max(1, min(features, CHECKED * features // self.x.size))
         self.some_features = np.unique(np.linspace(0, features - 1, some).astype(int))
-        self.expected = cache(self._expected)
+        self._expected: dict[str, tuple[np.ndarray, ...]] = {}
 
     def rows(self, array: np.ndarray) -> np.ndarray:
         """Channels-last arrays as (M, C), for libraries that know no other such layout; the others as they are."""
@@ -106,7 +105,13 @@ class Arrays:
         axes = tuple(i for i in range(self.x.ndim) if i != self.axis % self.x.ndim)
         return tuple(f(self.x, axes, dtype=np.float64).astype(self.x.dtype) for f in (np.mean, np.var))
 
-    def _expected(self, operation: str) -> tuple[np.ndarray, ...]:
+    def expected(self, operation: str) -> tuple[np.ndarray, ...]:
+        """Some columns of y, or of dx, dweight and dbias, in float64."""
+        if operation not in self._expected:
+            self._expected[operation] = self._in_float64(operation)
+        return self._expected[operation]
+
+    def _in_float64(self, operation: str) -> tuple[np.ndarray, ...]:
         x = self.columns(self.x)
         weight, bias, mean, var = (
             p[self.some_features, None].astype(np.float64) for p in (self.weight, self.bias, self.mean, self.var)
@@ -133,16 +138,13 @@ class Arrays:
             np.testing.assert_allclose(np.ravel(sums)[self.some_features], right, 0, tolerance * expected[0].shape[1])
 
 
-@cache
-def _latest() -> dict[tuple, Arrays]:
-    return {}
+_latest: dict[tuple, Arrays] = {}
 
 
 def arrays(case: Case) -> Arrays:
     """The arrays of a case; made once for cases that follow each other on the same ones, and only those are kept."""
     key = (case.shape, case.channels_last, case.dtype, case.aligned)
-    kept = _latest()
-    if key not in kept:
-        kept.clear()
-        kept[key] = Arrays(*key)
-    return kept[key]
+    if key not in _latest:
+        _latest.clear()
+        _latest[key] = Arrays(*key)
+    return _latest[key]

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-# Libraries' threads go on spinning for some milliseconds after a call. The next process waits until they sleep.
-SETTLE = 0.02
+# Seconds that the next process waits, until the threads of the one before, which go on spinning after a call, sleep.
+SETTLE = 0.01
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -139,13 +139,13 @@ class Entrant:
 
 
 def contest(
-    entrants: Mapping[str, Entrant], rounds: int, seconds: float
+    entrants: Mapping[str, Entrant], rounds: int, seconds: float, settle: float = SETTLE
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of a call of each entrant in each round, and what went wrong with those that could not be measured.
 
     One that left has fewer rounds than the others; all have been in the first ones.
     """
-    settle = SETTLE if any(e.worker.threads > 1 for e in entrants.values()) else 0
+    settle = settle if any(e.worker.threads > 1 for e in entrants.values()) else 0
     failed: dict[str, str] = {}
     for name, e in entrants.items():
         e.worker.ask("prepare", name, seconds, e.factory, *e.arguments)
