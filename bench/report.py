@@ -63,7 +63,7 @@ def measure(threads: int, quick: bool) -> list[results.Row]:
             if "fastbn" in failed:
                 raise AssertionError(f"fastbn, {case}: {failed['fastbn']}")
             s = results.summary(rows[-1])
-            beside = f"{s.ratio:5.2f} x faster than {s.peer}" if s.peer else "no peer"
+            beside = f"{s.ratio:5.2f} x as fast as {s.peer}" if s.peer else "no peer"
             print(f"{case!s:<50} {s.seconds * 1e6:9.1f} us, {s.copies:5.2f} copies, {beside}", flush=True)
     for worker in workers.values():
         worker.close()

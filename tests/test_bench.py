@@ -11,7 +11,7 @@ import pytest
 import fastbn
 from bench import curves, pictures, report, results, step, workers
 from bench.cases import OPERATIONS, Arrays, Case, arrays
-from bench.peers import PASSES, PEERS, prepare, prepare_pass
+from bench.peers import PASSES, PEERS, Peer, prepare, prepare_pass
 
 TINY = [((5, 3), False), ((4, 3, 2), False), ((3, 4, 2, 5), False), ((3, 4, 2, 5), True)]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -126,7 +126,7 @@ def test_a_check_sees_what_is_wrong():
 def test_a_stale_result_does_not_pass(monkeypatch):
     case = Case((5, 3))
     prepare("fastbn", case)  # leaves the right y behind
-    idle = PEERS["fastbn"].__class__("idle", ["fastbn"], lambda case, a: (lambda: a.y, lambda y: (y,)))
+    idle = Peer("idle", ["fastbn"], lambda case, a: (lambda: a.y, lambda y: (y,)))
     monkeypatch.setitem(PEERS, "idle", idle)
     with pytest.raises(AssertionError):
         prepare("idle", case)
