@@ -1,0 +1,99 @@
+"""The peers by name: what each library offers, and the passes over memory that all are measured against."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from bench import calls, calls_torch
+from bench.cases import Arrays, Case, arrays
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    modules: Sequence[str]  # what it imports; the first is its library, which has a process of its own in a report
+    make: Callable[[Case, Arrays], calls.Timed]
+    preallocated: Sequence[bool] = (True, False)  # whether it writes into given arrays, into new ones, or into either
+    fits: Callable[[Case], bool] = lambda case: True
+
+    @property
+    def library(self) -> str:
+        return self.modules[0]
+
+    @property
+    def installed(self) -> bool:
+        return all(map(find_spec, self.modules))
+
+    def exactly(self, case: Case) -> Case | None:
+        """The case, or None where the peer does not have it."""
+        return case if case.preallocated in self.preallocated and self.fits(case) else None
+
+    def at_its_best(self, case: Case) -> Case | None:
+        """The case, or the same with new outputs for a peer that cannot have them given, or None."""
+        return self.exactly(case) or self.exactly(replace(case, preallocated=False))
+
+
+def one_table(case: Case) -> bool:
+    return len(case.shape) == 2 or case.channels_last
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("fastbn", ["fastbn"], calls.layer),
+        Peer("NumPy", ["numpy"], calls.numpy_ufuncs),
+        Peer("PyTorch F.batch_norm", ["torch"], calls_torch.functional, [False]),
+        Peer("PyTorch native", ["torch"], calls_torch.native, [True]),
+        Peer(
+            "PyTorch oneDNN", ["torch"], partial(calls_torch.functional, mkldnn=True), [False],
+            lambda case: len(case.shape) == 4 and not case.channels_last and case.dtype == "float32",
+        ),
+        Peer("JAX", ["jax"], calls.jax_jit),
+        Peer(
+            "JAX, fast variance", ["jax"], partial(calls.jax_jit, fast_variance=True),
+            fits=lambda case: case.operation == "train",
+        ),
+        Peer(
+            "ONNX Runtime", ["onnxruntime", "onnx"], calls.onnxruntime_session,
+            fits=lambda case: case.operation == "infer",
+        ),
+        Peer(
+            "scikit-learn StandardScaler", ["sklearn"], calls.standard_scaler, [False],
+            lambda case: one_table(case) and case.operation != "backward",
+        ),
+    )
+}  # fmt: skip
+
+
+def prepare(name: str, case: Case) -> Callable[[], Any]:
+    """What is timed, after a check of its result: AssertionError where it is wrong."""
+    a = arrays(case)
+    call, convert = PEERS[name].make(case, a)
+    a.y.fill(np.nan)  # so that nothing right is left of the peer before
+    a.dx.fill(np.nan)
+    a.check(case.operation, convert(call()))
+    return call
+
+
+def largest(x: np.ndarray) -> Any:
+    """NumPy compares integers faster than floats, which have NaN."""
+    return np.max(x.view(f"i{x.itemsize}"))
+
+
+PASSES = {"copy": np.copyto, "read (np.dot)": np.dot, "read (np.max)": largest}
+
+
+def prepare_pass(name: str, case: Case) -> Callable[[], Any]:
+    """A copy of x to y, or a read of x: NumPy's call, or with several threads one on each thread, each on its part."""
+    a, call = arrays(case), PASSES[name]
+    given = {"copy": (a.y, a.x), "read (np.dot)": (a.x, a.x), "read (np.max)": (a.x,)}[name]
+    parts = list(zip(*(np.array_split(array.ravel(), case.threads) for array in given), strict=True))
+    if case.threads == 1:
+        return partial(call, *parts[0])
+    pool = ThreadPoolExecutor(case.threads)
+    return lambda: list(pool.map(lambda part: call(*part), parts))

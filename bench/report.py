@@ -1,0 +1,131 @@
+"""fastbn beside every peer on every shape: python -m bench.report
+
+Writes speed.md, speed.png and speed.json into bench/results. About six minutes for each number of threads, on a machine
+that does nothing else; --quick tries the machinery, and its figures mean nothing.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from bench import machine, pictures, results
+from bench.cases import LAYOUTS, Case
+from bench.peers import PEERS, prepare, prepare_pass
+from bench.workers import Entrant, Worker, contest, environment
+
+HERE = Path(__file__).parent / "results"
+ALLOCATING = "PyTorch F.batch_norm"
+QUICK = [LAYOUTS[0], LAYOUTS[2], LAYOUTS[-4]]
+
+INTRODUCTION = """# Speed
+
+float32. A ratio above 1 says how many times faster fastbn is than the fastest other library on that shape. Every
+library runs in a process of its own, one at a time, in turn. Ratios are taken within a round, and their medians over
+the rounds are printed. Every result was checked against float64 before. fastbn gets its arrays as NumPy makes them,
+the others get theirs aligned to 64 bytes; a library that cannot write into a given array allocates.
+
+*of a copy*: in multiples of `np.copyto` on the same array, on one thread. *of its passes*, where x alone fills the
+last-level cache: in multiples of the time that its reads and its write take NumPy on as many threads (training: two
+reads and a write; inference: one and one; backward: four and one), a read being the faster of `np.dot` and `np.max`,
+a read with a write `np.copyto`.
+
+`python -m bench.report` wrote this."""
+
+
+def measure(threads: int, quick: bool) -> list[results.Row]:
+    """All rows, for this number of threads."""
+    rounds, seconds = (3, 0.001) if quick else (9, 0.008)
+    libraries = dict.fromkeys(peer.library for peer in PEERS.values() if peer.installed)
+    for peer in PEERS.values():
+        if not peer.installed:
+            print(f"skipped: {peer.name} ({' or '.join(peer.modules)} is not installed)")
+    workers = {library: Worker(threads, environment(threads)) for library in libraries}
+    rows = []
+    cache = machine.last_level_cache()
+    for shape, channels_last in QUICK if quick else LAYOUTS:
+        for operation, preallocated in results.COLUMNS:
+            case = Case(shape, channels_last, operation, preallocated=preallocated, threads=threads)
+            entrants = {}
+            for peer in PEERS.values():
+                if not peer.installed or not (preallocated or peer.name in ("fastbn", ALLOCATING)):
+                    continue
+                if peer.name == "fastbn":
+                    entrants["fastbn"] = Entrant(workers["fastbn"], prepare, ("fastbn", case))
+                elif best := peer.at_its_best(replace(case, aligned=True)):
+                    entrants[peer.name] = Entrant(workers[peer.library], prepare, (peer.name, best), may_leave=True)
+            entrants |= passes(workers["fastbn"], case, cache)
+            times, failed = contest(entrants, rounds, seconds)
+            row = {"shape": shape, "channels_last": channels_last, "operation": operation, "preallocated": preallocated}
+            rows.append(row | {"seconds": times, "failed": failed})
+            if "fastbn" in failed:
+                raise AssertionError(f"fastbn, {case}: {failed['fastbn']}")
+            s = results.summary(rows[-1])
+            beside = f"{s.ratio:5.2f} x as fast as {s.peer}" if s.peer else "no peer"
+            print(f"{case!s:<50} {s.seconds * 1e6:9.1f} us, {s.copies:5.2f} copies, {beside}", flush=True)
+    for worker in workers.values():
+        worker.close()
+    return rows
+
+
+def passes(worker: Worker, case: Case, cache: int) -> dict[str, Entrant]:
+    """A copy, and for arrays beyond the cache reads, on the arrays that fastbn works on.
+
+    Beyond the cache they run on as many threads as fastbn; below it, starting those would cost more than they save.
+    """
+    beyond = 4 * int(np.prod(case.shape)) >= cache
+    alone = replace(case, threads=1)
+    entrants = {"copy": Entrant(worker, prepare_pass, ("copy", case if beyond else alone))}
+    if beyond:
+        entrants |= {name: Entrant(worker, prepare_pass, (name, case)) for name in ("read (np.dot)", "read (np.max)")}
+        if case.threads > 1:
+            entrants["copy, one thread"] = Entrant(worker, prepare_pass, ("copy", alone))
+    return entrants
+
+
+def write(report: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "speed.json").write_text(compact(report))
+    parts = [INTRODUCTION, machine.in_words(report["machine"])]
+    for threads, rows in report["rows"].items():
+        for column, title in results.COLUMNS.items():
+            count = "one thread" if threads == "1" else f"{threads} threads"
+            parts.append(
+                f"## {title[0].upper()}{title[1:]}, {count}\n\n{results.table(results.of_column(rows, column))}"
+            )
+    (folder / "speed.md").write_text("\n\n".join(parts) + "\n")
+    pictures.ratios(report["rows"], folder / "speed.png")
+    print(f"written: {folder / 'speed.md'}, speed.png, speed.json")
+
+
+def compact(report: dict) -> str:
+    """JSON with a line for each row."""
+    rows = (
+        f'"{threads}": [\n' + ",\n".join(json.dumps(results.to_digits(row)) for row in rows) + "\n]"
+        for threads, rows in report["rows"].items()
+    )
+    return f'{{"machine": {json.dumps(report["machine"])},\n"rows": {{{", ".join(rows)}}}}}\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1, and 2 where there are as many processors")
+    parser.add_argument("--quick", action="store_true", help="a few shapes and rounds")
+    parser.add_argument("--output", type=Path, default=HERE, metavar="DIR")
+    parser.add_argument("--redraw", action="store_true", help="from the speed.json there, without measuring")
+    options = parser.parse_args()
+    if options.redraw:
+        write(json.loads((options.output / "speed.json").read_text()), options.output)
+        return
+    report = {"machine": machine.describe(), "rows": {}}
+    print(machine.in_words(report["machine"]))
+    for threads in options.threads or range(1, min(2, machine.processors()) + 1):
+        print(f"\n{threads} thread(s)")
+        report["rows"][str(threads)] = measure(threads, options.quick)
+        write(report, options.output)
+
+
+if __name__ == "__main__":
+    main()

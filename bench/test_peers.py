@@ -1,0 +1,60 @@
+"""pytest-benchmark suite, a group for each shape and operation: python -m pytest bench
+
+Every result is checked before it is timed. JAX takes its threads from the environment, so it is timed on one here.
+"""
+
+import os
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from bench.cases import LAYOUTS, OPERATIONS, Case
+from bench.peers import PEERS, Peer, prepare
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+
+SHAPES = [Case(shape, last, operation) for (shape, last), operation in product(LAYOUTS, OPERATIONS)]
+# Settings that a shape says little about, on three shapes: how the arrays lie, their dtype, threads, new outputs.
+SETTINGS = [
+    Case(shape, last, operation, dtype, preallocated, aligned, threads)
+    for (shape, last), dtype, aligned, operation, preallocated, threads in product(
+        [((256, 256), False), ((100_000, 3), False), ((32, 256, 14, 14), True)],
+        ("float32", "float64"),
+        (False, True),
+        OPERATIONS,
+        (True, False),
+        (1, 2),
+    )
+]
+
+
+ON_ANY_THREADS = ("fastbn", "torch", "onnxruntime")
+
+
+def pairs(cases, choose):
+    """A parameter for each case and each peer that has it; a library that is missing is skipped by name."""
+    for peer in PEERS.values():
+        if not peer.installed:
+            missing = pytest.mark.skip(f"{' or '.join(peer.modules)} is not installed")
+            yield pytest.param(None, None, id=peer.name, marks=missing)
+    for case in cases:
+        for peer in PEERS.values():
+            chosen = choose(peer, case)
+            if peer.installed and chosen and (case.threads == 1 or peer.library in ON_ANY_THREADS):
+                yield pytest.param(peer, chosen, id=f"{chosen} {peer.name}")
+
+
+@pytest.mark.benchmark(max_time=0.1, min_rounds=3)
+@pytest.mark.parametrize(("peer", "case"), [*pairs(SHAPES, Peer.at_its_best)])
+def test_shapes(benchmark, peer, case):
+    """Each peer at its best: into given arrays where it can."""
+    benchmark.group = f"{replace(case, preallocated=True)}"
+    benchmark(prepare(peer.name, case))
+
+
+@pytest.mark.benchmark(max_time=0.1, min_rounds=3)
+@pytest.mark.parametrize(("peer", "case"), [*pairs(SETTINGS, Peer.exactly)])
+def test_settings(benchmark, peer, case):
+    benchmark.group = str(case)
+    benchmark(prepare(peer.name, case))
