@@ -18,7 +18,7 @@ import fastbn
 from fastbn import kernels, optim
 
 DTYPES = ["float32", "float64"]
-LARGE = 300_001  # above the threshold for threads
+LARGE = 530_001  # above the threshold for threads
 BUFFERS = {"sgd": ("momentum_buffer",), "rmsprop": ("square_avg", "momentum_buffer"), "adam": ("exp_avg", "exp_avg_sq")}
 CLASSES = {"sgd": optim.SGD, "rmsprop": optim.RMSprop, "adam": optim.Adam}
 
@@ -180,7 +180,7 @@ def test_large_parameters_are_numpys_to_the_bit():
         assert same(p, twin)
 
 
-@pytest.mark.parametrize("threads", [2, 3, 40])
+@pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads, digest_here):
     assert digest(threads) == digest_here
 
@@ -207,11 +207,11 @@ def test_many_optimizers_at_once():
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY)
-@pytest.mark.parametrize("start", [0, 1, 3])
+@pytest.mark.parametrize(("p_start", "g_start"), [(0, 0), (0, 3), (1, 0), (3, 0)])
 @pytest.mark.parametrize("n", [9, 1000])
-def test_a_gradient_that_overlaps_its_parameter(name, options, start, n):
-    memory = values(n + start, 0, "float32")
-    p, g = memory[:n], memory[start:]
+def test_a_gradient_that_overlaps_its_parameter(name, options, p_start, g_start, n):
+    memory = values(n + 3, 0, "float32")
+    p, g = memory[p_start:][:n], memory[g_start:][:n]
     twin = {"p": p.copy()}
     Twin(name, **options).step(twin, {"p": g.copy()})
     CLASSES[name](SimpleNamespace(params={"p": p}, grads={"p": g}), **options).step()

@@ -18,7 +18,7 @@ from fastbn.kernels.lanes cimport real
 cnp.import_array()
 
 cdef enum:
-    THREADED = 262144    # fewest elements of one parameter that are worth a parallel region
+    THREADED = 524288    # fewest elements of one parameter that are worth a parallel region: below, it saves under 0.1 ms
     SHORT = 16384        # below, giving the GIL away costs more than it gives others
     LINE = 64            # elements: no two threads write to one cache line
 
