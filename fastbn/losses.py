@@ -61,18 +61,21 @@ def softmax_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[flo
         raise ValueError("expected at least one example, got an empty batch")
     if labels.dtype.kind not in "iu":
         raise TypeError(f"expected integer labels, got {labels.dtype}")
-    if labels.min() < 0 or labels.max() >= k:
+    at = labels.astype(np.intp)
+    if np.maximum.reduce(at.view(np.uintp)) >= k:  # as unsigned numbers, the negative ones are the largest
         wrong = labels[(labels < 0) | (labels >= k)][0]
         raise ValueError(f"expected labels from 0 to {k - 1} for K = {k} classes, got {wrong}")
-    rows = np.arange(n)
-    z = np.empty_like(logits)
-    np.subtract(logits, logits.max(axis=1, keepdims=True), out=z)
-    at_label = z[rows, labels]
+    at += np.arange(0, n * k, k)
+    z = np.empty((n, k), logits.dtype)
+    np.subtract(logits, np.maximum.reduce(logits, axis=1, keepdims=True), out=z)
+    flat = z.reshape(-1)
+    at_label = flat[at]
     np.exp(z, out=z)
-    sums = z.sum(axis=1, keepdims=True)
-    loss = np.mean(np.log(sums[:, 0]) - at_label, dtype=np.float64)
-    z /= sums * n
-    z[rows, labels] -= 1 / n
+    sums = np.add.reduce(z, axis=1, keepdims=True)
+    loss = np.add.reduce(np.log(sums[:, 0]) - at_label, dtype=np.float64) / n
+    sums *= n
+    z /= sums
+    flat[at] -= 1 / n
     return float(loss), z
 
 

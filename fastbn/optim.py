@@ -2,8 +2,8 @@
 
 # Design: an optimizer reads model.grads and changes model.params in place, parameter by parameter, with the same
 # bits on every machine: IEEE additions, products, quotients and square roots alone, in one order, and running
-# products where the papers have powers (one library's pow differs from the next one's).
-# Buffers and scratch space come with the constructor; a step allocates nothing that grows with the model.
+# products where the papers have powers (one library's pow differs from the next one's). A step is one compiled call,
+# one pass over each parameter; it checks all arrays first, so that an error leaves everything as it was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .state import Array, check_state
+from . import kernels
+from .state import FLOATS, Array, check_state
 
 __all__ = ["SGD", "Adam", "RMSprop"]
 
@@ -30,9 +31,9 @@ class Trainable(Protocol):
 
 
 class Optimizer:
-    """State and the walk over the parameters; a subclass brings `_update` for one of them."""
+    """State and its check; a subclass brings `step`."""
 
-    def __init__(self, model: Trainable, lr: float, buffers: tuple[str, ...], scratch: int) -> None:
+    def __init__(self, model: Trainable, lr: float, buffers: tuple[str, ...]) -> None:
         if not model.params:
             raise ValueError("expected a model with parameters, got none")
         self.model = model
@@ -40,24 +41,29 @@ class Optimizer:
         # as it goes into a checkpoint: "step", and for each buffer of "0.weight" a "0.weight.exp_avg"
         self._state: dict[str, Array] = {"step": np.zeros((), np.int64)}
         self._buffers: dict[str, list[Array]] = {}
-        largest = max(p.size for p in model.params.values())
-        shared = {p.dtype: np.empty((scratch, largest), p.dtype) for p in model.params.values()}
         for name, p in model.params.items():
-            own = {f"{name}.{buffer}": np.zeros_like(p) for buffer in buffers}
+            dtype = p.dtype.newbyteorder("=")
+            if dtype not in FLOATS:
+                raise TypeError(f"expected the parameter {name!r} of dtype float32 or float64, got {p.dtype}")
+            own = {f"{name}.{buffer}": np.zeros(p.shape, dtype) for buffer in buffers}
             self._state |= own
-            self._buffers[name] = [*own.values(), *(s[: p.size].reshape(p.shape) for s in shared[p.dtype])]
+            self._buffers[name] = [*own.values()]
 
     def step(self) -> None:
-        """Change the model's params by its grads, once."""
-        self._begin()
-        grads = self.model.grads
-        for name, p in self.model.params.items():
-            self._update(p, grads[name], *self._buffers[name])
+        """Change the model's params by its grads, once.
 
-    def _begin(self) -> None:
-        self._state["step"] += 1
+        Raises
+        ------
+        KeyError
+            For a parameter without a gradient, or one that the model got later than the optimizer.
+        TypeError, ValueError
+            For arrays of another dtype than float32 and float64, gradients not of their parameter's shape and dtype,
+            and read-only parameters. Nothing is changed then, in no parameter.
+        """
+        self._update(self.model.params, self.model.grads)
+        self._state["step"][()] += 1
 
-    def _update(self, p: Array, g: Array, *buffers: Array) -> None:
+    def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Array]:
@@ -110,26 +116,10 @@ class SGD(Optimizer):
         self.weight_decay = _not_negative(weight_decay=weight_decay)
         if self.nesterov and not self.momentum:
             raise ValueError(f"nesterov needs a momentum above 0, got momentum={momentum}")
-        super().__init__(model, lr, ("momentum_buffer",) if self.momentum else (), scratch=2)
+        super().__init__(model, lr, ("momentum_buffer",) if self.momentum else ())
 
-    def _update(self, p: Array, g: Array, *buffers: Array) -> None:
-        *velocity, d, s = buffers
-        if self.weight_decay:
-            np.multiply(p, self.weight_decay, out=d)
-            d += g
-            g = d
-        if velocity:
-            v = velocity[0]
-            v *= self.momentum
-            v += g
-            if self.nesterov:
-                np.multiply(v, self.momentum, out=s)
-                s += g
-                g = s
-            else:
-                g = v
-        np.multiply(g, float(self.lr), out=s)
-        p -= s
+    def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
+        kernels.optim.sgd(params, grads, self._buffers, self.lr, self.momentum, self.nesterov, self.weight_decay)
 
 
 class RMSprop(Optimizer):
@@ -178,30 +168,12 @@ class RMSprop(Optimizer):
         self.eps = _not_negative(eps=eps)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
         self.momentum = _not_negative(momentum=momentum)
-        names = ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",)
-        super().__init__(model, lr, names, scratch=2)
+        super().__init__(model, lr, ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",))
 
-    def _update(self, p: Array, g: Array, *buffers: Array) -> None:
-        square_avg, *velocity, d, s = buffers
-        if self.weight_decay:
-            np.multiply(p, self.weight_decay, out=d)
-            d += g
-            g = d
-        np.multiply(g, g, out=s)
-        s *= 1 - self.alpha
-        square_avg *= self.alpha
-        square_avg += s
-        np.sqrt(square_avg, out=s)
-        s += self.eps
-        np.divide(g, s, out=s)
-        if velocity:
-            v = velocity[0]
-            v *= self.momentum
-            v += s
-            np.multiply(v, float(self.lr), out=s)
-        else:
-            s *= float(self.lr)
-        p -= s
+    def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
+        kernels.optim.rmsprop(
+            params, grads, self._buffers, self.lr, self.alpha, self.eps, self.weight_decay, self.momentum
+        )
 
 
 class Adam(Optimizer):
@@ -253,34 +225,17 @@ class Adam(Optimizer):
         self.betas = float(b1), float(b2)
         self.eps = _not_negative(eps=eps)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
-        super().__init__(model, lr, ("exp_avg", "exp_avg_sq"), scratch=1)
+        super().__init__(model, lr, ("exp_avg", "exp_avg_sq"))
         self._state |= {"beta1_power": np.ones(()), "beta2_power": np.ones(())}  # b1^t and b2^t
 
-    def _begin(self) -> None:
-        super()._begin()
-        self._state["beta1_power"] *= self.betas[0]
-        self._state["beta2_power"] *= self.betas[1]
-        self._step_size = float(self.lr) / (1 - float(self._state["beta1_power"]))
-        self._correction = math.sqrt(1 - float(self._state["beta2_power"]))
-
-    def _update(self, p: Array, g: Array, *buffers: Array) -> None:
-        m, v, s = buffers
+    def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
         b1, b2 = self.betas
-        if self.weight_decay:
-            p *= 1 - float(self.lr) * self.weight_decay
-        np.subtract(g, m, out=s)
-        s *= 1 - b1
-        m += s
-        np.multiply(g, g, out=s)
-        s *= 1 - b2
-        v *= b2
-        v += s
-        np.sqrt(v, out=s)
-        s /= self._correction
-        s += self.eps
-        np.divide(m, s, out=s)
-        s *= self._step_size
-        p -= s
+        power1 = self._state["beta1_power"].item() * b1
+        power2 = self._state["beta2_power"].item() * b2
+        lr, correction = float(self.lr), math.sqrt(1 - power2)
+        kept = 1 - lr * self.weight_decay if self.weight_decay else 1.0
+        kernels.optim.adam(params, grads, self._buffers, lr / (1 - power1), b1, b2, correction, self.eps, kept)
+        self._state["beta1_power"][()], self._state["beta2_power"][()] = power1, power2
 
 
 def _not_negative(**argument: float) -> float:
