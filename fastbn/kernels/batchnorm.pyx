@@ -68,7 +68,7 @@ cdef inline void *aligned(void *room) noexcept nogil:
 # --- one strip ----------------------------------------------------------------------------------------------------------
 
 cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
-                       row params, Py_ssize_t step, Py_ssize_t ahead, Py_ssize_t ahead_y, f64 sums) noexcept nogil:
+                       row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
     """The operation on `rows` rows of n lanes, the first at element `at`, ld elements apart.
 
     y: the output's first row.  params: (PARAMETERS, step), the first n of each row used.  sums: (4, PITCH), two sums and what they lost.
@@ -87,11 +87,11 @@ cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ss
         add_rows(x, ld, rows, n, params, True, ahead, s1, e1, s2, e2)
     elif op == NORMALIZE:
         if a == IDENTITY:
-            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY, ahead, ahead_y)
+            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY, ahead)
         elif a == RELU:
-            normalize_rows(x, y, ld, rows, n, params, step, RELU, ahead, ahead_y)
+            normalize_rows(x, y, ld, rows, n, params, step, RELU, ahead)
         else:
-            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU, ahead, ahead_y)
+            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU, ahead)
     elif op == GRADIENTS:
         if a == IDENTITY:
             add_gradient_rows(x, dy, ld, rows, n, params, step, IDENTITY, ahead, s1, e1, s2, e2)
@@ -101,26 +101,26 @@ cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ss
             add_gradient_rows(x, dy, ld, rows, n, params, step, LEAKY_RELU, ahead, s1, e1, s2, e2)
     elif op == BACKWARD:
         if a == IDENTITY:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY, ahead, ahead_y)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY, ahead)
         elif a == RELU:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU, ahead, ahead_y)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU, ahead)
         else:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU, ahead, ahead_y)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU, ahead)
     else:
         if a == IDENTITY:
-            backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY, ahead, ahead_y)
+            backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY, ahead)
         elif a == RELU:
-            backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU, ahead, ahead_y)
+            backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU, ahead)
         else:
-            backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU, ahead, ahead_y)
+            backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU, ahead)
 
 
 cdef void row_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
-                    row params, Py_ssize_t step, Py_ssize_t ahead, Py_ssize_t ahead_y, f64 sums) noexcept nogil:
-    strip(w, op, x, at, y, ld, rows, n, params, step, ahead, ahead_y, sums)
+                    row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
+    strip(w, op, x, at, y, ld, rows, n, params, step, ahead, sums)
 
 
-cdef void run_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t ahead, Py_ssize_t ahead_y,
+cdef void run_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t ahead,
                     f64 sums) noexcept nogil:
     """A contiguous run of n elements of one feature: rows of one cache line, and what is left.
 
@@ -128,16 +128,20 @@ cdef void run_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize
     """
     cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t whole = n // line * line
-    strip(w, op, x, at, y, line, n // line, line, params, line, ahead, ahead_y, sums)
+    strip(w, op, x, at, y, line, n // line, line, params, line, ahead, sums)
     if whole < n:
-        row_strip(w, op, x, at + whole, y + whole, n - whole, 1, n - whole, params, line, 0, 0, sums)
+        row_strip(w, op, x, at + whole, y + whole, n - whole, 1, n - whole, params, line, 0, sums)
 
 
 # --- one task: chunk k of the units, block b of the lanes ----------------------------------------------------------------
 
+cdef inline bint writes(Operation op) noexcept nogil:
+    return op == NORMALIZE or op == BACKWARD or op == SCALE
+
+
 cdef inline bint staged(Work *w, Operation op) noexcept nogil:
     """Whether the output is gathered in cache, and streamed to memory from there."""
-    return FASTBN_STREAMS and w.job.streamed and (op == NORMALIZE or op == BACKWARD or op == SCALE)
+    return FASTBN_STREAMS and w.job.streamed and writes(op)
 
 
 cdef void visit_rows(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
@@ -153,21 +157,23 @@ cdef void visit_rows(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, r
     cdef Py_ssize_t rows = min(end, w.job.M // w.fold) - first
     cdef Py_ssize_t ahead = AHEAD // size if n == ld else 4 * ld
     cdef Py_ssize_t part
+    if writes(op) and not staged(w, op):
+        ahead = 0  # x and y come from cache
     if staged(w, op):
         part = max(8 * STAGE // size // ld, 1) if n == ld else 1
         while rows > 0:
             part = min(part, rows)
-            row_strip(w, op, x, at, stage, ld, part, n, params, step, ahead, 0, sums)
+            row_strip(w, op, x, at, stage, ld, part, n, params, step, ahead, sums)
             stream(y + at, stage, part * n * size)
             at += part * ld
             rows -= part
         stream_fence()
     else:
-        row_strip(w, op, x, at, y + at, ld, rows, n, params, step, ahead, ahead, sums)
+        row_strip(w, op, x, at, y + at, ld, rows, n, params, step, ahead, sums)
         at += rows * ld
     if w.job.M // w.fold < end:
         n = w.job.M % w.fold * w.width
-        row_strip(w, op, x, at, y + at, n, 1, n, params, step, 0, 0, sums)
+        row_strip(w, op, x, at, y + at, n, 1, n, params, step, 0, sums)
 
 
 cdef void visit_planes(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, f64 sums) noexcept nogil:
@@ -189,16 +195,16 @@ cdef void visit_planes(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x,
         at = u % w.pieces * w.piece
         n = min(w.piece, w.job.S - at)
         at += (u // w.pieces * w.job.C + b) * w.job.S
-        ahead = lead * w.job.C * w.job.S if u + lead < end else 0
+        ahead = lead * w.job.C * w.job.S if u + lead < end and (staged(w, op) or not writes(op)) else 0
         if staged(w, op):
             while n > 0:
                 part = min(n, 8 * STAGE // size)
-                run_strip(w, op, x, at, stage, part, params, ahead, 0, sums)
+                run_strip(w, op, x, at, stage, part, params, ahead, sums)
                 stream(y + at, stage, part * size)
                 at += part
                 n -= part
         else:
-            run_strip(w, op, x, at, y + at, n, params, ahead, ahead, sums)
+            run_strip(w, op, x, at, y + at, n, params, ahead, sums)
     if staged(w, op):
         stream_fence()
 
@@ -423,11 +429,11 @@ cdef void write_share(Work *w, Operation op, Py_ssize_t i, row x) noexcept nogil
         n = min(w.piece, w.job.S - at)
         at += u // w.pieces * w.job.S
         if not staged(w, op):
-            run_strip(w, op, x, at, y + at, n, lanes, ahead, ahead, NULL)
+            run_strip(w, op, x, at, y + at, n, lanes, 0, NULL)
             continue
         while n > 0:
             part = min(n, 8 * STAGE // size - filled)
-            run_strip(w, op, x, at, stage + filled, part, lanes, ahead, 0, NULL)
+            run_strip(w, op, x, at, stage + filled, part, lanes, ahead, NULL)
             filled += part
             at += part
             n -= part

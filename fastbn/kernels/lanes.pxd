@@ -237,7 +237,7 @@ cdef inline void one_output(row x, row y, Py_ssize_t n, row params, Py_ssize_t s
 
 
 cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                                const Activation activation, Py_ssize_t ahead, Py_ssize_t ahead_y) noexcept nogil:
+                                const Activation activation, Py_ssize_t ahead) noexcept nogil:
     cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
     cdef Py_ssize_t pace = 4 if n == ld else 1
@@ -245,13 +245,13 @@ cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py
     while rows >= 4:
         j = 0
         while j + line <= n:
-            prefetch(x + pace * j + ahead, 4, apart)
-            prefetch(y + pace * j + ahead_y, 4, apart)
+            if ahead:
+                prefetch(x + pace * j + ahead, 4, apart)
             four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, line, params + j, step, activation)
             j += line
         if j < n:
-            prefetch(x + pace * j + ahead, 4, apart)
-            prefetch(y + pace * j + ahead_y, 4, apart)
+            if ahead:
+                prefetch(x + pace * j + ahead, 4, apart)
             four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, n - j, params + j, step, activation)
         x += 4 * ld
         y += 4 * ld
@@ -259,8 +259,8 @@ cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py
     while rows > 0:
         j = 0
         while j + line <= n:
-            prefetch(x + j + ahead, 1, 0)
-            prefetch(y + j + ahead_y, 1, 0)
+            if ahead:
+                prefetch(x + j + ahead, 1, 0)
             one_output(x + j, y + j, line, params + j, step, activation)
             j += line
         one_output(x + j, y + j, n - j, params + j, step, activation)
@@ -313,8 +313,7 @@ cdef inline void inputs(row x, row dy, row dx, Py_ssize_t ld, const Py_ssize_t r
 
 
 cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                               const bint training, const Activation activation, Py_ssize_t ahead,
-                               Py_ssize_t ahead_dx) noexcept nogil:
+                               const bint training, const Activation activation, Py_ssize_t ahead) noexcept nogil:
     cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
     cdef Py_ssize_t pace = 2 if n == ld else 1
@@ -322,9 +321,9 @@ cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t 
     while rows >= 2:
         j = 0
         while j + line <= n:
-            prefetch(x + pace * j + ahead, 2, apart)
-            prefetch(dy + pace * j + ahead, 2, apart)
-            prefetch(dx + pace * j + ahead_dx, 2, apart)
+            if ahead:
+                prefetch(x + pace * j + ahead, 2, apart)
+                prefetch(dy + pace * j + ahead, 2, apart)
             inputs(x + j, dy + j, dx + j, ld, 2, line, params + j, step, training, activation)
             j += line
         inputs(x + j, dy + j, dx + j, ld, 2, n - j, params + j, step, training, activation)
@@ -335,9 +334,9 @@ cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t 
     if rows > 0:
         j = 0
         while j + line <= n:
-            prefetch(x + j + ahead, 1, 0)
-            prefetch(dy + j + ahead, 1, 0)
-            prefetch(dx + j + ahead_dx, 1, 0)
+            if ahead:
+                prefetch(x + j + ahead, 1, 0)
+                prefetch(dy + j + ahead, 1, 0)
             inputs(x + j, dy + j, dx + j, ld, 1, line, params + j, step, training, activation)
             j += line
         inputs(x + j, dy + j, dx + j, ld, 1, n - j, params + j, step, training, activation)

@@ -24,7 +24,7 @@ cdef enum:
     ROOM = 4096          # float64 values that a call has on its stack
     TASKS = 64           # threads that a large shape can keep busy
     CHUNK = 16384        # fewest elements that are worth a task
-    ROWS = 128           # fewest rows of lanes: what is done once for each lane of a task must not weigh
+    ROWS = 256           # fewest rows of lanes: what is done once for each lane of a task must not weigh
     LONG = 2048          # bytes of a plane from which it pays to jump from one to the feature's next
     SLAB = 262144        # bytes that stay in the second-level cache
     NEAR = 4096          # bytes from one short plane to the one that is fetched
