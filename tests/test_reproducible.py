@@ -11,6 +11,7 @@ import pytest
 
 import fastbn
 from fastbn import kernels
+from fastbn.kernels import cpu
 
 # Rows, folded rows, planes, short planes; small ones, and some above every threshold for opening threads.
 SHAPES = [(3, 2), (40, 3), (300, 64), (100_000, 5), (33, 1000), (700, 1000)]
@@ -134,23 +135,17 @@ def test_every_build_gives_the_same_bits(build, threads, offset, digest_here, py
     assert done.stdout.split() == [digest_here]
 
 
-def test_there_is_a_baseline_build_and_no_double():
-    assert len(set(kernels.BUILDS)) == len(kernels.BUILDS) >= 1
-    assert isinstance(kernels.BUILDS, tuple)
-
-
-def test_a_forced_build_is_the_one_that_runs(python):
-    for build in kernels.BUILDS:
-        done = python("-c", "import fastbn; fastbn.show_config()", FASTBN_ISA=build)
-        assert done.returncode == 0, done.stderr
-        assert build in done.stdout
-
-
-def test_an_unknown_build_is_refused(python):
-    done = python("-c", "import fastbn", FASTBN_ISA="v99")
-    assert done.returncode != 0
-    assert "FASTBN_ISA" in done.stderr.splitlines()[-1]
-    assert "v99" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_size_of_the_cache_changes_no_bit(shape, dtype):
+    """Outputs that do not fit are written past it, by other instructions."""
+    expected = results(shape, dtype, "relu", 2)
+    before = cpu.set_cache_bytes(0)
+    try:
+        for offset in (0, 1, 3):
+            same(results(shape, dtype, "relu", 2, offset=offset, given=True), expected)
+    finally:
+        cpu.set_cache_bytes(before)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ static inline void fastbn_stream_fence(void) {
    function that does nothing else for one without an effect, and deletes the calls of it. */
 #if FASTBN_STREAMS
 #define FASTBN_PREFETCH(p) _mm_prefetch((p), _MM_HINT_T0)
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) || defined(__clang__)
 #define FASTBN_PREFETCH(p) __builtin_prefetch(p)
 #elif defined(_MSC_VER) && defined(_M_ARM64)
 #define FASTBN_PREFETCH(p) __prefetch(p)
