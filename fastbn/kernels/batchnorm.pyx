@@ -3,7 +3,7 @@
 
 Design: plan.pxd cuts the work into tasks: a chunk of the units of a block of the lanes. lanes.pxd has the arithmetic on a strip, rows of
 lanes. A task owns its lanes' partial sums, and merge.pxd adds them up in the order of the chunks, so the bits do not depend on the number of
-threads. One traversal (`visit`) serves the operations below. A call is a few steps, each a loop over tasks or blocks, within one parallel region.
+threads. A call is a few steps, each a loop over tasks or blocks, within one parallel region.
 
 Passes over memory (reads + writes): moments 1 + 0, normalize 1 + 1, forward 2 + 1, backward 2*2 + 1. Where a block stays in cache (`fused`) its second
 read is not one of memory: forward 1 + 1, backward 2 + 1. The last step goes backwards, to what the one before it left in cache.
@@ -23,10 +23,12 @@ from fastbn.kernels.lanes cimport (
     add_rows,
     average_rows,
     backward_rows,
+    backward_run,
     f32,
     f64,
     line_of,
     normalize_rows,
+    normalize_run,
     row,
     tree,
 )
@@ -65,14 +67,14 @@ cdef inline void *aligned(void *room) noexcept nogil:
     return <void *>((<uintptr_t>room + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES)
 
 
-# --- one strip ----------------------------------------------------------------------------------------------------------
+# --- one strip: `rows` rows of n lanes, the first at element `at`, ld elements apart --------------------------------------------
+#
+# params: (PARAMETERS, step), the first n of each row used.  Each activation is a loop of its own: a test inside the loop would not
+# vectorise with every compiler.
 
-cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
-                       row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
-    """The operation on `rows` rows of n lanes, the first at element `at`, ld elements apart.
-
-    y: the output's first row.  params: (PARAMETERS, step), the first n of each row used.  sums: (4, PITCH), two sums and what they lost.
-    """
+cdef inline void sum_strip(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
+                           row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
+    """sums: (4, PITCH), two sums of each lane and what they lost."""
     cdef row dy = <row>w.job.dy + at
     cdef f64 s1 = sums
     cdef f64 e1 = sums + PITCH
@@ -80,25 +82,45 @@ cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ss
     cdef f64 e2 = sums + 3 * PITCH
     cdef Activation a = w.job.activation
     x += at
-    # Each activation is a loop of its own: a test inside the loop would not vectorise with every compiler.
     if op == RAW_MOMENTS:
         add_rows(x, ld, rows, n, params, False, ahead, s1, e1, s2, e2)
     elif op == MOMENTS:
         add_rows(x, ld, rows, n, params, True, ahead, s1, e1, s2, e2)
-    elif op == NORMALIZE:
+    elif a == IDENTITY:
+        add_gradient_rows(x, dy, ld, rows, n, params, step, IDENTITY, ahead, s1, e1, s2, e2)
+    elif a == RELU:
+        add_gradient_rows(x, dy, ld, rows, n, params, step, RELU, ahead, s1, e1, s2, e2)
+    else:
+        add_gradient_rows(x, dy, ld, rows, n, params, step, LEAKY_RELU, ahead, s1, e1, s2, e2)
+
+
+cdef void sum_rows(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
+                   row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
+    sum_strip(w, op, x, at, ld, rows, n, params, step, ahead, sums)
+
+
+cdef void sum_run(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t ahead, f64 sums) noexcept nogil:
+    """n elements of one feature: rows of one cache line, whose sums and parameters stay in registers, and what is left."""
+    cdef Py_ssize_t line = line_of(x)
+    cdef Py_ssize_t whole = n // line * line
+    sum_strip(w, op, x, at, line, n // line, line, params, line, ahead, sums)
+    if whole < n:
+        sum_rows(w, op, x, at + whole, line, 1, n - whole, params, line, 0, sums)
+
+
+cdef void write_rows(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
+                     row params, Py_ssize_t step, Py_ssize_t ahead) noexcept nogil:
+    """y: the output's first row."""
+    cdef row dy = <row>w.job.dy + at
+    cdef Activation a = w.job.activation
+    x += at
+    if op == NORMALIZE:
         if a == IDENTITY:
             normalize_rows(x, y, ld, rows, n, params, step, IDENTITY, ahead)
         elif a == RELU:
             normalize_rows(x, y, ld, rows, n, params, step, RELU, ahead)
         else:
             normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU, ahead)
-    elif op == GRADIENTS:
-        if a == IDENTITY:
-            add_gradient_rows(x, dy, ld, rows, n, params, step, IDENTITY, ahead, s1, e1, s2, e2)
-        elif a == RELU:
-            add_gradient_rows(x, dy, ld, rows, n, params, step, RELU, ahead, s1, e1, s2, e2)
-        else:
-            add_gradient_rows(x, dy, ld, rows, n, params, step, LEAKY_RELU, ahead, s1, e1, s2, e2)
     elif op == BACKWARD:
         if a == IDENTITY:
             backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY, ahead)
@@ -106,115 +128,68 @@ cdef inline void strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ss
             backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU, ahead)
         else:
             backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU, ahead)
+    elif a == IDENTITY:
+        backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY, ahead)
+    elif a == RELU:
+        backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU, ahead)
     else:
+        backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU, ahead)
+
+
+cdef void write_run(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t step, Py_ssize_t ahead) noexcept nogil:
+    """n elements of one feature."""
+    cdef row dy = <row>w.job.dy + at
+    cdef Activation a = w.job.activation
+    x += at
+    if op == NORMALIZE:
         if a == IDENTITY:
-            backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY, ahead)
+            normalize_run(x, y, n, params, step, IDENTITY, ahead)
         elif a == RELU:
-            backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU, ahead)
+            normalize_run(x, y, n, params, step, RELU, ahead)
         else:
-            backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU, ahead)
+            normalize_run(x, y, n, params, step, LEAKY_RELU, ahead)
+    elif op == BACKWARD:
+        if a == IDENTITY:
+            backward_run(x, dy, y, n, params, step, True, IDENTITY, ahead)
+        elif a == RELU:
+            backward_run(x, dy, y, n, params, step, True, RELU, ahead)
+        else:
+            backward_run(x, dy, y, n, params, step, True, LEAKY_RELU, ahead)
+    elif a == IDENTITY:
+        backward_run(x, dy, y, n, params, step, False, IDENTITY, ahead)
+    elif a == RELU:
+        backward_run(x, dy, y, n, params, step, False, RELU, ahead)
+    else:
+        backward_run(x, dy, y, n, params, step, False, LEAKY_RELU, ahead)
 
 
-cdef void row_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
-                    row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
-    strip(w, op, x, at, y, ld, rows, n, params, step, ahead, sums)
+# --- sums over one task: chunk k of the units, block b of the lanes ----------------------------------------------------------------
 
-
-cdef void run_strip(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t ahead,
-                    f64 sums) noexcept nogil:
-    """A contiguous run of n elements of one feature: rows of one cache line, and what is left.
-
-    A line's sums and parameters then stay in registers.
-    """
-    cdef Py_ssize_t line = line_of(x)
-    cdef Py_ssize_t whole = n // line * line
-    strip(w, op, x, at, y, line, n // line, line, params, line, ahead, sums)
-    if whole < n:
-        row_strip(w, op, x, at + whole, y + whole, n - whole, 1, n - whole, params, line, 0, sums)
-
-
-# --- one task: chunk k of the units, block b of the lanes ----------------------------------------------------------------
-
-cdef inline bint writes(Operation op) noexcept nogil:
-    return op == NORMALIZE or op == BACKWARD or op == SCALE
-
-
-cdef inline bint staged(Work *w, Operation op) noexcept nogil:
-    """Whether the output is gathered in cache, and streamed to memory from there."""
-    return FASTBN_STREAMS and w.job.streamed and writes(op)
-
-
-cdef void visit_rows(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
-    cdef double room[STAGE + 8]
-    cdef row stage = <row>aligned(room)
-    cdef row y = <row>w.job.y
+cdef void sum_task(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
     cdef Py_ssize_t size = sizeof(x[0])
     cdef Py_ssize_t first = k * w.chunk
     cdef Py_ssize_t end = min(first + w.chunk, w.units)
     cdef Py_ssize_t ld = w.fold * w.width
-    cdef Py_ssize_t at = first * ld + b * w.block
-    cdef Py_ssize_t n = min(w.block, ld - b * w.block)
-    cdef Py_ssize_t rows = min(end, w.job.M // w.fold) - first
-    cdef Py_ssize_t ahead = AHEAD // size if n == ld else 4 * ld
-    cdef Py_ssize_t part
-    if writes(op) and not staged(w, op):
-        ahead = 0  # x and y come from cache
-    if staged(w, op):
-        part = max(8 * STAGE // size // ld, 1) if n == ld else 1
-        while rows > 0:
-            part = min(part, rows)
-            row_strip(w, op, x, at, stage, ld, part, n, params, step, ahead, sums)
-            stream(y + at, stage, part * n * size)
-            at += part * ld
-            rows -= part
-        stream_fence()
-    else:
-        row_strip(w, op, x, at, y + at, ld, rows, n, params, step, ahead, sums)
-        at += rows * ld
-    if w.job.M // w.fold < end:
-        n = w.job.M % w.fold * w.width
-        row_strip(w, op, x, at, y + at, n, 1, n, params, step, 0, sums)
-
-
-cdef void visit_planes(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, f64 sums) noexcept nogil:
-    """The pieces of one feature's planes."""
-    cdef double room[STAGE + 8]
-    cdef row stage = <row>aligned(room)
-    cdef row y = <row>w.job.y
-    cdef Py_ssize_t size = sizeof(x[0])
-    cdef Py_ssize_t first = k * w.chunk
-    cdef Py_ssize_t end = min(first + w.chunk, w.units)
-    # The processor fetches ahead within a long plane by itself, but not from one short plane to the next.
-    cdef Py_ssize_t lead = NEAR // (w.job.S * size) + 1 if w.job.S * size <= AHEAD else 0
-    cdef Py_ssize_t ahead
+    cdef Py_ssize_t lead
+    cdef Py_ssize_t rows
     cdef Py_ssize_t u
     cdef Py_ssize_t at
     cdef Py_ssize_t n
-    cdef Py_ssize_t part
-    for u in range(first, end):
-        at = u % w.pieces * w.piece
-        n = min(w.piece, w.job.S - at)
-        at += (u // w.pieces * w.job.C + b) * w.job.S
-        ahead = lead * w.job.C * w.job.S if u + lead < end and (staged(w, op) or not writes(op)) else 0
-        if staged(w, op):
-            while n > 0:
-                part = min(n, 8 * STAGE // size)
-                run_strip(w, op, x, at, stage, part, params, ahead, sums)
-                stream(y + at, stage, part * size)
-                at += part
-                n -= part
-        else:
-            run_strip(w, op, x, at, y + at, n, params, ahead, sums)
-    if staged(w, op):
-        stream_fence()
-
-
-cdef void visit(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
-    """The operation on every strip of a task."""
     if w.planes:
-        visit_planes(w, op, k, b, x, params, sums)
-    else:
-        visit_rows(w, op, k, b, x, params, step, sums)
+        # The processor fetches ahead within a long plane by itself, but not from one short plane to the next.
+        lead = NEAR // (w.job.S * size) + 1 if w.job.S * size <= AHEAD else 0
+        for u in range(first, end):
+            at = u % w.pieces * w.piece
+            n = min(w.piece, w.job.S - at)
+            at += (u // w.pieces * w.job.C + b) * w.job.S
+            sum_run(w, op, x, at, n, params, lead * w.job.C * w.job.S if u + lead < end else 0, sums)
+        return
+    at = first * ld + b * w.block
+    n = min(w.block, ld - b * w.block)
+    rows = min(end, w.job.M // w.fold) - first
+    sum_rows(w, op, x, at, ld, rows, n, params, step, AHEAD // size if n == ld else 4 * ld, sums)
+    if w.job.M // w.fold < end:
+        sum_rows(w, op, x, at + rows * ld, ld, 1, w.job.M % w.fold * w.width, params, step, 0, sums)
 
 
 cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t used, row lanes, Py_ssize_t *step) noexcept nogil:
@@ -293,7 +268,7 @@ cdef void total(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row pa
     cdef Py_ssize_t a
     for a in range(4):
         memset(sums + a * PITCH, 0, n * sizeof(double))
-    visit(w, op, k, b, x, params, step, sums)
+    sum_task(w, op, k, b, x, params, step, sums)
     gather(w, b, line, sums, sums + PITCH)
     gather(w, b, line, sums + 2 * PITCH, sums + 3 * PITCH)
 
@@ -399,50 +374,81 @@ cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x) noexcept 
         part[2 * C + c] = sums[2 * PITCH + c]
 
 
-cdef void write(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
+# --- output ---------------------------------------------------------------------------------------------------------------
+
+cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
+    """The output of chunk k of block b, of rows."""
     cdef double lane_room[PARAMETERS * SPREAD_PITCH + 8]
-    cdef Py_ssize_t step = 0
-    cdef row params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
-    visit(w, op, k, b, x, params, step, NULL)
-
-
-cdef void write_share(Work *w, Operation op, Py_ssize_t i, row x) noexcept nogil:
-    """Task number i's share of all planes, in the order of memory: where nothing stays in cache, planes of one feature need not go together."""
     cdef double room[STAGE + 8]
-    cdef double lane_room[PARAMETERS * 16 + 8]
     cdef row stage = <row>aligned(room)
-    cdef row lanes = <row>aligned(lane_room)
     cdef row y = <row>w.job.y
     cdef Py_ssize_t size = sizeof(x[0])
-    cdef Py_ssize_t ahead = AHEAD // size
-    cdef Py_ssize_t all = w.job.M * w.job.C * w.pieces
-    cdef Py_ssize_t tasks = w.chunks * w.blocks
-    cdef Py_ssize_t filled = 0
+    cdef Py_ssize_t first = k * w.chunk
+    cdef Py_ssize_t end = min(first + w.chunk, w.units)
+    cdef Py_ssize_t ld = w.fold * w.width
+    cdef Py_ssize_t at = first * ld + b * w.block
+    cdef Py_ssize_t n = min(w.block, ld - b * w.block)
+    cdef Py_ssize_t rows = min(end, w.job.M // w.fold) - first
     cdef Py_ssize_t step = 0
+    cdef Py_ssize_t part
+    cdef row params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
+    if FASTBN_STREAMS and w.job.streamed:
+        part = max(8 * STAGE // size // ld, 1) if n == ld else 1
+        while rows > 0:
+            part = min(part, rows)
+            write_rows(w, op, x, at, stage, ld, part, n, params, step, AHEAD // size if n == ld else 4 * ld)
+            stream(y + at, stage, part * n * size)
+            at += part * ld
+            rows -= part
+        stream_fence()
+    else:
+        # From cache, where it costs more to ask for a line than to wait for it.
+        write_rows(w, op, x, at, y + at, ld, rows, n, params, step, 0)
+        at += rows * ld
+    if w.job.M // w.fold < end:
+        n = w.job.M % w.fold * w.width
+        write_rows(w, op, x, at, y + at, n, 1, n, params, step, 0)
+
+
+cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, Py_ssize_t b, row x) noexcept nogil:
+    """The output of some pieces of planes: numbers first to end of those of feature b, the last ones first; or, where b is -1, of all
+    planes' pieces in the order of memory.
+    """
+    cdef double room[STAGE + 8]
+    cdef row stage = <row>aligned(room)
+    cdef row y = <row>w.job.y
+    cdef Py_ssize_t size = sizeof(x[0])
+    cdef Py_ssize_t most = 8 * STAGE // size
+    cdef Py_ssize_t filled = 0
+    cdef Py_ssize_t i
     cdef Py_ssize_t u
     cdef Py_ssize_t at
     cdef Py_ssize_t n
     cdef Py_ssize_t part
-    for u in range(all * i // tasks, all * (i + 1) // tasks):
-        parameters(w, u // w.pieces % w.job.C, PARAMETERS if op == BACKWARD else LOW, lanes, &step)
+    cdef row params
+    for i in range(first, end):
+        u = i
+        if b >= 0:
+            u = first + end - 1 - i
+            u = (u // w.pieces * w.job.C + b) * w.pieces + u % w.pieces
+        params = <row>w.params + u // w.pieces % w.job.C
         at = u % w.pieces * w.piece
         n = min(w.piece, w.job.S - at)
         at += u // w.pieces * w.job.S
-        if not staged(w, op):
-            run_strip(w, op, x, at, y + at, n, lanes, 0, NULL)
+        if not (FASTBN_STREAMS and w.job.streamed):
+            write_run(w, op, x, at, y + at, n, params, w.pitch, 0)
             continue
         while n > 0:
-            part = min(n, 8 * STAGE // size - filled)
-            run_strip(w, op, x, at, stage + filled, part, lanes, ahead, NULL)
+            part = min(n, most - filled)
+            write_run(w, op, x, at, stage + filled, part, params, w.pitch, AHEAD // size)
             filled += part
             at += part
             n -= part
-            if filled == 8 * STAGE // size:
+            # Planes that follow each other in memory go there together.
+            if filled == most or (n == 0 and (b >= 0 or i == end - 1)):
                 stream(y + at - filled, stage, filled * size)
                 filled = 0
-    if filled:
-        stream(y + at - filled, stage, filled * size)
-    if staged(w, op):
+    if FASTBN_STREAMS and w.job.streamed:
         stream_fence()
 
 
@@ -490,16 +496,22 @@ cdef void do(Work *w, Step step, Py_ssize_t k, Py_ssize_t b, row x) noexcept nog
         add_up_gradients(w, k, b, x)
     elif step == MERGE_GRADIENTS:
         merge_gradients(w, <row>w.params, at, n)
+    elif w.planes:
+        write_planes(w, writing(w, step), k * w.chunk, min((k + 1) * w.chunk, w.units), b, x)
     else:
-        write(w, writing(w, step), k, b, x)
+        write_block(w, writing(w, step), k, b, x)
 
 
 cdef void do_numbered(Work *w, Step step, Py_ssize_t i, row x) noexcept nogil:
     """Number i of a step's tasks or blocks."""
+    cdef Py_ssize_t tasks = w.chunks * w.blocks
+    cdef Py_ssize_t all = w.job.M * w.job.C * w.pieces
     if by_task(step):
-        i = w.chunks * w.blocks - 1 - i if backwards(step) else i
-        if w.planes and backwards(step) and not w.wide:
-            write_share(w, writing(w, step), i, x)
+        i = tasks - 1 - i if backwards(step) else i
+        if w.planes and backwards(step):
+            # Nothing stays in cache: a feature's planes need not go together.
+            if not w.wide:
+                write_planes(w, writing(w, step), all * i // tasks, all * (i + 1) // tasks, -1, x)
         else:
             do(w, step, i // w.blocks, i % w.blocks, x)
     else:

@@ -269,6 +269,18 @@ cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py
         rows -= 1
 
 
+cdef inline void normalize_run(row x, row y, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation, Py_ssize_t ahead) noexcept nogil:
+    """n elements of one feature, whose parameters are the first of each row."""
+    cdef Py_ssize_t i
+    hi = params[0]
+    w = params[WEIGHT * step]
+    b = params[SHIFT * step]
+    if ahead:
+        prefetch(x + ahead, (n + line_of(x) - 1) // line_of(x), LINE_BYTES)
+    for i in range(n):
+        y[i] = act((x[i] - hi) * w + b, activation)
+
+
 # --- dx --------------------------------------------------------------------------------------------------------------------------
 
 cdef inline void some_inputs(row x, row dy, row dx0, row dx1, Py_ssize_t ld, const Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
@@ -340,6 +352,25 @@ cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t 
             inputs(x + j, dy + j, dx + j, ld, 1, line, params + j, step, training, activation)
             j += line
         inputs(x + j, dy + j, dx + j, ld, 1, n - j, params + j, step, training, activation)
+
+
+cdef inline void backward_run(row x, row dy, row dx, Py_ssize_t n, row params, Py_ssize_t step, const bint training,
+                              const Activation activation, Py_ssize_t ahead) noexcept nogil:
+    """n elements of one feature, whose parameters are the first of each row."""
+    cdef Py_ssize_t i
+    hi = params[0]
+    w = params[WEIGHT * step]
+    b = params[SHIFT * step]
+    lo = params[LOW * step]
+    m = params[MEAN_DY * step]
+    slope = params[SLOPE * step]
+    if ahead:
+        prefetch(x + ahead, (n + line_of(x) - 1) // line_of(x), LINE_BYTES)
+        prefetch(dy + ahead, (n + line_of(x) - 1) // line_of(x), LINE_BYTES)
+    for i in range(n):
+        d = x[i] - hi
+        g = unact(dy[i], d * w + b, activation)
+        dx[i] = ((g - m) - (d - lo) * slope) * w if training else g * w
 
 
 # --- pivots ------------------------------------------------------------------------------------------------------------------------
