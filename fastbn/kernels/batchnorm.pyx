@@ -456,7 +456,7 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
 
 cdef enum Step:
     ADD_MOMENTS        # of each task
-    MERGE_MOMENTS      # of each block
+    MERGE_MOMENTS      # of each block, which is then prepared where there is a y to write
     PREPARE            # of each block
     WRITE_Y            # of each task
     ADD_GRADIENTS      # of each task
@@ -485,10 +485,10 @@ cdef void do(Work *w, Step step, Py_ssize_t k, Py_ssize_t b, row x) noexcept nog
     cdef Py_ssize_t n = features(w, b)
     if step == ADD_MOMENTS:
         add_up_moments(w, k, b, x)
-    elif step == MERGE_MOMENTS:
-        merge_moments(w, at, n)
-    elif step == PREPARE:
-        if not prepare(w, <row>w.params, at, n):
+    elif step == MERGE_MOMENTS or step == PREPARE:
+        if step == MERGE_MOMENTS:
+            merge_moments(w, at, n)
+        if w.job.y != NULL and not prepare(w, <row>w.params, at, n):
             w.wide = True
     elif w.wide:
         return
@@ -602,9 +602,9 @@ cdef int moments(Job *job) noexcept nogil:
 
 
 cdef int forward(Job *job) noexcept nogil:
-    cdef Step steps[4]
-    steps[:] = [ADD_MOMENTS, MERGE_MOMENTS, PREPARE, WRITE_Y]
-    return kernel_of(job, steps, 4, 1)
+    cdef Step steps[3]
+    steps[:] = [ADD_MOMENTS, MERGE_MOMENTS, WRITE_Y]
+    return kernel_of(job, steps, 3, 1)
 
 
 cdef int normalize(Job *job) noexcept nogil:
