@@ -13,9 +13,10 @@ import fastbn
 from fastbn import kernels
 from fastbn.kernels import cpu
 
-# Rows, folded rows, planes, short planes; small ones, and some above every threshold for opening threads.
-SHAPES = [(3, 2), (40, 3), (300, 64), (100_000, 5), (33, 1000), (700, 1000)]
-SHAPES += [(16, 32, 9, 9), (6, 70, 7), (2, 3, 50_000), (1000, 3, 2)]
+# Rows, folded rows, several blocks of wide rows, short planes, long planes, planes in pieces; small ones, some that stay in cache
+# between one pass and the next, and some above every threshold for opening threads.
+SHAPES = [(3, 2), (40, 3), (300, 64), (100_000, 5), (33, 1000), (700, 1000), (40, 2500)]
+SHAPES += [(16, 32, 9, 9), (6, 70, 7), (30, 90, 5, 7), (5, 70, 600), (2, 3, 50_000), (1000, 3, 2)]
 
 
 def values(shape, seed, dtype):
@@ -86,7 +87,7 @@ def same(a, b):
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_threads_alignment_and_out_change_no_bit(shape, dtype, order):
     expected = results(shape, dtype, "relu", 1, order=order)
-    for threads in (2, 3):
+    for threads in (2, 3, 40):
         same(results(shape, dtype, "relu", threads, order=order), expected)
     same(results(shape, dtype, "relu", 1, offset=1, given=True, order=order), expected)
     same(results(shape, dtype, "relu", 3, offset=3, order=order), expected)
@@ -100,6 +101,38 @@ def test_in_place_changes_no_bit(shape, dtype):
     dx, _, _ = fastbn.batch_norm_backward(dy, x, stats)
     assert fastbn.batch_norm_backward(dy, x, stats, out=dy)[0].tobytes() == dx.tobytes()
     assert fastbn.batch_norm_forward(x, out=x)[0].tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(700, 24), (40, 1100), (1000, 3), (6, 24, 7), (3, 24, 5000)], ids=str)
+def test_a_feature_does_not_depend_on_its_neighbours(shape, dtype):
+    """Those whose mean is far away are summed twice, and with them what stands beside them."""
+    x, dy = values(shape, 1, dtype) - 40, values(shape, 2, dtype) - 40
+    near = results_of(x, dy)
+    x[:, ::2] += np.asarray(3000, dtype)
+    x[:, 1::4] *= np.asarray(0.25, dtype)
+    far = results_of(x, dy)
+    for name in near:
+        assert (near[name].take(range(3, shape[1], 4), -1) == far[name].take(range(3, shape[1], 4), -1)).all(), name
+    alone = results_of(np.ascontiguousarray(x[:, :1]), np.ascontiguousarray(dy[:, :1]))
+    for name in near:
+        # Another number of features is another cut into chunks, which float64 alone can tell.
+        np.testing.assert_allclose(far[name].take([0], -1), alone[name], rtol=1e-5 if dtype == "float32" else 1e-12, atol=1e-5)
+
+
+def results_of(x, dy):
+    """Results with the features last."""
+    y, stats = fastbn.batch_norm_forward(x)
+    dx, dweight, dbias = fastbn.batch_norm_backward(dy, x, stats)
+    return {
+        "y": np.moveaxis(y, 1, -1),
+        "dx": np.moveaxis(dx, 1, -1),
+        "mean": stats.mean,
+        "low": stats.mean_low,
+        "var": stats.var,
+        "dweight": dweight,
+        "dbias": dbias,
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -5,14 +5,14 @@ Design: plan.pxd cuts the work into tasks: a chunk of the units of a block of th
 lanes. A task owns its lanes' partial sums, and merge.pxd adds them up in the order of the chunks, so the bits do not depend on the number of
 threads. A call is a few steps, each a loop over tasks or blocks, within one parallel region.
 
-Passes over memory (reads + writes): moments 1 + 0, normalize 1 + 1, forward 2 + 1, backward 2*2 + 1. Where a block stays in cache (`fused`) its second
-read is not one of memory: forward 1 + 1, backward 2 + 1. The last step goes backwards, to what the one before it left in cache.
+Passes over memory (reads + writes): moments 1 + 0, normalize 1 + 1, forward 2 + 1, backward 2*2 + 1. Where a block stays in cache (`fused`)
+its second read is not one of memory: forward 1 + 1, backward 2 + 1. The last step goes backwards, to what the one before it left in cache.
 """
 from cython.parallel cimport parallel, prange
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memmove, memset
 
 from fastbn.kernels.lanes cimport (
     LOW,
@@ -45,7 +45,7 @@ from fastbn.kernels.plan cimport (
     features,
     plan,
 )
-from fastbn.kernels.stores cimport FASTBN_STREAMS, stream, stream_fence
+from fastbn.kernels.stores cimport FASTBN_STREAMS, prefetch, stream, stream_fence
 from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
 from fastbn.kernels.wide cimport backward_wide, normalize_wide
 
@@ -59,7 +59,7 @@ cdef enum Operation:
 
 cdef enum:
     SPREAD_PITCH = SPREAD + 16   # off the multiples of 4 KB, as PITCH
-    STAGE = 1024                 # float64 values of output that are gathered before they are streamed to memory
+    STAGE = 256                  # float64 values of output that are gathered before they are streamed to memory: measured, on 128 to 1024
 
 
 cdef inline void *aligned(void *room) noexcept nogil:
@@ -109,58 +109,58 @@ cdef void sum_run(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row
 
 
 cdef void write_rows(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
-                     row params, Py_ssize_t step, Py_ssize_t ahead) noexcept nogil:
+                     row params, Py_ssize_t step) noexcept nogil:
     """y: the output's first row."""
     cdef row dy = <row>w.job.dy + at
     cdef Activation a = w.job.activation
     x += at
     if op == NORMALIZE:
         if a == IDENTITY:
-            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY, ahead)
+            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY)
         elif a == RELU:
-            normalize_rows(x, y, ld, rows, n, params, step, RELU, ahead)
+            normalize_rows(x, y, ld, rows, n, params, step, RELU)
         else:
-            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU, ahead)
+            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU)
     elif op == BACKWARD:
         if a == IDENTITY:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY, ahead)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY)
         elif a == RELU:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU, ahead)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU)
         else:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU, ahead)
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU)
     elif a == IDENTITY:
-        backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY, ahead)
+        backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY)
     elif a == RELU:
-        backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU, ahead)
+        backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU)
     else:
-        backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU, ahead)
+        backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU)
 
 
-cdef void write_run(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t step, Py_ssize_t ahead) noexcept nogil:
+cdef void write_run(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t step) noexcept nogil:
     """n elements of one feature."""
     cdef row dy = <row>w.job.dy + at
     cdef Activation a = w.job.activation
     x += at
     if op == NORMALIZE:
         if a == IDENTITY:
-            normalize_run(x, y, n, params, step, IDENTITY, ahead)
+            normalize_run(x, y, n, params, step, IDENTITY)
         elif a == RELU:
-            normalize_run(x, y, n, params, step, RELU, ahead)
+            normalize_run(x, y, n, params, step, RELU)
         else:
-            normalize_run(x, y, n, params, step, LEAKY_RELU, ahead)
+            normalize_run(x, y, n, params, step, LEAKY_RELU)
     elif op == BACKWARD:
         if a == IDENTITY:
-            backward_run(x, dy, y, n, params, step, True, IDENTITY, ahead)
+            backward_run(x, dy, y, n, params, step, True, IDENTITY)
         elif a == RELU:
-            backward_run(x, dy, y, n, params, step, True, RELU, ahead)
+            backward_run(x, dy, y, n, params, step, True, RELU)
         else:
-            backward_run(x, dy, y, n, params, step, True, LEAKY_RELU, ahead)
+            backward_run(x, dy, y, n, params, step, True, LEAKY_RELU)
     elif a == IDENTITY:
-        backward_run(x, dy, y, n, params, step, False, IDENTITY, ahead)
+        backward_run(x, dy, y, n, params, step, False, IDENTITY)
     elif a == RELU:
-        backward_run(x, dy, y, n, params, step, False, RELU, ahead)
+        backward_run(x, dy, y, n, params, step, False, RELU)
     else:
-        backward_run(x, dy, y, n, params, step, False, LEAKY_RELU, ahead)
+        backward_run(x, dy, y, n, params, step, False, LEAKY_RELU)
 
 
 # --- sums over one task: chunk k of the units, block b of the lanes ----------------------------------------------------------------
@@ -375,14 +375,36 @@ cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x) noexcept 
 
 
 # --- output ---------------------------------------------------------------------------------------------------------------
+#
+# What does not stay in cache is written in three strides: ask for the next strip of the input, work on this one into `stage`, stream that to
+# memory. Two KB at a time keep memory busy with all three: 0.93 of a streaming copy, where larger strips or asking line by line gave 0.7.
+# A line that a strip fills in part waits for the next strip: written in two parts, it would be read first.
+
+cdef inline void ask(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n) noexcept nogil:
+    """Fetch n elements of the input from element `at` on."""
+    cdef int lines = <int>((n + line_of(x) - 1) // line_of(x))
+    prefetch(x + at, lines, LINE_BYTES)
+    if op != NORMALIZE:
+        prefetch(<row>w.job.dy + at, lines, LINE_BYTES)
+
+
+cdef inline Py_ssize_t flush(row y, row stage, Py_ssize_t n, bint last) noexcept nogil:
+    """Stream the whole lines of n staged elements to y, or all where they are the last; how many are left, at the stage's beginning."""
+    cdef Py_ssize_t size = sizeof(y[0])
+    cdef Py_ssize_t whole = n if last else max(n - <Py_ssize_t>(<uintptr_t>(y + n) % LINE_BYTES) // size, 0)
+    stream(y, stage, whole * size)
+    memmove(stage, stage + whole, (n - whole) * size)
+    return n - whole
+
 
 cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
     """The output of chunk k of block b, of rows."""
     cdef double lane_room[PARAMETERS * SPREAD_PITCH + 8]
-    cdef double room[STAGE + 8]
+    cdef double room[STAGE + 16]
     cdef row stage = <row>aligned(room)
     cdef row y = <row>w.job.y
     cdef Py_ssize_t size = sizeof(x[0])
+    cdef Py_ssize_t most = 8 * STAGE // size
     cdef Py_ssize_t first = k * w.chunk
     cdef Py_ssize_t end = min(first + w.chunk, w.units)
     cdef Py_ssize_t ld = w.fold * w.width
@@ -390,36 +412,45 @@ cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) 
     cdef Py_ssize_t n = min(w.block, ld - b * w.block)
     cdef Py_ssize_t rows = min(end, w.job.M // w.fold) - first
     cdef Py_ssize_t step = 0
+    cdef Py_ssize_t left = 0
+    cdef Py_ssize_t lanes
     cdef Py_ssize_t part
+    cdef Py_ssize_t j
     cdef row params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
     if FASTBN_STREAMS and w.job.streamed:
-        part = max(8 * STAGE // size // ld, 1) if n == ld else 1
+        # Whole rows that follow each other in memory, or parts of one row.
+        part = most // n if n == ld and n <= most else 1
         while rows > 0:
             part = min(part, rows)
-            write_rows(w, op, x, at, stage, ld, part, n, params, step, AHEAD // size if n == ld else 4 * ld)
-            stream(y + at, stage, part * n * size)
+            j = 0
+            while j < n:
+                lanes = min(most, n - j)
+                ask(w, op, x, at + j + lanes if j + lanes < n else at + part * ld, part * min(most, n))
+                write_rows(w, op, x, at + j, stage + left, ld, part, lanes, params + j, step)
+                j += lanes
+                left = flush(y + at + j - lanes - left, stage, left + part * lanes, j == n and (n < ld or part == rows))
             at += part * ld
             rows -= part
         stream_fence()
     else:
-        # From cache, where it costs more to ask for a line than to wait for it.
-        write_rows(w, op, x, at, y + at, ld, rows, n, params, step, 0)
+        write_rows(w, op, x, at, y + at, ld, rows, n, params, step)
         at += rows * ld
     if w.job.M // w.fold < end:
         n = w.job.M % w.fold * w.width
-        write_rows(w, op, x, at, y + at, n, 1, n, params, step, 0)
+        write_rows(w, op, x, at, y + at, n, 1, n, params, step)
 
 
 cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, Py_ssize_t b, row x) noexcept nogil:
     """The output of some pieces of planes: numbers first to end of those of feature b, the last ones first; or, where b is -1, of all
     planes' pieces in the order of memory.
     """
-    cdef double room[STAGE + 8]
+    cdef double room[STAGE + 16]
     cdef row stage = <row>aligned(room)
     cdef row y = <row>w.job.y
     cdef Py_ssize_t size = sizeof(x[0])
     cdef Py_ssize_t most = 8 * STAGE // size
     cdef Py_ssize_t filled = 0
+    cdef bint last
     cdef Py_ssize_t i
     cdef Py_ssize_t u
     cdef Py_ssize_t at
@@ -436,18 +467,19 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
         n = min(w.piece, w.job.S - at)
         at += u // w.pieces * w.job.S
         if not (FASTBN_STREAMS and w.job.streamed):
-            write_run(w, op, x, at, y + at, n, params, w.pitch, 0)
+            write_run(w, op, x, at, y + at, n, params, w.pitch)
             continue
         while n > 0:
             part = min(n, most - filled)
-            write_run(w, op, x, at, stage + filled, part, params, w.pitch, AHEAD // size)
+            ask(w, op, x, at + part, part)
+            write_run(w, op, x, at, stage + filled, part, params, w.pitch)
             filled += part
             at += part
             n -= part
             # Planes that follow each other in memory go there together.
-            if filled == most or (n == 0 and (b >= 0 or i == end - 1)):
-                stream(y + at - filled, stage, filled * size)
-                filled = 0
+            last = n == 0 and (b >= 0 or i == end - 1)
+            if filled == most or last:
+                filled = flush(y + at - filled, stage, filled, last)
     if FASTBN_STREAMS and w.job.streamed:
         stream_fence()
 
@@ -518,11 +550,11 @@ cdef void do_numbered(Work *w, Step step, Py_ssize_t i, row x) noexcept nogil:
         do(w, step, 0, i, x)
 
 
-cdef void do_block(Work *w, const Step *steps, int count, Py_ssize_t b, row x) noexcept nogil:
+cdef void do_block(Work *w, const Step *steps, int n, Py_ssize_t b, row x) noexcept nogil:
     """All steps of block b."""
     cdef Py_ssize_t k
     cdef int s = 0
-    for s in range(count):
+    for s in range(n):
         if by_task(steps[s]):
             for k in range(w.chunks):
                 do(w, steps[s], w.chunks - 1 - k if backwards(steps[s]) else k, b, x)
@@ -530,24 +562,24 @@ cdef void do_block(Work *w, const Step *steps, int count, Py_ssize_t b, row x) n
             do(w, steps[s], 0, b, x)
 
 
-cdef void run(Work *w, const Step *steps, int count, row x) noexcept nogil:
+cdef void run(Work *w, const Step *steps, int n, row x) noexcept nogil:
     """The steps, one after the other. Only the number of threads is not given by the shape."""
     cdef Py_ssize_t i
     cdef int s = 0
     if w.fused:
         if w.threads < 2:
             for i in range(w.blocks):
-                do_block(w, steps, count, i, x)
+                do_block(w, steps, n, i, x)
         else:
             for i in prange(w.blocks, schedule="static", num_threads=w.threads):
-                do_block(w, steps, count, i, x)
+                do_block(w, steps, n, i, x)
     elif w.threads < 2:
-        for s in range(count):
+        for s in range(n):
             for i in range(w.chunks * w.blocks if by_task(steps[s]) else w.blocks):
                 do_numbered(w, steps[s], i, x)
     else:
         with parallel(num_threads=w.threads):
-            for s in range(count):
+            for s in range(n):
                 for i in prange(w.chunks * w.blocks if by_task(steps[s]) else w.blocks, schedule="static"):
                     do_numbered(w, steps[s], i, x)
 
@@ -566,7 +598,7 @@ cdef inline void release(double *taken, double *room) noexcept nogil:
         free(taken)
 
 
-cdef int kernel(Job *job, const Step *steps, int count, Py_ssize_t inputs, row x) noexcept nogil:
+cdef int kernel(Job *job, const Step *steps, int n, Py_ssize_t inputs, row x) noexcept nogil:
     cdef double room[ROOM]
     cdef double *taken
     cdef Py_ssize_t parameters
@@ -579,7 +611,7 @@ cdef int kernel(Job *job, const Step *steps, int count, Py_ssize_t inputs, row x
         return -1
     w.params = aligned(taken)
     w.part = <double *>w.params + parameters
-    run(&w, steps, count, x)
+    run(&w, steps, n, x)
     if w.wide:
         if job.dy == NULL:
             normalize_wide(job)
@@ -589,10 +621,10 @@ cdef int kernel(Job *job, const Step *steps, int count, Py_ssize_t inputs, row x
     return 0
 
 
-cdef inline int kernel_of(Job *job, const Step *steps, int count, Py_ssize_t inputs) noexcept nogil:
+cdef inline int kernel_of(Job *job, const Step *steps, int n, Py_ssize_t inputs) noexcept nogil:
     if job.is_float64:
-        return kernel(job, steps, count, inputs, <f64>job.x)
-    return kernel(job, steps, count, inputs, <f32>job.x)
+        return kernel(job, steps, n, inputs, <f64>job.x)
+    return kernel(job, steps, n, inputs, <f32>job.x)
 
 
 cdef int moments(Job *job) noexcept nogil:

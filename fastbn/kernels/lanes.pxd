@@ -237,46 +237,32 @@ cdef inline void one_output(row x, row y, Py_ssize_t n, row params, Py_ssize_t s
 
 
 cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                                const Activation activation, Py_ssize_t ahead) noexcept nogil:
+                                const Activation activation) noexcept nogil:
     cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
-    cdef Py_ssize_t pace = 4 if n == ld else 1
-    cdef Py_ssize_t apart = LINE_BYTES if n == ld else ld * <Py_ssize_t>sizeof(x[0])
     while rows >= 4:
         j = 0
         while j + line <= n:
-            if ahead:
-                prefetch(x + pace * j + ahead, 4, apart)
             four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, line, params + j, step, activation)
             j += line
         if j < n:
-            if ahead:
-                prefetch(x + pace * j + ahead, 4, apart)
             four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, n - j, params + j, step, activation)
         x += 4 * ld
         y += 4 * ld
         rows -= 4
     while rows > 0:
-        j = 0
-        while j + line <= n:
-            if ahead:
-                prefetch(x + j + ahead, 1, 0)
-            one_output(x + j, y + j, line, params + j, step, activation)
-            j += line
-        one_output(x + j, y + j, n - j, params + j, step, activation)
+        one_output(x, y, n, params, step, activation)
         x += ld
         y += ld
         rows -= 1
 
 
-cdef inline void normalize_run(row x, row y, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation, Py_ssize_t ahead) noexcept nogil:
+cdef inline void normalize_run(row x, row y, Py_ssize_t n, row params, Py_ssize_t step, const Activation activation) noexcept nogil:
     """n elements of one feature, whose parameters are the first of each row."""
     cdef Py_ssize_t i
     hi = params[0]
     w = params[WEIGHT * step]
     b = params[SHIFT * step]
-    if ahead:
-        prefetch(x + ahead, (n + line_of(x) - 1) // line_of(x), LINE_BYTES)
     for i in range(n):
         y[i] = act((x[i] - hi) * w + b, activation)
 
@@ -314,38 +300,23 @@ cdef inline void some_inputs(row x, row dy, row dx0, row dx1, row dx2, row dx3, 
 
 
 cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
-                               const bint training, const Activation activation, Py_ssize_t ahead) noexcept nogil:
+                               const bint training, const Activation activation) noexcept nogil:
     cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
-    cdef Py_ssize_t pace = 4 if n == ld else 1
-    cdef Py_ssize_t apart = LINE_BYTES if n == ld else ld * <Py_ssize_t>sizeof(x[0])
     # Of four rows of three arrays, 4 KB apart, twelve lines would share the eight ways of a set in L1.
     while rows >= 4 and ld * <Py_ssize_t>sizeof(x[0]) % 4096:
         j = 0
         while j + line <= n:
-            if ahead:
-                prefetch(x + pace * j + ahead, 4, apart)
-                prefetch(dy + pace * j + ahead, 4, apart)
             some_inputs(x + j, dy + j, dx + j, dx + ld + j, dx + 2 * ld + j, dx + 3 * ld + j, ld, 4, line, params + j, step, training, activation)
             j += line
         if j < n:
-            if ahead:
-                prefetch(x + pace * j + ahead, 4, apart)
-                prefetch(dy + pace * j + ahead, 4, apart)
             some_inputs(x + j, dy + j, dx + j, dx + ld + j, dx + 2 * ld + j, dx + 3 * ld + j, ld, 4, n - j, params + j, step, training, activation)
         x += 4 * ld
         dy += 4 * ld
         dx += 4 * ld
         rows -= 4
     while rows > 0:
-        j = 0
-        while j + line <= n:
-            if ahead:
-                prefetch(x + j + ahead, 1, 0)
-                prefetch(dy + j + ahead, 1, 0)
-            some_inputs(x + j, dy + j, dx + j, dx, dx, dx, 0, 1, line, params + j, step, training, activation)
-            j += line
-        some_inputs(x + j, dy + j, dx + j, dx, dx, dx, 0, 1, n - j, params + j, step, training, activation)
+        some_inputs(x, dy, dx, dx, dx, dx, 0, 1, n, params, step, training, activation)
         x += ld
         dy += ld
         dx += ld
@@ -353,7 +324,7 @@ cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t 
 
 
 cdef inline void backward_run(row x, row dy, row dx, Py_ssize_t n, row params, Py_ssize_t step, const bint training,
-                              const Activation activation, Py_ssize_t ahead) noexcept nogil:
+                              const Activation activation) noexcept nogil:
     """n elements of one feature, whose parameters are the first of each row."""
     cdef Py_ssize_t i
     hi = params[0]
@@ -362,9 +333,6 @@ cdef inline void backward_run(row x, row dy, row dx, Py_ssize_t n, row params, P
     lo = params[LOW * step]
     m = params[MEAN_DY * step]
     slope = params[SLOPE * step]
-    if ahead:
-        prefetch(x + ahead, (n + line_of(x) - 1) // line_of(x), LINE_BYTES)
-        prefetch(dy + ahead, (n + line_of(x) - 1) // line_of(x), LINE_BYTES)
     for i in range(n):
         dx[i] = input_of(x[i], dy[i], hi, lo, w, b, m, slope, training, activation)
 
