@@ -5,19 +5,20 @@ Design: plan.pxd cuts the work into tasks: a chunk of the units of a block of th
 lanes. A task owns its lanes' partial sums, and merge.pxd adds them up in the order of the chunks, so the bits do not depend on the number of
 threads. A call is a few steps, each a loop over tasks or blocks, within one parallel region.
 
-Passes over memory (reads + writes): moments 1 + 0, normalize 1 + 1, forward 2 + 1, backward 2*2 + 1. Where a block stays in cache (`fused`)
-its second read is not one of memory: forward 1 + 1, backward 2 + 1. The last step goes backwards, to what the one before it left in cache.
+Where a block stays in cache from one pass to the next, all passes over it come before the next block (`fused`), and it is read from memory once.
+Otherwise the last step goes backwards, to what the one before it left in cache. The passes over memory stand beside each kernel, below.
 """
 from cython.parallel cimport parallel, prange
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memmove, memset
+from libc.string cimport memcpy, memset
 
 from fastbn.kernels.lanes cimport (
     LOW,
     MEAN_DY,
     PARAMETERS,
+    STEP,
     add,
     add_gradient_rows,
     add_rows,
@@ -26,10 +27,10 @@ from fastbn.kernels.lanes cimport (
     backward_run,
     f32,
     f64,
-    line_of,
     normalize_rows,
     normalize_run,
     row,
+    stream_row,
     tree,
 )
 from fastbn.kernels.merge cimport merge_gradients, merge_moments, prepare
@@ -45,7 +46,7 @@ from fastbn.kernels.plan cimport (
     features,
     plan,
 )
-from fastbn.kernels.stores cimport FASTBN_STREAMS, prefetch, stream, stream_fence
+from fastbn.kernels.stores cimport FASTBN_STREAMS, stream_fence
 from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
 from fastbn.kernels.wide cimport backward_wide, normalize_wide
 
@@ -59,7 +60,7 @@ cdef enum Operation:
 
 cdef enum:
     SPREAD_PITCH = SPREAD + 16   # off the multiples of 4 KB, as PITCH
-    STAGE = 256                  # float64 values of output that are gathered before they are streamed to memory: measured, on 128 to 1024
+    STREAM_AHEAD = 2048          # bytes from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
 
 
 cdef inline void *aligned(void *room) noexcept nogil:
@@ -100,12 +101,11 @@ cdef void sum_rows(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t ld, P
 
 
 cdef void sum_run(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t ahead, f64 sums) noexcept nogil:
-    """n elements of one feature: rows of one cache line, whose sums and parameters stay in registers, and what is left."""
-    cdef Py_ssize_t line = line_of(x)
-    cdef Py_ssize_t whole = n // line * line
-    sum_strip(w, op, x, at, line, n // line, line, params, line, ahead, sums)
+    """n elements of one feature: rows of STEP lanes, whose sums and parameters stay in registers, and what is left."""
+    cdef Py_ssize_t whole = n // STEP * STEP
+    sum_strip(w, op, x, at, STEP, n // STEP, STEP, params, STEP, ahead, sums)
     if whole < n:
-        sum_rows(w, op, x, at + whole, line, 1, n - whole, params, line, 0, sums)
+        sum_rows(w, op, x, at + whole, STEP, 1, n - whole, params, STEP, 0, sums)
 
 
 cdef void write_rows(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
@@ -202,7 +202,7 @@ cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t u
     cdef Py_ssize_t c
     cdef Py_ssize_t s
     cdef Py_ssize_t n = features(w, b)
-    cdef Py_ssize_t S = line_of(table) if w.planes else w.job.S
+    cdef Py_ssize_t S = STEP if w.planes else w.job.S
     cdef Py_ssize_t copies = 1 if w.planes else w.fold
     cdef row lane
     if S == 1 and copies == 1:
@@ -232,14 +232,14 @@ cdef inline void merge(f64 s, f64 e, Py_ssize_t i, Py_ssize_t j, Py_ssize_t n) n
         e[i + k] += e[j + k]
 
 
-cdef void gather(Work *w, Py_ssize_t b, Py_ssize_t line, f64 s, f64 e) noexcept nogil:
+cdef void gather(Work *w, Py_ssize_t b, f64 s, f64 e) noexcept nogil:
     """Add up the lanes of each feature of block b: the sum of its i-th feature is left in s[i]."""
     cdef Py_ssize_t S = w.job.S
     cdef Py_ssize_t n = features(w, b)
     cdef Py_ssize_t i
     cdef Py_ssize_t j
     if w.planes:
-        j = line // 2
+        j = STEP // 2
         while j:
             merge(s, e, 0, j, j)
             j //= 2
@@ -263,14 +263,13 @@ cdef inline row parameters(Work *w, Py_ssize_t b, Py_ssize_t used, row lanes, Py
 
 cdef void total(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row params, Py_ssize_t step, f64 sums) noexcept nogil:
     """The task's two sums of each feature of block b: sums[i] and sums[2*PITCH + i]."""
-    cdef Py_ssize_t line = line_of(x)
-    cdef Py_ssize_t n = line if w.planes else w.block
+    cdef Py_ssize_t n = STEP if w.planes else w.block
     cdef Py_ssize_t a
     for a in range(4):
         memset(sums + a * PITCH, 0, n * sizeof(double))
     sum_task(w, op, k, b, x, params, step, sums)
-    gather(w, b, line, sums, sums + PITCH)
-    gather(w, b, line, sums + 2 * PITCH, sums + 3 * PITCH)
+    gather(w, b, sums, sums + PITCH)
+    gather(w, b, sums + 2 * PITCH, sums + 3 * PITCH)
 
 
 cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) noexcept nogil:
@@ -375,62 +374,67 @@ cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x) noexcept 
 
 
 # --- output ---------------------------------------------------------------------------------------------------------------
-#
-# What does not stay in cache is written in three strides: ask for the next strip of the input, work on this one into `stage`, stream that to
-# memory. Two KB at a time keep memory busy with all three: 0.93 of a streaming copy, where larger strips or asking line by line gave 0.7.
-# A line that a strip fills in part waits for the next strip: written in two parts, it would be read first.
 
-cdef inline void ask(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n) noexcept nogil:
-    """Fetch n elements of the input from element `at` on."""
-    cdef int lines = <int>((n + line_of(x) - 1) // line_of(x))
-    prefetch(x + at, lines, LINE_BYTES)
-    if op != NORMALIZE:
-        prefetch(<row>w.job.dy + at, lines, LINE_BYTES)
+cdef inline Py_ssize_t stream_part(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step, const bint run,
+                                   row waiting, Py_ssize_t left) noexcept nogil:
+    """n elements from element `at` on, past the caches: see stream_row."""
+    cdef row dy = <row>w.job.dy + at
+    cdef row y = <row>w.job.y + at
+    cdef Activation a = w.job.activation
+    cdef Py_ssize_t ahead = STREAM_AHEAD // <Py_ssize_t>sizeof(x[0])
+    x += at
+    if op == NORMALIZE:
+        if a == IDENTITY:
+            return stream_row(x, dy, y, n, params, step, run, False, True, IDENTITY, ahead, waiting, left)
+        if a == RELU:
+            return stream_row(x, dy, y, n, params, step, run, False, True, RELU, ahead, waiting, left)
+        return stream_row(x, dy, y, n, params, step, run, False, True, LEAKY_RELU, ahead, waiting, left)
+    if op == BACKWARD:
+        if a == IDENTITY:
+            return stream_row(x, dy, y, n, params, step, run, True, True, IDENTITY, ahead, waiting, left)
+        if a == RELU:
+            return stream_row(x, dy, y, n, params, step, run, True, True, RELU, ahead, waiting, left)
+        return stream_row(x, dy, y, n, params, step, run, True, True, LEAKY_RELU, ahead, waiting, left)
+    if a == IDENTITY:
+        return stream_row(x, dy, y, n, params, step, run, True, False, IDENTITY, ahead, waiting, left)
+    if a == RELU:
+        return stream_row(x, dy, y, n, params, step, run, True, False, RELU, ahead, waiting, left)
+    return stream_row(x, dy, y, n, params, step, run, True, False, LEAKY_RELU, ahead, waiting, left)
 
 
-cdef inline Py_ssize_t flush(row y, row stage, Py_ssize_t n, bint last) noexcept nogil:
-    """Stream the whole lines of n staged elements to y, or all where they are the last; how many are left, at the stage's beginning."""
-    cdef Py_ssize_t size = sizeof(y[0])
-    cdef Py_ssize_t whole = n if last else max(n - <Py_ssize_t>(<uintptr_t>(y + n) % LINE_BYTES) // size, 0)
-    stream(y, stage, whole * size)
-    memmove(stage, stage + whole, (n - whole) * size)
-    return n - whole
+cdef Py_ssize_t stream_of_row(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step, row waiting,
+                              Py_ssize_t left) noexcept nogil:
+    return stream_part(w, op, x, at, n, params, step, False, waiting, left)
+
+
+cdef Py_ssize_t stream_of_run(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, row waiting, Py_ssize_t left) noexcept nogil:
+    return stream_part(w, op, x, at, n, params, w.pitch, True, waiting, left)
 
 
 cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
     """The output of chunk k of block b, of rows."""
     cdef double lane_room[PARAMETERS * SPREAD_PITCH + 8]
-    cdef double room[STAGE + 16]
-    cdef row stage = <row>aligned(room)
+    cdef double line_room[STEP + 8]
+    cdef row waiting = <row>aligned(line_room)
     cdef row y = <row>w.job.y
     cdef Py_ssize_t size = sizeof(x[0])
-    cdef Py_ssize_t most = 8 * STAGE // size
     cdef Py_ssize_t first = k * w.chunk
     cdef Py_ssize_t end = min(first + w.chunk, w.units)
     cdef Py_ssize_t ld = w.fold * w.width
     cdef Py_ssize_t at = first * ld + b * w.block
     cdef Py_ssize_t n = min(w.block, ld - b * w.block)
     cdef Py_ssize_t rows = min(end, w.job.M // w.fold) - first
-    cdef Py_ssize_t step = 0
     cdef Py_ssize_t left = 0
-    cdef Py_ssize_t lanes
-    cdef Py_ssize_t part
-    cdef Py_ssize_t j
+    cdef Py_ssize_t step = 0
+    cdef Py_ssize_t r
     cdef row params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
     if FASTBN_STREAMS and w.job.streamed:
-        # Whole rows that follow each other in memory, or parts of one row.
-        part = most // n if n == ld and n <= most else 1
-        while rows > 0:
-            part = min(part, rows)
-            j = 0
-            while j < n:
-                lanes = min(most, n - j)
-                ask(w, op, x, at + j + lanes if j + lanes < n else at + part * ld, part * min(most, n))
-                write_rows(w, op, x, at + j, stage + left, ld, part, lanes, params + j, step)
-                j += lanes
-                left = flush(y + at + j - lanes - left, stage, left + part * lanes, j == n and (n < ld or part == rows))
-            at += part * ld
-            rows -= part
+        for r in range(rows):
+            left = stream_of_row(w, op, x, at, n, params, step, waiting, left)
+            if n < ld or r == rows - 1:
+                memcpy(y + at + n - left, waiting, left * size)
+                left = 0
+            at += ld
         stream_fence()
     else:
         write_rows(w, op, x, at, y + at, ld, rows, n, params, step)
@@ -444,18 +448,15 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
     """The output of some pieces of planes: numbers first to end of those of feature b, the last ones first; or, where b is -1, of all
     planes' pieces in the order of memory.
     """
-    cdef double room[STAGE + 16]
-    cdef row stage = <row>aligned(room)
+    cdef double line_room[STEP + 8]
+    cdef row waiting = <row>aligned(line_room)
     cdef row y = <row>w.job.y
     cdef Py_ssize_t size = sizeof(x[0])
-    cdef Py_ssize_t most = 8 * STAGE // size
-    cdef Py_ssize_t filled = 0
-    cdef bint last
+    cdef Py_ssize_t left = 0
     cdef Py_ssize_t i
     cdef Py_ssize_t u
     cdef Py_ssize_t at
     cdef Py_ssize_t n
-    cdef Py_ssize_t part
     cdef row params
     for i in range(first, end):
         u = i
@@ -466,20 +467,14 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
         at = u % w.pieces * w.piece
         n = min(w.piece, w.job.S - at)
         at += u // w.pieces * w.job.S
-        if not (FASTBN_STREAMS and w.job.streamed):
+        if FASTBN_STREAMS and w.job.streamed:
+            left = stream_of_run(w, op, x, at, n, params, waiting, left)
+            # Planes that follow each other in memory share the lines between them.
+            if b >= 0 or i == end - 1:
+                memcpy(y + at + n - left, waiting, left * size)
+                left = 0
+        else:
             write_run(w, op, x, at, y + at, n, params, w.pitch)
-            continue
-        while n > 0:
-            part = min(n, most - filled)
-            ask(w, op, x, at + part, part)
-            write_run(w, op, x, at, stage + filled, part, params, w.pitch)
-            filled += part
-            at += part
-            n -= part
-            # Planes that follow each other in memory go there together.
-            last = n == 0 and (b >= 0 or i == end - 1)
-            if filled == most or last:
-                filled = flush(y + at - filled, stage, filled, last)
     if FASTBN_STREAMS and w.job.streamed:
         stream_fence()
 
@@ -628,24 +623,28 @@ cdef inline int kernel_of(Job *job, const Step *steps, int n, Py_ssize_t inputs)
 
 
 cdef int moments(Job *job) noexcept nogil:
+    """One read."""
     cdef Step steps[2]
     steps[:] = [ADD_MOMENTS, MERGE_MOMENTS]
     return kernel_of(job, steps, 2, 1)
 
 
 cdef int forward(Job *job) noexcept nogil:
+    """Two reads and a write; one and one where a block stays in cache."""
     cdef Step steps[3]
     steps[:] = [ADD_MOMENTS, MERGE_MOMENTS, WRITE_Y]
     return kernel_of(job, steps, 3, 1)
 
 
 cdef int normalize(Job *job) noexcept nogil:
+    """One read and a write."""
     cdef Step steps[2]
     steps[:] = [PREPARE, WRITE_Y]
     return kernel_of(job, steps, 2, 0)
 
 
 cdef int backward(Job *job) noexcept nogil:
+    """Two reads of x and dy and a write; one of each where a block stays in cache."""
     cdef Step steps[4]
     steps[:] = [PREPARE, ADD_GRADIENTS, MERGE_GRADIENTS, WRITE_DX]
     return kernel_of(job, steps, 4, 2)

@@ -6,11 +6,13 @@ a vector register: one arithmetic for all instruction sets. Arrays are (lanes,),
 a table (PARAMETERS, step), of which each loop reads the first n of the rows it needs.
 
 Each operation is a loop over n lanes of a few rows at once (which share what they load of sums and parameters), and a loop over rows that
-calls it a cache line at a time: the line that is `ahead` elements further on is fetched meanwhile. Four rows of 0.25 to 4 KB at once
+calls it STEP lanes at a time: what is `ahead` elements further on is fetched meanwhile. Four rows of 0.25 to 4 KB at once
 confuse the processor's own prefetching, which then reads at half the memory's speed.
 """
+from libc.stdint cimport uintptr_t
+
 from fastbn.kernels.plan cimport LINE_BYTES
-from fastbn.kernels.stores cimport prefetch
+from fastbn.kernels.stores cimport prefetch, stream_line
 from fastbn.kernels.table cimport LEAKY_RELU, RELU, Activation
 
 cdef extern from *:
@@ -94,9 +96,19 @@ cdef inline void add(f64 total, f64 lost, Py_ssize_t i, double t, const bint com
         total[i] += t
 
 
-cdef inline Py_ssize_t line_of(row x) noexcept nogil:
-    """Elements of a cache line."""
-    return LINE_BYTES // <Py_ssize_t>sizeof(x[0])
+cdef enum:
+    STEP = 16   # lanes worked on at once, one cache line of floats or two of doubles: a loop of eight is unrolled before it is vectorised
+
+
+cdef inline void fetch_four(row x, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t j, Py_ssize_t ahead) noexcept nogil:
+    """Ask for what four rows' STEP lanes from lane j on will be, `ahead` elements further on; rows that follow each other in the order of memory."""
+    cdef Py_ssize_t size = sizeof(x[0])
+    if n == ld:
+        prefetch(x + 4 * j + ahead, size, LINE_BYTES)
+    else:
+        prefetch(x + j + ahead, 4, ld * size)
+        if size == 8:
+            prefetch(x + j + ahead + 8, 4, ld * size)
 
 
 # --- moments: s1 += sum d, s2 += sum d*d, d = x - pivot, or d = x where not centred ----------------------------------------------
@@ -132,19 +144,15 @@ cdef inline void one_moment(row x, Py_ssize_t n, row pivot, const bint centred, 
 
 cdef inline void add_rows(row x, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row pivot, const bint centred, Py_ssize_t ahead,
                           f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
-    # Rows that follow each other in memory are fetched in its order, four lines for a line's lanes of four rows.
-    cdef Py_ssize_t pace = 4 if n == ld else 1
-    cdef Py_ssize_t apart = LINE_BYTES if n == ld else ld * <Py_ssize_t>sizeof(x[0])
     while rows >= 4:
         j = 0
-        while j + line <= n:
-            prefetch(x + pace * j + ahead, 4, apart)
-            four_moments(x + j, ld, line, pivot + j, centred, s1 + j, e1 + j, s2 + j, e2 + j)
-            j += line
+        while j + STEP <= n:
+            fetch_four(x, ld, n, j, ahead)
+            four_moments(x + j, ld, STEP, pivot + j, centred, s1 + j, e1 + j, s2 + j, e2 + j)
+            j += STEP
         if j < n:
-            prefetch(x + pace * j + ahead, 4, apart)
+            fetch_four(x, ld, n, j, ahead)
             four_moments(x + j, ld, n - j, pivot + j, centred, s1 + j, e1 + j, s2 + j, e2 + j)
         x += 4 * ld
         rows -= 4
@@ -190,20 +198,17 @@ cdef inline void one_gradient(row x, row dy, Py_ssize_t n, row params, Py_ssize_
 
 cdef inline void add_gradient_rows(row x, row dy, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
                                    const Activation activation, Py_ssize_t ahead, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
-    cdef Py_ssize_t pace = 4 if n == ld else 1
-    cdef Py_ssize_t apart = LINE_BYTES if n == ld else ld * <Py_ssize_t>sizeof(x[0])
     while rows >= 4:
         j = 0
-        while j + line <= n:
-            prefetch(x + pace * j + ahead, 4, apart)
-            prefetch(dy + pace * j + ahead, 4, apart)
-            four_gradients(x + j, dy + j, ld, line, params + j, step, activation, s1 + j, e1 + j, s2 + j, e2 + j)
-            j += line
+        while j + STEP <= n:
+            fetch_four(x, ld, n, j, ahead)
+            fetch_four(dy, ld, n, j, ahead)
+            four_gradients(x + j, dy + j, ld, STEP, params + j, step, activation, s1 + j, e1 + j, s2 + j, e2 + j)
+            j += STEP
         if j < n:
-            prefetch(x + pace * j + ahead, 4, apart)
-            prefetch(dy + pace * j + ahead, 4, apart)
+            fetch_four(x, ld, n, j, ahead)
+            fetch_four(dy, ld, n, j, ahead)
             four_gradients(x + j, dy + j, ld, n - j, params + j, step, activation, s1 + j, e1 + j, s2 + j, e2 + j)
         x += 4 * ld
         dy += 4 * ld
@@ -238,13 +243,12 @@ cdef inline void one_output(row x, row y, Py_ssize_t n, row params, Py_ssize_t s
 
 cdef inline void normalize_rows(row x, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
                                 const Activation activation) noexcept nogil:
-    cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
     while rows >= 4:
         j = 0
-        while j + line <= n:
-            four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, line, params + j, step, activation)
-            j += line
+        while j + STEP <= n:
+            four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, STEP, params + j, step, activation)
+            j += STEP
         if j < n:
             four_outputs(x + j, y + j, y + ld + j, y + 2 * ld + j, y + 3 * ld + j, ld, n - j, params + j, step, activation)
         x += 4 * ld
@@ -301,14 +305,13 @@ cdef inline void some_inputs(row x, row dy, row dx0, row dx1, row dx2, row dx3, 
 
 cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, row params, Py_ssize_t step,
                                const bint training, const Activation activation) noexcept nogil:
-    cdef Py_ssize_t line = line_of(x)
     cdef Py_ssize_t j
     # Of four rows of three arrays, 4 KB apart, twelve lines would share the eight ways of a set in L1.
     while rows >= 4 and ld * <Py_ssize_t>sizeof(x[0]) % 4096:
         j = 0
-        while j + line <= n:
-            some_inputs(x + j, dy + j, dx + j, dx + ld + j, dx + 2 * ld + j, dx + 3 * ld + j, ld, 4, line, params + j, step, training, activation)
-            j += line
+        while j + STEP <= n:
+            some_inputs(x + j, dy + j, dx + j, dx + ld + j, dx + 2 * ld + j, dx + 3 * ld + j, ld, 4, STEP, params + j, step, training, activation)
+            j += STEP
         if j < n:
             some_inputs(x + j, dy + j, dx + j, dx + ld + j, dx + 2 * ld + j, dx + 3 * ld + j, ld, 4, n - j, params + j, step, training, activation)
         x += 4 * ld
@@ -335,6 +338,56 @@ cdef inline void backward_run(row x, row dy, row dx, Py_ssize_t n, row params, P
     slope = params[SLOPE * step]
     for i in range(n):
         dx[i] = input_of(x[i], dy[i], hi, lo, w, b, m, slope, training, activation)
+
+
+# --- output past the caches ---------------------------------------------------------------------------------------------------------
+
+cdef inline void one_row(row x, row dy, row y, Py_ssize_t n, row params, Py_ssize_t step, const bint run, const bint backward, const bint training,
+                         const Activation activation) noexcept nogil:
+    """n elements of y, or of dx where backward; of one feature where `run`."""
+    if backward and run:
+        backward_run(x, dy, y, n, params, step, training, activation)
+    elif backward:
+        some_inputs(x, dy, y, y, y, y, 0, 1, n, params, step, training, activation)
+    elif run:
+        normalize_run(x, y, n, params, step, activation)
+    else:
+        one_output(x, y, n, params, step, activation)
+
+
+cdef inline void stream_step(row y, row source) noexcept nogil:
+    stream_line(y, source)
+    if sizeof(y[0]) == 8:
+        stream_line(y + 8, source + 8)
+
+
+cdef inline Py_ssize_t stream_row(row x, row dy, row y, Py_ssize_t n, row params, Py_ssize_t step, const bint run, const bint backward,
+                                  const bint training, const Activation activation, Py_ssize_t ahead, row waiting, Py_ssize_t left) noexcept nogil:
+    """n elements of y, or of dx where backward, in whole lines, each from registers: a buffer of lines would share the low bits of its address
+    with stores on their way to memory, for which its loads then wait.
+
+    The `left` elements before y wait in `waiting`, of STEP elements. Returns how many wait there afterwards.
+    """
+    cdef Py_ssize_t j
+    if left:
+        j = min(STEP - left, n)
+        one_row(x, dy, waiting + left, j, params, step, run, backward, training, activation)
+        if left + j < STEP:
+            return left + j
+        stream_step(y - left, waiting)
+    else:
+        # Up to the first whole line.
+        j = min(<Py_ssize_t>(-<uintptr_t>y % LINE_BYTES) // <Py_ssize_t>sizeof(x[0]), n)
+        one_row(x, dy, y, j, params, step, run, backward, training, activation)
+    while j + STEP <= n:
+        prefetch(x + j + ahead, sizeof(x[0]) // 4, LINE_BYTES)
+        if backward:
+            prefetch(dy + j + ahead, sizeof(x[0]) // 4, LINE_BYTES)
+        one_row(x + j, dy + j, waiting, STEP, params + (0 if run else j), step, run, backward, training, activation)
+        stream_step(y + j, waiting)
+        j += STEP
+    one_row(x + j, dy + j, waiting, n - j, params + (0 if run else j), step, run, backward, training, activation)
+    return n - j
 
 
 # --- pivots ------------------------------------------------------------------------------------------------------------------------

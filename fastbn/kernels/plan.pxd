@@ -5,7 +5,7 @@ Design: everything is *strips*, rows of lanes, a lane being a column of a strip 
 
 - rows (S small): one row of x is C*S lanes; short rows are folded, several of them seen as one, so that C = 3 runs as wide as C = 1000.
   Wide rows are cut into blocks of at most LANES lanes.
-- planes (S long): a contiguous run of one feature is cut into rows of one cache line.
+- planes (S long): a contiguous run of one feature is cut into rows of a cache line or two.
 
 Sums run down the lanes of a chunk of the units (rows of lanes, or pieces of planes) and are merged in the order of the chunks: the cut into
 chunks is made by shape alone, and so the bits do not depend on the number of threads. The cut across the lanes, into blocks, changes no sum.

@@ -4,7 +4,7 @@
    overwrites, and the lines push out the input. Below that size a plain store is faster, so the caller decides.
 
    FASTBN_STREAMS is 0 where there is nothing to gain: 64-bit ARM has only a hint (STNP), which its cores may ignore, and
-   they stop allocating by themselves once whole lines are written one after the other. There fastbn_stream is memcpy. */
+   they stop allocating by themselves once whole lines are written one after the other. There a line is copied. */
 #ifndef FASTBN_STORES_H
 #define FASTBN_STORES_H
 
@@ -22,37 +22,25 @@
 #endif
 #endif
 
-/* Copies a strip that is in cache to memory. It may start at any address; the two do not overlap. Streamed lines are
-   ordered with nothing: fastbn_stream_fence() before another thread may look. */
-static inline void fastbn_stream(void *to, const void *from, size_t bytes) {
-#if FASTBN_STREAMS
-    char *out = (char *)to;
-    const char *in = (const char *)from;
-    size_t head = (64 - ((uintptr_t)out & 63)) & 63;
-    if (head > bytes) head = bytes;
-    if (head) memcpy(out, in, head);
-    out += head;
-    in += head;
-    /* Whole lines, each written at once: a line that is streamed in parts costs a write for each part. */
-    for (bytes -= head; bytes >= 64; bytes -= 64, out += 64, in += 64) {
+/* Writes one cache line, from `from` at any address to `to` at a line's beginning: whole, since a line that is streamed in parts
+   costs a write for each part. A compiler that keeps the line in registers until here stores it nowhere else. Streamed lines
+   are ordered with nothing: fastbn_stream_fence() before another thread may look. */
+static inline void fastbn_stream_line(void *to, const void *from) {
 #if defined(__AVX512F__)
-        _mm512_stream_ps((float *)out, _mm512_loadu_ps((const float *)in));
+    _mm512_stream_ps((float *)to, _mm512_loadu_ps((const float *)from));
 #elif defined(__AVX__)
-        __m256 a = _mm256_loadu_ps((const float *)in), b = _mm256_loadu_ps((const float *)in + 8);
-        _mm256_stream_ps((float *)out, a);
-        _mm256_stream_ps((float *)out + 8, b);
+    __m256 a = _mm256_loadu_ps((const float *)from), b = _mm256_loadu_ps((const float *)from + 8);
+    _mm256_stream_ps((float *)to, a);
+    _mm256_stream_ps((float *)to + 8, b);
+#elif FASTBN_STREAMS
+    __m128 a = _mm_loadu_ps((const float *)from), b = _mm_loadu_ps((const float *)from + 4);
+    __m128 c = _mm_loadu_ps((const float *)from + 8), d = _mm_loadu_ps((const float *)from + 12);
+    _mm_stream_ps((float *)to, a);
+    _mm_stream_ps((float *)to + 4, b);
+    _mm_stream_ps((float *)to + 8, c);
+    _mm_stream_ps((float *)to + 12, d);
 #else
-        __m128 a = _mm_loadu_ps((const float *)in), b = _mm_loadu_ps((const float *)in + 4);
-        __m128 c = _mm_loadu_ps((const float *)in + 8), d = _mm_loadu_ps((const float *)in + 12);
-        _mm_stream_ps((float *)out, a);
-        _mm_stream_ps((float *)out + 4, b);
-        _mm_stream_ps((float *)out + 8, c);
-        _mm_stream_ps((float *)out + 12, d);
-#endif
-    }
-    if (bytes) memcpy(out, in, bytes);
-#else
-    memcpy(to, from, bytes);
+    memcpy(to, from, 64);
 #endif
 }
 
