@@ -13,8 +13,8 @@ import fastbn
 from fastbn import kernels
 from fastbn.kernels import cpu
 
-# Rows, folded rows, several blocks of wide rows, short planes, long planes, planes in pieces; small ones, some that stay in cache
-# between one pass and the next, and some above every threshold for opening threads.
+# Rows, folded rows, several blocks of wide rows, short planes, long planes, planes in pieces; small ones, some that
+# stay in cache between one pass and the next, and some above every threshold for opening threads.
 SHAPES = [(3, 2), (40, 3), (300, 64), (100_000, 5), (33, 1000), (700, 1000), (40, 2500)]
 SHAPES += [(16, 32, 9, 9), (6, 70, 7), (30, 90, 5, 7), (5, 70, 600), (2, 3, 50_000), (1000, 3, 2)]
 
@@ -117,7 +117,8 @@ def test_a_feature_does_not_depend_on_its_neighbours(shape, dtype):
     alone = results_of(np.ascontiguousarray(x[:, :1]), np.ascontiguousarray(dy[:, :1]))
     for name in near:
         # Another number of features is another cut into chunks, which float64 alone can tell.
-        np.testing.assert_allclose(far[name].take([0], -1), alone[name], rtol=1e-5 if dtype == "float32" else 1e-12, atol=1e-5)
+        rtol = 1e-5 if dtype == "float32" else 1e-12
+        np.testing.assert_allclose(far[name].take([0], -1), alone[name], rtol, atol=1e-5)
 
 
 def results_of(x, dy):

@@ -319,7 +319,7 @@ cdef inline void backward_rows(row x, row dy, row dx, Py_ssize_t ld, Py_ssize_t 
         dx += 4 * ld
         rows -= 4
     while rows > 0:
-        some_inputs(x, dy, dx, dx, dx, dx, 0, 1, n, params, step, training, activation)
+        some_inputs(x, dy, dx, NULL, NULL, NULL, 0, 1, n, params, step, training, activation)
         x += ld
         dy += ld
         dx += ld
@@ -348,7 +348,7 @@ cdef inline void one_row(row x, row dy, row y, Py_ssize_t n, row params, Py_ssiz
     if backward and run:
         backward_run(x, dy, y, n, params, step, training, activation)
     elif backward:
-        some_inputs(x, dy, y, y, y, y, 0, 1, n, params, step, training, activation)
+        some_inputs(x, dy, y, NULL, NULL, NULL, 0, 1, n, params, step, training, activation)
     elif run:
         normalize_run(x, y, n, params, step, activation)
     else:

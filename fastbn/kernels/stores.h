@@ -64,7 +64,7 @@ static inline void fastbn_stream_fence(void) {
 #define fastbn_prefetch(p, lines, apart)                         \
     do {                                                         \
         ptrdiff_t line_;                                         \
-        for (line_ = 0; line_ < (lines); line_++)                \
+        for (line_ = 0; line_ < (ptrdiff_t)(lines); line_++)     \
             FASTBN_PREFETCH((const char *)(p) + line_ * (apart)); \
     } while (0)
 
