@@ -1,0 +1,159 @@
+# Writing y, or dx: into cache, or past it. Included in batchnorm.pyx; strips and their parameters as in sums.pxi.
+
+cdef void write_rows(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
+                     row params, Py_ssize_t step) noexcept nogil:
+    """y: the output's first row."""
+    cdef row dy = <row>w.job.dy + at
+    cdef Activation a = w.job.activation
+    x += at
+    if op == NORMALIZE:
+        if a == IDENTITY:
+            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY)
+        elif a == RELU:
+            normalize_rows(x, y, ld, rows, n, params, step, RELU)
+        else:
+            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU)
+    elif op == BACKWARD:
+        if a == IDENTITY:
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY)
+        elif a == RELU:
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU)
+        else:
+            backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU)
+    elif a == IDENTITY:
+        backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY)
+    elif a == RELU:
+        backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU)
+    else:
+        backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU)
+
+
+cdef void write_run(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t step) noexcept nogil:
+    """n elements of one feature."""
+    cdef row dy = <row>w.job.dy + at
+    cdef Activation a = w.job.activation
+    x += at
+    if op == NORMALIZE:
+        if a == IDENTITY:
+            normalize_run(x, y, n, params, step, IDENTITY)
+        elif a == RELU:
+            normalize_run(x, y, n, params, step, RELU)
+        else:
+            normalize_run(x, y, n, params, step, LEAKY_RELU)
+    elif op == BACKWARD:
+        if a == IDENTITY:
+            backward_run(x, dy, y, n, params, step, True, IDENTITY)
+        elif a == RELU:
+            backward_run(x, dy, y, n, params, step, True, RELU)
+        else:
+            backward_run(x, dy, y, n, params, step, True, LEAKY_RELU)
+    elif a == IDENTITY:
+        backward_run(x, dy, y, n, params, step, False, IDENTITY)
+    elif a == RELU:
+        backward_run(x, dy, y, n, params, step, False, RELU)
+    else:
+        backward_run(x, dy, y, n, params, step, False, LEAKY_RELU)
+
+
+cdef inline Py_ssize_t stream_part(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step, const bint run,
+                                   row waiting, Py_ssize_t left) noexcept nogil:
+    """n elements from element `at` on, past the caches: see stream_row."""
+    cdef row dy = <row>w.job.dy + at
+    cdef row y = <row>w.job.y + at
+    cdef Activation a = w.job.activation
+    cdef Py_ssize_t ahead = STREAM_AHEAD // <Py_ssize_t>sizeof(x[0])
+    x += at
+    if op == NORMALIZE:
+        if a == IDENTITY:
+            return stream_row(x, dy, y, n, params, step, run, False, True, IDENTITY, ahead, waiting, left)
+        if a == RELU:
+            return stream_row(x, dy, y, n, params, step, run, False, True, RELU, ahead, waiting, left)
+        return stream_row(x, dy, y, n, params, step, run, False, True, LEAKY_RELU, ahead, waiting, left)
+    if op == BACKWARD:
+        if a == IDENTITY:
+            return stream_row(x, dy, y, n, params, step, run, True, True, IDENTITY, ahead, waiting, left)
+        if a == RELU:
+            return stream_row(x, dy, y, n, params, step, run, True, True, RELU, ahead, waiting, left)
+        return stream_row(x, dy, y, n, params, step, run, True, True, LEAKY_RELU, ahead, waiting, left)
+    if a == IDENTITY:
+        return stream_row(x, dy, y, n, params, step, run, True, False, IDENTITY, ahead, waiting, left)
+    if a == RELU:
+        return stream_row(x, dy, y, n, params, step, run, True, False, RELU, ahead, waiting, left)
+    return stream_row(x, dy, y, n, params, step, run, True, False, LEAKY_RELU, ahead, waiting, left)
+
+
+cdef Py_ssize_t stream_of_row(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step, row waiting,
+                              Py_ssize_t left) noexcept nogil:
+    return stream_part(w, op, x, at, n, params, step, False, waiting, left)
+
+
+cdef Py_ssize_t stream_of_run(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, row waiting, Py_ssize_t left) noexcept nogil:
+    return stream_part(w, op, x, at, n, params, w.pitch, True, waiting, left)
+
+
+cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
+    """The output of chunk k of block b, of rows."""
+    cdef double lane_room[PARAMETERS * SPREAD_PITCH + 8]
+    cdef double line_room[STEP + 8]
+    cdef row waiting = <row>aligned(line_room)
+    cdef row y = <row>w.job.y
+    cdef Py_ssize_t size = sizeof(x[0])
+    cdef Py_ssize_t first = k * w.chunk
+    cdef Py_ssize_t end = min(first + w.chunk, w.units)
+    cdef Py_ssize_t ld = w.fold * w.width
+    cdef Py_ssize_t at = first * ld + b * w.block
+    cdef Py_ssize_t n = min(w.block, ld - b * w.block)
+    cdef Py_ssize_t rows = min(end, w.job.M // w.fold) - first
+    cdef Py_ssize_t left = 0
+    cdef Py_ssize_t step = 0
+    cdef Py_ssize_t r
+    cdef row params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
+    if FASTBN_STREAMS and w.job.streamed:
+        for r in range(rows):
+            left = stream_of_row(w, op, x, at, n, params, step, waiting, left)
+            if n < ld or r == rows - 1:
+                memcpy(y + at + n - left, waiting, left * size)
+                left = 0
+            at += ld
+        stream_fence()
+    else:
+        write_rows(w, op, x, at, y + at, ld, rows, n, params, step)
+        at += rows * ld
+    if w.job.M // w.fold < end:
+        n = w.job.M % w.fold * w.width
+        write_rows(w, op, x, at, y + at, n, 1, n, params, step)
+
+
+cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, Py_ssize_t b, row x) noexcept nogil:
+    """The output of some pieces of planes: numbers first to end of those of feature b, the last ones first; or, where b is -1, of all
+    planes' pieces in the order of memory.
+    """
+    cdef double line_room[STEP + 8]
+    cdef row waiting = <row>aligned(line_room)
+    cdef row y = <row>w.job.y
+    cdef Py_ssize_t size = sizeof(x[0])
+    cdef Py_ssize_t left = 0
+    cdef Py_ssize_t i
+    cdef Py_ssize_t u
+    cdef Py_ssize_t at
+    cdef Py_ssize_t n
+    cdef row params
+    for i in range(first, end):
+        u = i
+        if b >= 0:
+            u = first + end - 1 - i
+            u = (u // w.pieces * w.job.C + b) * w.pieces + u % w.pieces
+        params = <row>w.params + u // w.pieces % w.job.C
+        at = u % w.pieces * w.piece
+        n = min(w.piece, w.job.S - at)
+        at += u // w.pieces * w.job.S
+        if FASTBN_STREAMS and w.job.streamed:
+            left = stream_of_run(w, op, x, at, n, params, waiting, left)
+            # Planes that follow each other in memory share the lines between them.
+            if b >= 0 or i == end - 1:
+                memcpy(y + at + n - left, waiting, left * size)
+                left = 0
+        else:
+            write_run(w, op, x, at, y + at, n, params, w.pitch)
+    if FASTBN_STREAMS and w.job.streamed:
+        stream_fence()
