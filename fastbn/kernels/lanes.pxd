@@ -11,7 +11,7 @@ confuse the processor's own prefetching, which then reads at half the memory's s
 """
 from libc.stdint cimport uintptr_t
 
-from fastbn.kernels.plan cimport LINE_BYTES
+from fastbn.kernels.plan cimport LINE_BYTES, STEP
 from fastbn.kernels.stores cimport prefetch, stream_line
 from fastbn.kernels.table cimport LEAKY_RELU, RELU, Activation
 
@@ -94,10 +94,6 @@ cdef inline void add(f64 total, f64 lost, Py_ssize_t i, double t, const bint com
         total[i] = s
     else:
         total[i] += t
-
-
-cdef enum:
-    STEP = 16   # lanes worked on at once, one cache line of floats or two of doubles: a loop of eight is unrolled before it is vectorised
 
 
 cdef inline void fetch_four(row x, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t j, Py_ssize_t ahead) noexcept nogil:

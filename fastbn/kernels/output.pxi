@@ -1,5 +1,10 @@
 # Writing y, or dx: into cache, or past it. Included in batchnorm.pyx; strips and their parameters as in sums.pxi.
 
+cdef inline bint streamed(Work *w) noexcept nogil:
+    """Whether the output goes past the caches."""
+    return FASTBN_STREAMS and w.job.streamed
+
+
 cdef void write_rows(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
                      row params, Py_ssize_t step) noexcept nogil:
     """y: the output's first row."""
@@ -84,10 +89,12 @@ cdef inline Py_ssize_t stream_part(Work *w, Operation op, row x, Py_ssize_t at, 
 
 cdef Py_ssize_t stream_of_row(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step, row waiting,
                               Py_ssize_t left) noexcept nogil:
+    """The loops for one parameter a lane, compiled once."""
     return stream_part(w, op, x, at, n, params, step, False, waiting, left)
 
 
 cdef Py_ssize_t stream_of_run(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, row waiting, Py_ssize_t left) noexcept nogil:
+    """The loops for one feature, compiled once."""
     return stream_part(w, op, x, at, n, params, w.pitch, True, waiting, left)
 
 
@@ -108,7 +115,7 @@ cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) 
     cdef Py_ssize_t step = 0
     cdef Py_ssize_t r
     cdef row params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
-    if FASTBN_STREAMS and w.job.streamed:
+    if streamed(w):
         for r in range(rows):
             left = stream_of_row(w, op, x, at, n, params, step, waiting, left)
             if n < ld or r == rows - 1:
@@ -147,7 +154,7 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
         at = u % w.pieces * w.piece
         n = min(w.piece, w.job.S - at)
         at += u // w.pieces * w.job.S
-        if FASTBN_STREAMS and w.job.streamed:
+        if streamed(w):
             left = stream_of_run(w, op, x, at, n, params, waiting, left)
             # Planes that follow each other in memory share the lines between them.
             if b >= 0 or i == end - 1:
@@ -155,5 +162,5 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
                 left = 0
         else:
             write_run(w, op, x, at, y + at, n, params, w.pitch)
-    if FASTBN_STREAMS and w.job.streamed:
+    if streamed(w):
         stream_fence()

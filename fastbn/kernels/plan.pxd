@@ -14,6 +14,7 @@ from fastbn.kernels.table cimport Job
 
 cdef enum:
     LINE_BYTES = 64      # of a cache line
+    STEP = 16            # lanes worked on at once, a line of floats or two of doubles: a loop of eight is unrolled before it is vectorised
     LANES = 1024         # most lanes of a block: their sums stay in cache while a chunk's rows go by
     NARROW = 64          # rows shorter than this are folded
     PITCH = LANES + 24   # between rows of LANES values: at a multiple of 4 KB a load would wait for a store to another row
@@ -58,9 +59,9 @@ cdef inline Py_ssize_t folded(Py_ssize_t width, Py_ssize_t M) noexcept nogil:
     """How many rows of x make one of lanes: whole cache lines of floats where they can."""
     cdef Py_ssize_t most = FOLD // width
     cdef Py_ssize_t fold = most
-    while fold * width % 16 and fold > 1:
+    while fold * width % STEP and fold > 1:
         fold -= 1
-    return min(most if fold * width % 16 else fold, M)
+    return min(most if fold * width % STEP else fold, M)
 
 
 cdef inline void cut_blocks(Work *w, Py_ssize_t wanted) noexcept nogil:
@@ -69,7 +70,7 @@ cdef inline void cut_blocks(Work *w, Py_ssize_t wanted) noexcept nogil:
     cdef Py_ssize_t most = LANES if S == 1 else SPREAD // S
     cdef Py_ssize_t n = ceil_div(w.job.C, max(ceil_div(w.job.C, most), min(wanted, ceil_div(w.width, NARROW))))
     if S == 1:
-        n = ceil_div(n, 16) * 16
+        n = ceil_div(n, STEP) * STEP
     w.block = min(n, w.job.C) * S
     w.blocks = ceil_div(w.width, w.block)
 
@@ -114,7 +115,7 @@ cdef inline void plan(Work *w, Py_ssize_t inputs) noexcept nogil:
     w.fused = (job.y != job.x and job.y != job.dy and (w.threads < 2 or w.blocks >= 2 * w.threads)
                and inputs > 0 and (job.S * size >= LONG if w.planes else job.M * w.block * size * inputs <= SLAB))
     # Not a multiple of 4 KB, as PITCH.
-    w.pitch = ceil_div(job.C, 16) * 16 + (16 if job.C % 512 == 0 else 0)
+    w.pitch = ceil_div(job.C, STEP) * STEP + (STEP if job.C % 512 == 0 else 0)
 
 
 cdef inline Py_ssize_t features(Work *w, Py_ssize_t b) noexcept nogil:

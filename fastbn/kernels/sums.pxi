@@ -27,6 +27,7 @@ cdef inline void sum_strip(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize
 
 cdef void sum_rows(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
                    row params, Py_ssize_t step, Py_ssize_t ahead, f64 sums) noexcept nogil:
+    """The loops for any number of lanes, compiled once; sum_run has those for STEP of them."""
     sum_strip(w, op, x, at, ld, rows, n, params, step, ahead, sums)
 
 
