@@ -233,8 +233,7 @@ cdef class Call:
                 raise ValueError("expected out to be the input itself or to share no memory with it, got a partly overlapping array")
         self.y = target if usable_as(self.x, target) else memory.empty_like(self.x)
         self.job.y = cnp.PyArray_DATA(self.y)
-        # Input and output together above half the last-level cache: the rest of it is for others.
-        self.job.streamed = not self.inplace and cnp.PyArray_NBYTES(self.y) > cpu.cache_bytes() // 4
+        self.job.cache = cpu.cache_bytes()
         return 0
 
     cdef bint kept(self, object x, cnp.ndarray given) except -1:

@@ -41,12 +41,13 @@ from fastbn.kernels.plan cimport (
     ROOM,
     SPREAD,
     STEP,
+    WIDE,
     Work,
     count,
     features,
     plan,
 )
-from fastbn.kernels.stores cimport FASTBN_STREAMS, stream_fence
+from fastbn.kernels.stores cimport stream_fence
 from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
 from fastbn.kernels.wide cimport backward_wide, normalize_wide
 

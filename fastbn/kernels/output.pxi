@@ -1,10 +1,5 @@
 # Writing y, or dx: into cache, or past it. Included in batchnorm.pyx; strips and their parameters as in sums.pxi.
 
-cdef inline bint streamed(Work *w) noexcept nogil:
-    """Whether the output goes past the caches."""
-    return FASTBN_STREAMS and w.job.streamed
-
-
 cdef void write_rows(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
                      row params, Py_ssize_t step) noexcept nogil:
     """y: the output's first row."""
@@ -61,12 +56,11 @@ cdef void write_run(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize
 
 
 cdef inline Py_ssize_t stream_part(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step, const bint run,
-                                   row waiting, Py_ssize_t left) noexcept nogil:
+                                   Py_ssize_t ahead, row waiting, Py_ssize_t left) noexcept nogil:
     """n elements from element `at` on, past the caches: see stream_row."""
     cdef row dy = <row>w.job.dy + at
     cdef row y = <row>w.job.y + at
     cdef Activation a = w.job.activation
-    cdef Py_ssize_t ahead = STREAM_AHEAD // <Py_ssize_t>sizeof(x[0])
     x += at
     if op == NORMALIZE:
         if a == IDENTITY:
@@ -87,19 +81,19 @@ cdef inline Py_ssize_t stream_part(Work *w, Operation op, row x, Py_ssize_t at, 
     return stream_row(x, dy, y, n, params, step, run, True, False, LEAKY_RELU, ahead, waiting, left)
 
 
-cdef Py_ssize_t stream_of_row(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step, row waiting,
-                              Py_ssize_t left) noexcept nogil:
+cdef Py_ssize_t stream_of_row(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step,
+                              Py_ssize_t ahead, row waiting, Py_ssize_t left) noexcept nogil:
     """The loops for one parameter a lane, compiled once."""
-    return stream_part(w, op, x, at, n, params, step, False, waiting, left)
+    return stream_part(w, op, x, at, n, params, step, False, ahead, waiting, left)
 
 
 cdef Py_ssize_t stream_of_run(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, row waiting, Py_ssize_t left) noexcept nogil:
     """The loops for one feature, compiled once."""
-    return stream_part(w, op, x, at, n, params, w.pitch, True, waiting, left)
+    return stream_part(w, op, x, at, n, params, w.pitch, True, STREAM_AHEAD // <Py_ssize_t>sizeof(x[0]), waiting, left)
 
 
 cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
-    """The output of chunk k of block b, of rows."""
+    """The output of chunk k of block b, of rows; or, past the caches, as large a part of the chunk's rows, whole, in the order of memory."""
     cdef double lane_room[PARAMETERS * SPREAD_PITCH + 8]
     cdef double line_room[STEP + 8]
     cdef row waiting = <row>aligned(line_room)
@@ -108,16 +102,27 @@ cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) 
     cdef Py_ssize_t first = k * w.chunk
     cdef Py_ssize_t end = min(first + w.chunk, w.units)
     cdef Py_ssize_t ld = w.fold * w.width
-    cdef Py_ssize_t at = first * ld + b * w.block
-    cdef Py_ssize_t n = min(w.block, ld - b * w.block)
-    cdef Py_ssize_t rows = min(end, w.job.M // w.fold) - first
+    cdef Py_ssize_t at = b * w.block
+    cdef Py_ssize_t n = min(w.block, ld - at)
     cdef Py_ssize_t left = 0
     cdef Py_ssize_t step = 0
+    cdef Py_ssize_t rows
     cdef Py_ssize_t r
-    cdef row params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
-    if streamed(w):
+    cdef row params
+    if w.streamed and not w.fused and w.job.S == 1 and n < ld and ld * size <= WIDE:
+        rows = end - first
+        end = first + rows * (b + 1) // w.blocks
+        first += rows * b // w.blocks
+        at = 0
+        b = 0
+        n = ld
+    params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
+    at += first * ld
+    rows = min(end, w.job.M // w.fold) - first
+    if w.streamed:
         for r in range(rows):
-            left = stream_of_row(w, op, x, at, n, params, step, waiting, left)
+            # What is read soon: in the rest of the row and the next ones, or below.
+            left = stream_of_row(w, op, x, at, n, params, step, STREAM_AHEAD // size if n == ld else ld, waiting, left)
             if n < ld or r == rows - 1:
                 memcpy(y + at + n - left, waiting, left * size)
                 left = 0
@@ -154,7 +159,7 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
         at = u % w.pieces * w.piece
         n = min(w.piece, w.job.S - at)
         at += u // w.pieces * w.job.S
-        if streamed(w):
+        if w.streamed:
             left = stream_of_run(w, op, x, at, n, params, waiting, left)
             # Planes that follow each other in memory share the lines between them.
             if b >= 0 or i == end - 1:
@@ -162,5 +167,5 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
                 left = 0
         else:
             write_run(w, op, x, at, y + at, n, params, w.pitch)
-    if streamed(w):
+    if w.streamed:
         stream_fence()

@@ -10,6 +10,7 @@ Design: everything is *strips*, rows of lanes, a lane being a column of a strip 
 Sums run down the lanes of a chunk of the units (rows of lanes, or pieces of planes) and are merged in the order of the chunks: the cut into
 chunks is made by shape alone, and so the bits do not depend on the number of threads. The cut across the lanes, into blocks, changes no sum.
 """
+from fastbn.kernels.stores cimport FASTBN_STREAMS
 from fastbn.kernels.table cimport Job
 
 cdef enum:
@@ -27,6 +28,7 @@ cdef enum:
     CHUNK = 16384        # fewest elements that are worth a task
     ROWS = 256           # fewest rows of lanes: what is done once for each lane of a task must not weigh
     LONG = 2048          # bytes of a plane from which it pays to jump from one to the feature's next
+    WIDE = 65536         # most bytes of a row whose parameters stay in the second-level cache
     SLAB = 262144        # bytes that stay in the second-level cache
     NEAR = 4096          # bytes from one short plane to the one that is fetched
     AHEAD = 16384        # bytes from what is read to what is fetched: measured, on 4 to 64 KB
@@ -37,6 +39,7 @@ ctypedef struct Work:
     double *part          # (chunks, 3, C): pivot and the two sums of each chunk
     bint planes
     bint fused            # all passes over one block before the next: its data is then read from memory once
+    bint streamed         # the output goes past the caches
     bint wide             # found a scale that float32 cannot hold
     int threads
     Py_ssize_t pitch
@@ -114,6 +117,8 @@ cdef inline void plan(Work *w, Py_ssize_t inputs) noexcept nogil:
     w.threads = <int>min(<Py_ssize_t>job.num_threads, w.chunks * w.blocks)
     w.fused = (job.y != job.x and job.y != job.dy and (w.threads < 2 or w.blocks >= 2 * w.threads)
                and inputs > 0 and (job.S * size >= LONG if w.planes else job.M * w.block * size * inputs <= SLAB))
+    w.streamed = (FASTBN_STREAMS and job.y != NULL and job.y != job.x and job.y != job.dy
+                  and job.M * w.width * size > job.cache // (4 if inputs == 0 and w.threads > 1 else 6))
     # Not a multiple of 4 KB, as PITCH.
     w.pitch = ceil_div(job.C, STEP) * STEP + (STEP if job.C % 512 == 0 else 0)
 
