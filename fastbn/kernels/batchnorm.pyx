@@ -29,10 +29,10 @@ from fastbn.kernels.lanes cimport (
     normalize_rows,
     normalize_run,
     row,
-    stream_row,
+    stream_rows,
     tree,
 )
-from fastbn.kernels.merge cimport merge_gradients, merge_moments, prepare
+from fastbn.kernels.merge cimport merge_gradients, merge_moments, prepare, repeat_first
 from fastbn.kernels.plan cimport (
     AHEAD,
     LINE_BYTES,

@@ -357,14 +357,17 @@ cdef inline void stream_step(row y, row source) noexcept nogil:
         stream_line(y + 8, source + 8)
 
 
-cdef inline Py_ssize_t stream_row(row x, row dy, row y, Py_ssize_t n, row params, Py_ssize_t step, const bint run, const bint backward,
-                                  const bint training, const Activation activation, Py_ssize_t ahead, row waiting, Py_ssize_t left) noexcept nogil:
+cdef inline Py_ssize_t stream_rows(row x, row dy, row y, Py_ssize_t n, Py_ssize_t width, row params, Py_ssize_t step, const bint run,
+                                   const bint backward, const bint training, const Activation activation, Py_ssize_t ahead, row waiting,
+                                   Py_ssize_t left) noexcept nogil:
     """n elements of y, or of dx where backward, in whole lines, each from registers: a buffer of lines would share the low bits of its address
     with stores on their way to memory, for which its loads then wait.
 
-    The `left` elements before y wait in `waiting`, of STEP elements. Returns how many wait there afterwards.
+    They are of one feature where `run`; else rows of `width` lanes (n, or at least STEP), and params holds the first STEP lanes once more behind
+    the last. The `left` elements before y wait in `waiting`, of STEP elements. Returns how many wait there afterwards.
     """
     cdef Py_ssize_t j
+    cdef Py_ssize_t lane
     if left:
         j = min(STEP - left, n)
         one_row(x, dy, waiting + left, j, params, step, run, backward, training, activation)
@@ -375,14 +378,18 @@ cdef inline Py_ssize_t stream_row(row x, row dy, row y, Py_ssize_t n, row params
         # Up to the first whole line.
         j = min(<Py_ssize_t>(-<uintptr_t>y % LINE_BYTES) // <Py_ssize_t>sizeof(x[0]), n)
         one_row(x, dy, y, j, params, step, run, backward, training, activation)
+    lane = j
     while j + STEP <= n:
         prefetch(x + j + ahead, sizeof(x[0]) // 4, LINE_BYTES)
         if backward:
             prefetch(dy + j + ahead, sizeof(x[0]) // 4, LINE_BYTES)
-        one_row(x + j, dy + j, waiting, STEP, params + (0 if run else j), step, run, backward, training, activation)
+        one_row(x + j, dy + j, waiting, STEP, params + (0 if run else lane), step, run, backward, training, activation)
         stream_step(y + j, waiting)
         j += STEP
-    one_row(x + j, dy + j, waiting, n - j, params + (0 if run else j), step, run, backward, training, activation)
+        lane += STEP
+        if lane >= width:
+            lane -= width
+    one_row(x + j, dy + j, waiting, n - j, params + (0 if run else lane), step, run, backward, training, activation)
     return n - j
 
 

@@ -2,8 +2,8 @@
 """What is done once for each feature: from partial sums to statistics and gradients, from statistics to the parameters of the loops."""
 from libc.math cimport sqrt
 
-from fastbn.kernels.lanes cimport INVSTD, LOW, MEAN_DY, SHIFT, SLOPE, WEIGHT, add, f64, row
-from fastbn.kernels.plan cimport LANES, Work, count
+from fastbn.kernels.lanes cimport HIGH, INVSTD, LOW, MEAN_DY, PARAMETERS, SHIFT, SLOPE, WEIGHT, add, f64, row
+from fastbn.kernels.plan cimport LANES, STEP, Work, count
 from fastbn.kernels.table cimport Job
 
 
@@ -134,10 +134,26 @@ cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, do
         table[INVSTD * pitch + c] = 1 if sizeof(table[0]) == 8 else invstd
 
 
+cdef inline void repeat_first(row lanes, Py_ssize_t n) noexcept nogil:
+    """The first STEP of n lanes once more behind the last: STEP of them that follow each other may begin at one row's end and end in the next."""
+    cdef Py_ssize_t i
+    for i in range(min(<Py_ssize_t>STEP, n)):
+        lanes[n + i] = lanes[i]
+
+
+cdef inline void repeat_features(Work *w, row table, Py_ssize_t at, int first, int end) noexcept nogil:
+    """Those of a table's rows, once the first of its features, number `at`, are there."""
+    cdef int p
+    if at == 0 and w.job.S == 1:
+        for p in range(first, end):
+            repeat_first(table + p * w.pitch, w.job.C)
+
+
 cdef inline bint prepare(Work *w, row table, Py_ssize_t at, Py_ssize_t n) noexcept nogil:
     """The parameters of n features, the first number `at`, in x's dtype; whether it holds their scales (`representable`)."""
     cdef Job *job = w.job
     fill_table(job.mean + at, job.mean_low + at, job.var + at, job.weight + at, job.bias + at, job.eps, n, table + at, w.pitch)
+    repeat_features(w, table, at, HIGH, MEAN_DY)
     return representable(table + at, w.pitch, n, job.weight + at)
 
 
@@ -186,3 +202,4 @@ cdef inline void merge_gradients(Work *w, row table, Py_ssize_t at, Py_ssize_t n
             dweight[c] /= sqrt(var[c] + eps)
         else:
             table[SLOPE * pitch + c] = dweight[c] / m * table[INVSTD * pitch + c]
+    repeat_features(w, table - at, at, MEAN_DY, PARAMETERS)

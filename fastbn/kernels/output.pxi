@@ -55,41 +55,41 @@ cdef void write_run(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize
         backward_run(x, dy, y, n, params, step, False, LEAKY_RELU)
 
 
-cdef inline Py_ssize_t stream_part(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step, const bint run,
-                                   Py_ssize_t ahead, row waiting, Py_ssize_t left) noexcept nogil:
-    """n elements from element `at` on, past the caches: see stream_row."""
+cdef inline Py_ssize_t stream_part(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, Py_ssize_t width, row params, Py_ssize_t step,
+                                   const bint run, Py_ssize_t ahead, row waiting, Py_ssize_t left) noexcept nogil:
+    """n elements from element `at` on, past the caches: see stream_rows."""
     cdef row dy = <row>w.job.dy + at
     cdef row y = <row>w.job.y + at
     cdef Activation a = w.job.activation
     x += at
     if op == NORMALIZE:
         if a == IDENTITY:
-            return stream_row(x, dy, y, n, params, step, run, False, True, IDENTITY, ahead, waiting, left)
+            return stream_rows(x, dy, y, n, width, params, step, run, False, True, IDENTITY, ahead, waiting, left)
         if a == RELU:
-            return stream_row(x, dy, y, n, params, step, run, False, True, RELU, ahead, waiting, left)
-        return stream_row(x, dy, y, n, params, step, run, False, True, LEAKY_RELU, ahead, waiting, left)
+            return stream_rows(x, dy, y, n, width, params, step, run, False, True, RELU, ahead, waiting, left)
+        return stream_rows(x, dy, y, n, width, params, step, run, False, True, LEAKY_RELU, ahead, waiting, left)
     if op == BACKWARD:
         if a == IDENTITY:
-            return stream_row(x, dy, y, n, params, step, run, True, True, IDENTITY, ahead, waiting, left)
+            return stream_rows(x, dy, y, n, width, params, step, run, True, True, IDENTITY, ahead, waiting, left)
         if a == RELU:
-            return stream_row(x, dy, y, n, params, step, run, True, True, RELU, ahead, waiting, left)
-        return stream_row(x, dy, y, n, params, step, run, True, True, LEAKY_RELU, ahead, waiting, left)
+            return stream_rows(x, dy, y, n, width, params, step, run, True, True, RELU, ahead, waiting, left)
+        return stream_rows(x, dy, y, n, width, params, step, run, True, True, LEAKY_RELU, ahead, waiting, left)
     if a == IDENTITY:
-        return stream_row(x, dy, y, n, params, step, run, True, False, IDENTITY, ahead, waiting, left)
+        return stream_rows(x, dy, y, n, width, params, step, run, True, False, IDENTITY, ahead, waiting, left)
     if a == RELU:
-        return stream_row(x, dy, y, n, params, step, run, True, False, RELU, ahead, waiting, left)
-    return stream_row(x, dy, y, n, params, step, run, True, False, LEAKY_RELU, ahead, waiting, left)
+        return stream_rows(x, dy, y, n, width, params, step, run, True, False, RELU, ahead, waiting, left)
+    return stream_rows(x, dy, y, n, width, params, step, run, True, False, LEAKY_RELU, ahead, waiting, left)
 
 
-cdef Py_ssize_t stream_of_row(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, Py_ssize_t step,
-                              Py_ssize_t ahead, row waiting, Py_ssize_t left) noexcept nogil:
+cdef Py_ssize_t stream_of_rows(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, Py_ssize_t width, row params, Py_ssize_t step,
+                               Py_ssize_t ahead, row waiting) noexcept nogil:
     """The loops for one parameter a lane, compiled once."""
-    return stream_part(w, op, x, at, n, params, step, False, ahead, waiting, left)
+    return stream_part(w, op, x, at, n, width, params, step, False, ahead, waiting, 0)
 
 
 cdef Py_ssize_t stream_of_run(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, row waiting, Py_ssize_t left) noexcept nogil:
     """The loops for one feature, compiled once."""
-    return stream_part(w, op, x, at, n, params, w.pitch, True, STREAM_AHEAD // <Py_ssize_t>sizeof(x[0]), waiting, left)
+    return stream_part(w, op, x, at, n, n, params, w.pitch, True, STREAM_AHEAD // <Py_ssize_t>sizeof(x[0]), waiting, left)
 
 
 cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
@@ -104,9 +104,10 @@ cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) 
     cdef Py_ssize_t ld = w.fold * w.width
     cdef Py_ssize_t at = b * w.block
     cdef Py_ssize_t n = min(w.block, ld - at)
-    cdef Py_ssize_t left = 0
+    cdef Py_ssize_t left
     cdef Py_ssize_t step = 0
     cdef Py_ssize_t rows
+    cdef Py_ssize_t together
     cdef Py_ssize_t r
     cdef row params
     if w.streamed and not w.fused and w.job.S == 1 and n < ld and ld * size <= WIDE:
@@ -120,13 +121,12 @@ cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) 
     at += first * ld
     rows = min(end, w.job.M // w.fold) - first
     if w.streamed:
-        for r in range(rows):
+        together = rows if n == ld and n >= STEP else 1
+        for r in range(rows // together):
             # What is read soon: in the rest of the row and the next ones, or below.
-            left = stream_of_row(w, op, x, at, n, params, step, STREAM_AHEAD // size if n == ld else ld, waiting, left)
-            if n < ld or r == rows - 1:
-                memcpy(y + at + n - left, waiting, left * size)
-                left = 0
-            at += ld
+            left = stream_of_rows(w, op, x, at, together * n, n, params, step, STREAM_AHEAD // size if n == ld else ld, waiting)
+            memcpy(y + at + together * n - left, waiting, left * size)
+            at += together * ld
         stream_fence()
     else:
         write_rows(w, op, x, at, y + at, ld, rows, n, params, step)

@@ -119,8 +119,9 @@ cdef inline void plan(Work *w, Py_ssize_t inputs) noexcept nogil:
                and inputs > 0 and (job.S * size >= LONG if w.planes else job.M * w.block * size * inputs <= SLAB))
     w.streamed = (FASTBN_STREAMS and job.y != NULL and job.y != job.x and job.y != job.dy
                   and job.M * w.width * size > job.cache // (4 if inputs == 0 and w.threads > 1 else 6))
-    # Not a multiple of 4 KB, as PITCH.
-    w.pitch = ceil_div(job.C, STEP) * STEP + (STEP if job.C % 512 == 0 else 0)
+    # Room for the first features again, and not a multiple of 4 KB, as PITCH.
+    w.pitch = (ceil_div(job.C, STEP) + 1) * STEP
+    w.pitch += STEP if w.pitch % 512 == 0 else 0
 
 
 cdef inline Py_ssize_t features(Work *w, Py_ssize_t b) noexcept nogil:

@@ -95,6 +95,8 @@ cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t u
                     for s in range(S):
                         lane[s] = table[p * pitch + c]
                     lane += S
+        if not w.planes:
+            repeat_first(lanes + p * step[0], lane - (lanes + p * step[0]))
     return lanes
 
 
