@@ -31,7 +31,7 @@ ctypedef struct Job:
     double *dweight  # [out] backward
     double *dbias    # [out] backward
     bint training    # [in] backward: whether mean and var were computed from x
-    Py_ssize_t cache # [in] bytes of the last-level cache
+    Py_ssize_t cache    # [in] bytes of the last-level cache
 
 # All return 0, or -1 where memory ran out, before they write anything.
 ctypedef int (*Kernel)(Job *job) noexcept nogil
