@@ -1,11 +1,12 @@
 """fastbn beside every peer on every shape: python -m bench.report
 
-Writes speed.md, speed.png and speed.json into bench/results. About six minutes for each number of threads, on a machine
+Writes speed.md, speed.png and speed.json into bench/results. About ten minutes for each number of threads, on a machine
 that does nothing else; --quick tries the machinery, and its figures mean nothing.
 """
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,71 +19,83 @@ from bench.workers import Entrant, Worker, contest, environment
 
 HERE = Path(__file__).parent / "results"
 ALLOCATING = "PyTorch F.batch_norm"
+LAUNCHES = 3
+READ = 65536  # fewest elements that reads are measured on
 QUICK = [LAYOUTS[0], LAYOUTS[2], LAYOUTS[-4]]
 
-INTRODUCTION = """# Speed
+INTRODUCTION = f"""# Speed
 
 float32. A ratio above 1 says how many times faster fastbn is than the fastest other library on that shape. Every
 library runs in a process of its own, one at a time, in turn. Ratios are taken within a round, and their medians over
-the rounds are printed. Every result was checked against float64 before. fastbn gets its arrays as NumPy makes them,
-the others get theirs aligned to 64 bytes; a library that cannot write into a given array allocates.
+the rounds of {LAUNCHES} launches are printed. Every result was checked against float64 before. fastbn gets its arrays
+as NumPy makes them, the others get theirs aligned to 64 bytes; a library that cannot write into a given array allocates.
 
-*of a copy*: in multiples of `np.copyto` on the same array, on one thread. *of its passes*, where x alone fills the
-last-level cache: in multiples of the time that its reads and its write take NumPy on as many threads (training: two
-reads and a write; inference: one and one; backward: four and one), a read being the faster of `np.dot` and `np.max`,
-a read with a write `np.copyto`.
+*of a copy*: in multiples of `np.copyto` on the same array, on one thread. *of its passes*: in multiples of the time that
+its reads and its write take NumPy on the same arrays and as many threads (training: two reads and a write; inference:
+one and one; backward: four and one), a read being the faster of `np.dot` and `np.max`, a read with a write
+`np.copyto`. *passes allow*: the ratio to the best peer that fastbn would have if it took exactly that time.
 
 `python -m bench.report` wrote this."""
 
 
 def measure(threads: int, quick: bool) -> list[results.Row]:
-    """All rows, for this number of threads."""
-    rounds, seconds = (3, 0.001) if quick else (9, 0.008)
-    libraries = dict.fromkeys(peer.library for peer in PEERS.values() if peer.installed)
+    """All rows, for this number of threads.
+
+    Every launch starts the processes anew: where an array's pages happen to lie weighs as much as a fifth, and stays.
+    """
+    launches, rounds, seconds = (1, 3, 0.001) if quick else (LAUNCHES, 5, 0.008)
     for peer in PEERS.values():
         if not peer.installed:
             print(f"skipped: {peer.name} ({' or '.join(peer.modules)} is not installed)")
-    workers = {library: Worker(threads, environment(threads)) for library in libraries}
-    rows = []
-    cache = machine.last_level_cache()
-    for shape, channels_last in QUICK if quick else LAYOUTS:
-        for operation, preallocated in results.COLUMNS:
-            case = Case(shape, channels_last, operation, preallocated=preallocated, threads=threads)
-            entrants = {}
-            for peer in PEERS.values():
-                if not peer.installed or not (preallocated or peer.name in ("fastbn", ALLOCATING)):
-                    continue
-                if peer.name == "fastbn":
-                    entrants["fastbn"] = Entrant(workers["fastbn"], prepare, ("fastbn", case))
-                elif best := peer.at_its_best(replace(case, aligned=True)):
-                    entrants[peer.name] = Entrant(workers[peer.library], prepare, (peer.name, best), may_leave=True)
-            entrants |= passes(workers["fastbn"], case, cache)
-            times, failed = contest(entrants, rounds, seconds)
-            row = {"shape": shape, "channels_last": channels_last, "operation": operation, "preallocated": preallocated}
-            rows.append(row | {"seconds": times, "failed": failed})
+    cases = [
+        Case(shape, channels_last, operation, preallocated=preallocated, threads=threads)
+        for shape, channels_last in (QUICK if quick else LAYOUTS)
+        for operation, preallocated in results.COLUMNS
+    ]
+    rows = [results.row(case) for case in cases]
+    for number in range(launches):
+        print(f"launch {number + 1} of {launches}", flush=True)
+        libraries = dict.fromkeys(peer.library for peer in PEERS.values() if peer.installed)
+        workers = {library: Worker(threads, environment(threads)) for library in libraries}
+        for case, row in zip(cases, rows, strict=True):
+            times, failed = contest(entrants(workers, case), rounds, seconds)
+            results.add_rounds(row, times, failed, rounds)
             if "fastbn" in failed:
                 raise AssertionError(f"fastbn, {case}: {failed['fastbn']}")
-            s = results.summary(rows[-1])
+            s = results.summary(row)
             beside = f"{s.ratio:5.2f} x as fast as {s.peer}" if s.peer else "no peer"
             print(f"{case!s:<50} {s.seconds * 1e6:9.1f} us, {s.copies:5.2f} copies, {beside}", flush=True)
-    for worker in workers.values():
-        worker.close()
+        for worker in workers.values():
+            worker.close()
     return rows
 
 
-def passes(worker: Worker, case: Case, cache: int) -> dict[str, Entrant]:
-    """A copy, and for arrays beyond the cache reads, on the arrays that fastbn works on.
+def entrants(workers: Mapping[str, Worker], case: Case) -> dict[str, Entrant]:
+    """fastbn, the peers that can do it as they do it best, and the passes over memory."""
+    chosen = {"fastbn": Entrant(workers["fastbn"], prepare, ("fastbn", case))}
+    for peer in PEERS.values():
+        if peer.name == "fastbn" or not peer.installed or not (case.preallocated or peer.name == ALLOCATING):
+            continue
+        if best := peer.at_its_best(replace(case, aligned=True)):
+            chosen[peer.name] = Entrant(workers[peer.library], prepare, (peer.name, best), may_leave=True)
+    return chosen | passes(workers["fastbn"], case, machine.last_level_cache())
 
-    Beyond the cache they run on as many threads as fastbn; below it, starting those would cost more than they save.
+
+def passes(worker: Worker, case: Case, cache: int) -> dict[str, Entrant]:
+    """A copy, and reads, on the arrays that fastbn works on.
+
+    Beyond the cache they run on as many threads as fastbn; below it, starting those would cost more than they save, and
+    only on one thread can reads be compared. Nor can they where a call of NumPy weighs as much as its work.
     """
-    beyond = 4 * int(np.prod(case.shape)) >= cache
+    size = int(np.prod(case.shape))
+    beyond = 4 * size >= cache
     alone = replace(case, threads=1)
-    entrants = {"copy": Entrant(worker, prepare_pass, ("copy", case if beyond else alone))}
-    if beyond:
-        entrants |= {name: Entrant(worker, prepare_pass, (name, case)) for name in ("read (np.dot)", "read (np.max)")}
-        if case.threads > 1:
-            entrants["copy, one thread"] = Entrant(worker, prepare_pass, ("copy", alone))
-    return entrants
+    chosen = {"copy": Entrant(worker, prepare_pass, ("copy", case if beyond else alone))}
+    if beyond or (case.threads == 1 and size >= READ):
+        chosen |= {name: Entrant(worker, prepare_pass, (name, case)) for name in ("read (np.dot)", "read (np.max)")}
+    if beyond and case.threads > 1:
+        chosen["copy, one thread"] = Entrant(worker, prepare_pass, ("copy", alone))
+    return chosen
 
 
 def write(report: dict, folder: Path) -> None:

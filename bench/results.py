@@ -3,15 +3,15 @@
     {"shape": [32, 64], "channels_last": False, "operation": "train", "preallocated": True,
      "seconds": {"fastbn": [...], "copy": [...], "PyTorch native": [...], ...}, "failed": {name: why}}
 
-with the seconds of a call in each round. An entrant that left after some rounds has fewer of them.
+with the seconds of a call in each round; None in those that an entrant did not take part in.
 """
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bench.cases import layout_name
+from bench.cases import Case, layout_name
 
 Row = dict[str, Any]
 
@@ -32,15 +32,38 @@ class Summary(NamedTuple):
     peer: str | None
     peer_seconds: float | None
     ratio: float | None  # above 1, fastbn is faster
+    allowed: float | None  # the ratio that its reads and writes at that speed would give
 
 
-def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+Rounds = Sequence[float | None]
+
+
+def row(case: Case) -> Row:
+    """A row without measurements."""
+    about = {"shape": case.shape, "channels_last": case.channels_last}
+    return about | {"operation": case.operation, "preallocated": case.preallocated, "seconds": {}, "failed": {}}
+
+
+def add_rounds(row: Row, times: Mapping[str, Sequence[float]], failed: Mapping[str, str], rounds: int) -> None:
+    """What one launch measured, in so many rounds."""
+    before = max(map(len, row["seconds"].values()), default=0)
+    for name in dict.fromkeys((*row["seconds"], *times)):
+        now = times.get(name, ())
+        row["seconds"].setdefault(name, [None] * before).extend([*now, *[None] * (rounds - len(now))])
+    row["failed"] |= failed
+
+
+def median(seconds: Rounds) -> float:
+    return statistics.median(s for s in seconds if s is not None)
+
+
+def ratio(above: Rounds, below: Rounds) -> float:
     """Median over the rounds that both took part in."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=False))
+    return statistics.median(a / b for a, b in zip(above, below, strict=True) if a is not None and b is not None)
 
 
 def passes_seconds(row: Row) -> list[float] | None:
-    """Of each round: a read is the fastest plain read. None where no read was measured, because x fits in a cache.
+    """Of each round: a read is the fastest plain read. None where no read was measured.
 
     Training reads x twice and writes y: a read and a copy. Inference: a copy. Backward reads x and dy for the sums, and
     again for dx: three reads and a copy.
@@ -48,7 +71,7 @@ def passes_seconds(row: Row) -> list[float] | None:
     seconds = row["seconds"]
     if "read (np.dot)" not in seconds:
         return None
-    read = min((seconds["read (np.dot)"], seconds["read (np.max)"]), key=statistics.median)
+    read = min((seconds["read (np.dot)"], seconds["read (np.max)"]), key=median)
     reads = {"train": 1, "infer": 0, "backward": 3}[row["operation"]]
     return [reads * r + c for r, c in zip(read, seconds["copy"], strict=True)]
 
@@ -60,12 +83,13 @@ def summary(row: Row) -> Summary:
     peer = min(ratios, key=ratios.__getitem__, default=None)
     passes = passes_seconds(row)
     return Summary(
-        statistics.median(ours),
+        median(ours),
         ratio(ours, seconds.get("copy, one thread", seconds["copy"])),
         ratio(ours, passes) if passes else None,
         peer,
-        statistics.median(seconds[peer]) if peer else None,
+        median(seconds[peer]) if peer else None,
         ratios[peer] if peer else None,
+        ratio(seconds[peer], passes) if peer and passes else None,
     )
 
 
@@ -93,17 +117,22 @@ def of_column(rows: Iterable[Row], column: tuple[str, bool]) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: one line for each shape, those that lose marked, the geometric mean and the worst below."""
-    lines = ["| shape | us | of a copy | of its passes | best peer | us | ratio |", "|---|--:|--:|--:|---|--:|--:|"]
+    lines = [
+        "| shape | us | of a copy | of its passes | best peer | us | ratio | passes allow |",
+        "|---|--:|--:|--:|---|--:|--:|--:|",
+    ]
     ratios = {}
     for row in rows:
         s = summary(row)
-        passes = f"{s.passes:.2f}" if s.passes else ""
-        theirs = "none | | "
-        if s.ratio is not None:
+        cells = [name(row), f"{s.seconds * 1e6:.1f}", f"{s.copies:.2f}", f"{s.passes:.2f}" if s.passes else ""]
+        if s.ratio is None:
+            cells += ["none", "", "", ""]
+        else:
             ratios[name(row)] = s.ratio
-            theirs = f"{s.peer} | {s.peer_seconds * 1e6:.1f} | "
-            theirs += f"{s.ratio:.2f}" if s.ratio >= 1 else f"**{s.ratio:.2f}, slower**"
-        lines.append(f"| {name(row)} | {s.seconds * 1e6:.1f} | {s.copies:.2f} | {passes} | {theirs} |")
+            cells += [s.peer, f"{s.peer_seconds * 1e6:.1f}"]
+            cells += [f"{s.ratio:.2f}" if s.ratio >= 1 else f"**{s.ratio:.2f}, slower**"]
+            cells += [f"{s.allowed:.2f}" if s.allowed else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     if ratios:
         worst = min(ratios, key=ratios.__getitem__)
         lines += ["", f"Geometric mean {geometric_mean(ratios.values()):.2f}, worst {ratios[worst]:.2f} at {worst}."]

@@ -33,7 +33,17 @@ def row(shape=(32, 64), operation="train", preallocated=True, failed=None, **sec
 
 def test_a_ratio_is_the_median_of_the_rounds_that_both_took_part_in():
     assert results.ratio([2, 8, 6], [1, 2, 2]) == 3
-    assert results.ratio([2, 9], [1, 3, 100]) == 2.5
+    assert results.ratio([2, 9, None, 7], [1, 3, 100, None]) == 2.5
+
+
+def test_launches_are_added_up_round_by_round():
+    r = results.row(Case((32, 64)))
+    results.add_rounds(r, {"a": [1.0, 2.0], "b": [3.0]}, {"c": "why"}, 2)
+    results.add_rounds(r, {"b": [4.0, 5.0], "d": [6.0, 7.0]}, {"a": "not"}, 2)
+    n = None
+    assert r["seconds"] == {"a": [1, 2, n, n], "b": [3, n, 4, 5], "d": [n, n, 6, 7]}
+    assert r["failed"] == {"c": "why", "a": "not"}
+    assert (results.median(r["seconds"]["b"]), results.ratio(r["seconds"]["a"], r["seconds"]["b"])) == (4, 1 / 3)
 
 
 def test_a_slow_round_weighs_on_both_sides_alike():
@@ -42,13 +52,13 @@ def test_a_slow_round_weighs_on_both_sides_alike():
 
 def test_the_best_peer_is_the_one_with_the_smallest_ratio():
     s = results.summary(row(fastbn=[1, 2, 1], slow=[9, 9, 9], quick=[2, 4, 2], copy=[0.5, 1, 0.5]))
-    assert s == (1, 2, None, "quick", 2, 2)
+    assert s == (1, 2, None, "quick", 2, 2, None)
 
 
 def test_without_peers_there_is_no_ratio():
     alone = row(fastbn=[1.0], copy=[1.0])
-    assert results.summary(alone)[3:] == (None, None, None)
-    assert "| none | | " in results.table([alone])
+    assert results.summary(alone)[3:] == (None, None, None, None)
+    assert "| none |  |  |  |" in results.table([alone])
 
 
 @pytest.mark.parametrize(("operation", "passes"), [("train", 2 + 4), ("infer", 4), ("backward", 3 * 2 + 4)])
@@ -59,6 +69,8 @@ def test_passes_are_reads_by_the_faster_read_and_one_copy(operation, passes):
     assert s.peer is None
     on_two_threads = results.summary(row(operation=operation, **measured, **{"copy, one thread": [6.0]}))
     assert (on_two_threads.passes, on_two_threads.copies) == (12 / passes, 2)
+    beside_a_peer = results.summary(row(operation=operation, peer=[18.0], **measured))
+    assert (beside_a_peer.ratio, beside_a_peer.allowed) == (18 / 12, 18 / passes)
 
 
 def test_geometric_mean():
@@ -71,8 +83,8 @@ def test_a_table_prints_losses_like_the_rest_and_the_worst_below():
         row((3, 4), fastbn=[1e-6], copy=[5e-7], quick=[5e-7], failed={"other": "wrong"}),
     ]
     lines = results.table(rows).splitlines()
-    assert lines[2] == "| (1, 2) | 1.0 | 2.00 |  | quick | 8.0 | 8.00 |"
-    assert lines[3] == "| (3, 4) | 1.0 | 2.00 |  | quick | 0.5 | **0.50, slower** |"
+    assert lines[2] == "| (1, 2) | 1.0 | 2.00 |  | quick | 8.0 | 8.00 |  |"
+    assert lines[3] == "| (3, 4) | 1.0 | 2.00 |  | quick | 0.5 | **0.50, slower** |  |"
     assert lines[5] == "Geometric mean 2.00, worst 0.50 at (3, 4)."
     assert lines[-1] == "Left out, other at (3, 4): wrong"
 
