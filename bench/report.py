@@ -28,7 +28,7 @@ INTRODUCTION = f"""# Speed
 float32. A ratio above 1 says how many times faster fastbn is than the fastest other library on that shape. Every
 library runs in a process of its own, one at a time, in turn. Ratios are taken within a round, and their medians over
 the rounds of {LAUNCHES} launches are printed. Every result was checked against float64 before. fastbn gets its arrays
-as NumPy makes them, the others get theirs aligned to 64 bytes; a library that cannot write into a given array allocates.
+as NumPy makes them, the others get theirs aligned to 64 bytes; one that cannot write into a given array allocates.
 
 *of a copy*: in multiples of `np.copyto` on the same array, on one thread. *of its passes*: in multiples of the time that
 its reads and its write take NumPy on the same arrays and as many threads (training: two reads and a write; inference:
