@@ -30,9 +30,9 @@ library runs in a process of its own, one at a time, in turn. Ratios are taken w
 the rounds of {LAUNCHES} launches are printed. Every result was checked against float64 before. fastbn gets its arrays
 as NumPy makes them, the others get theirs aligned to 64 bytes; one that cannot write into a given array allocates.
 
-*of a copy*: in multiples of `np.copyto` on the same array, on one thread. *of its passes*: in multiples of the time that
-its reads and its write take NumPy on the same arrays and as many threads (training: two reads and a write; inference:
-one and one; backward: four and one), a read being the faster of `np.dot` and `np.max`, a read with a write
+*of a copy*: in multiples of `np.copyto` on the same array, on one thread. *of its passes*: in multiples of the time
+that its reads and its write take NumPy on the same arrays and as many threads (training: two reads and a write;
+inference: one and one; backward: four and one), a read being the faster of `np.dot` and `np.max`, a read with a write
 `np.copyto`. *passes allow*: the ratio to the best peer that fastbn would have if it took exactly that time.
 
 `python -m bench.report` wrote this."""
