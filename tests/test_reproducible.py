@@ -1,8 +1,9 @@
 """The same bits for every thread count, build, alignment, and with out= or without.
 
-As a script it prints one digest: `python tests/test_reproducible.py THREADS OFFSET`. It must be the same everywhere.
+As a script it prints one digest: `python tests/test_reproducible.py THREADS OFFSET CACHE`. It must be the same everywhere.
 """
 
+import contextlib
 import hashlib
 import sys
 
@@ -17,6 +18,10 @@ from fastbn.kernels import cpu
 # stay in cache between one pass and the next, and some above every threshold for opening threads.
 SHAPES = [(3, 2), (40, 3), (300, 64), (100_000, 5), (33, 1000), (700, 1000), (40, 2500)]
 SHAPES += [(16, 32, 9, 9), (6, 70, 7), (30, 90, 5, 7), (5, 70, 600), (2, 3, 50_000), (1000, 3, 2)]
+# What is written past the cache has corners of its own: a last chunk that is less than one row of lanes; rows too wide to be
+# written whole, whose last block is a single lane; planes whose last piece is less than a line.
+PAST = [*SHAPES, (126_977, 5), (3, 64_513), (2, 3, 16_389)]
+HUGE = 2**40  # a cache that everything fits into
 
 
 def values(shape, seed, dtype):
@@ -65,6 +70,15 @@ def results(shape, dtype, activation, threads=None, offset=0, given=False, order
             fastbn.batch_norm_forward(part, running=running)
         found[f"running {options}"] = np.stack([running.mean, running.var])
     return {k: np.ascontiguousarray(v).tobytes() for k, v in found.items()}
+
+
+@contextlib.contextmanager
+def cache_of(nbytes):
+    before = cpu.set_cache_bytes(nbytes)
+    try:
+        yield
+    finally:
+        cpu.set_cache_bytes(before)
 
 
 def digest(threads, offset, given):
@@ -158,30 +172,39 @@ def test_the_process_wide_count_changes_no_bit():
 
 @pytest.fixture(scope="module")
 def digest_here():
-    return digest(2, 0, False)
+    with cache_of(HUGE):
+        return digest(2, 0, False)
 
 
 @pytest.mark.parametrize("build", kernels.BUILDS)
-@pytest.mark.parametrize(("threads", "offset"), [(1, 0), (3, 1)])
-def test_every_build_gives_the_same_bits(build, threads, offset, digest_here, python):
-    done = python(__file__, str(threads), str(offset), FASTBN_ISA=build)
+@pytest.mark.parametrize(("threads", "offset", "cache"), [(1, 0, HUGE), (3, 1, 0)])
+def test_every_build_gives_the_same_bits(build, threads, offset, cache, digest_here, python):
+    done = python(__file__, str(threads), str(offset), str(cache), FASTBN_ISA=build)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [digest_here]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", PAST, ids=str)
 def test_the_size_of_the_cache_changes_no_bit(shape, dtype):
     """Outputs that do not fit are written past it, by other instructions."""
-    expected = results(shape, dtype, "relu", 2)
-    before = cpu.set_cache_bytes(0)
-    try:
+    with cache_of(HUGE):
+        expected = results(shape, dtype, "relu", 2)
+    with cache_of(0):
         for offset in (0, 1, 3):
             same(results(shape, dtype, "relu", 2, offset=offset, given=True), expected)
-    finally:
-        cpu.set_cache_bytes(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_more_blocks_than_rows_past_the_cache(dtype):
+    """Many threads cut wide rows into many blocks, but write whole rows: some threads get none."""
+    with cache_of(HUGE):
+        expected = results((40, 4096), dtype, "leaky_relu", 1)
+    with cache_of(0):
+        same(results((40, 4096), dtype, "leaky_relu", 40, offset=1, given=True), expected)
 
 
 if __name__ == "__main__":
-    count, past = map(int, sys.argv[1:])
-    print(digest(count, past, past % 2 == 1))
+    count, past, size = map(int, sys.argv[1:])
+    with cache_of(size):
+        print(digest(count, past, past % 2 == 1))

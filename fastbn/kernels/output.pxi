@@ -120,7 +120,8 @@ cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) 
     params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
     at += first * ld
     rows = min(end, w.job.M // w.fold) - first
-    if w.streamed:
+    # There is no whole row in a chunk of less than one of lanes, or where there are more blocks than rows.
+    if w.streamed and rows:
         together = rows if n == ld and n >= STEP else 1
         for r in range(rows // together):
             # What is read soon: in the rest of the row and the next ones, or below.
