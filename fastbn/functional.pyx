@@ -343,8 +343,9 @@ def moments(x, axis=1, *, mask=None):
 
     Notes
     -----
-    Sums of ``x - pivot``, the pivot a value close to the mean, in blocks of a size that only x's shape decides, merged in order by the
-    rule of Chan, Golub & LeVeque (1979). The bits do not depend on the number of threads or on the processor.
+    Sums in float64, of x (float32), or of ``x - pivot``, the pivot a value close to the mean (float64, and where the mean is large), in
+    chunks of a size that only x's shape decides, merged in order by the rule of Chan, Golub & LeVeque (1979). The bits
+    do not depend on the number of threads or on the processor.
 
     Examples
     --------

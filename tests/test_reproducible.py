@@ -1,6 +1,7 @@
 """The same bits for every thread count, build, alignment, and with out= or without.
 
-As a script it prints one digest: `python tests/test_reproducible.py THREADS OFFSET CACHE`. It must be the same everywhere.
+As a script it prints one digest, which must be the same everywhere:
+`python tests/test_reproducible.py THREADS OFFSET CACHE`.
 """
 
 import contextlib
@@ -18,8 +19,8 @@ from fastbn.kernels import cpu
 # stay in cache between one pass and the next, and some above every threshold for opening threads.
 SHAPES = [(3, 2), (40, 3), (300, 64), (100_000, 5), (33, 1000), (700, 1000), (40, 2500)]
 SHAPES += [(16, 32, 9, 9), (6, 70, 7), (30, 90, 5, 7), (5, 70, 600), (2, 3, 50_000), (1000, 3, 2)]
-# What is written past the cache has corners of its own: a last chunk that is less than one row of lanes; rows too wide to be
-# written whole, whose last block is a single lane; planes whose last piece is less than a line.
+# What is written past the cache has corners of its own: a last chunk that is less than one row of lanes; rows too wide
+# to be written whole, whose last block is a single lane; planes whose last piece is less than a line.
 PAST = [*SHAPES, (126_977, 5), (3, 64_513), (2, 3, 16_389)]
 HUGE = 2**40  # a cache that everything fits into
 

@@ -60,8 +60,8 @@ cdef enum Operation:
     SCALE         # dx, where they are constants
 
 cdef enum:
-    SPREAD_PITCH = SPREAD + 16   # off the multiples of 4 KB, as PITCH
-    STREAM_AHEAD = 2048          # bytes from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
+    SPREAD_PITCH = SPREAD + STEP   # room for the first lanes again (`repeat_first`), and off the multiples of 4 KB, as PITCH
+    STREAM_AHEAD = 2048            # bytes from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
 
 
 cdef inline void *aligned(void *room) noexcept nogil:

@@ -6,8 +6,8 @@ a vector register: one arithmetic for all instruction sets. Arrays are (lanes,),
 a table (PARAMETERS, step), of which each loop reads the first n of the rows it needs.
 
 Each operation is a loop over n lanes of a few rows at once (which share what they load of sums and parameters), and a loop over rows that
-calls it STEP lanes at a time: what is `ahead` elements further on is fetched meanwhile. Four rows of 0.25 to 4 KB at once
-confuse the processor's own prefetching, which then reads at half the memory's speed.
+calls it STEP lanes at a time. Sums, and outputs past the caches, ask meanwhile for what is `ahead` elements further on: four rows of 0.25 to
+4 KB at once confuse the processor's own prefetching, which then reads at half the memory's speed.
 """
 from libc.stdint cimport uintptr_t
 

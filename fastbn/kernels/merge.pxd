@@ -10,7 +10,7 @@ from fastbn.kernels.table cimport Job
 # Loops over features are functions of their own: a compiler believes in pointers that do not alias where they are parameters.
 
 cdef inline void moments_of_one(f64 pivot, f64 s1, f64 s2, Py_ssize_t n, double m, f64 mean, f64 low, f64 var) noexcept nogil:
-    """What the three functions below come to for a single chunk, bit for bit, in a quarter of their time."""
+    """What the four functions below come to for a single chunk, bit for bit, in a quarter of their time."""
     cdef Py_ssize_t c
     cdef double shift
     cdef double s

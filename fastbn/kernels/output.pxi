@@ -122,7 +122,7 @@ cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) 
     rows = min(end, w.job.M // w.fold) - first
     # There is no whole row in a chunk of less than one of lanes, or where there are more blocks than rows.
     if w.streamed and rows:
-        together = rows if n == ld and n >= STEP else 1
+        together = rows if n == ld else 1
         for r in range(rows // together):
             # What is read soon: in the rest of the row and the next ones, or below.
             left = stream_of_rows(w, op, x, at, together * n, n, params, step, STREAM_AHEAD // size if n == ld else ld, waiting)

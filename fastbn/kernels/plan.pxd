@@ -35,10 +35,10 @@ cdef enum:
 
 ctypedef struct Work:
     Job *job
-    void *params          # (PARAMETERS, pitch) in x's dtype, rows on cache lines
+    void *params          # (PARAMETERS, pitch) in x's dtype, rows on cache lines: C features and, of rows, the first STEP again
     double *part          # (chunks, 3, C): pivot and the two sums of each chunk
     bint planes
-    bint fused            # all passes over one block before the next: its data is then read from memory once
+    bint fused            # all passes over one block before the next: what fits in a cache is then read from memory once
     bint streamed         # the output goes past the caches
     bint wide             # found a scale that float32 cannot hold
     int threads
@@ -79,7 +79,9 @@ cdef inline void cut_blocks(Work *w, Py_ssize_t wanted) noexcept nogil:
 
 
 cdef inline void plan(Work *w, Py_ssize_t inputs) noexcept nogil:
-    """Cut the work; `inputs` arrays of x's size are read twice. The number of threads must not be looked at before the last lines."""
+    """Cut the work; `inputs` arrays of x's size are summed, before they are read again for an output. The number of threads must not be
+    looked at before the last lines.
+    """
     cdef Job *job = w.job
     cdef Py_ssize_t wanted, worth
     cdef Py_ssize_t size = 8 if job.is_float64 else 4
@@ -117,6 +119,8 @@ cdef inline void plan(Work *w, Py_ssize_t inputs) noexcept nogil:
     w.threads = <int>min(<Py_ssize_t>job.num_threads, w.chunks * w.blocks)
     w.fused = (job.y != job.x and job.y != job.dy and (w.threads < 2 or w.blocks >= 2 * w.threads)
                and inputs > 0 and (job.S * size >= LONG if w.planes else job.M * w.block * size * inputs <= SLAB))
+    # Where x is read twice, a y written into the cache pushes x out; one thread alone has too few lines in flight to be faster in that cache
+    # than in memory, several have not. A sixth and a quarter are measured.
     w.streamed = (FASTBN_STREAMS and job.y != NULL and job.y != job.x and job.y != job.dy
                   and job.M * w.width * size > job.cache // (4 if inputs == 0 and w.threads > 1 else 6))
     # Room for the first features again, and not a multiple of 4 KB, as PITCH.

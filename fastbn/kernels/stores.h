@@ -1,7 +1,7 @@
 /* Streaming stores and prefetches, the one thing Cython cannot say.
 
-   An output that does not fit in the last-level cache is written past it: a plain store first reads the line that it
-   overwrites, and the lines push out the input. Below that size a plain store is faster, so the caller decides.
+   A large output is written past the caches: a plain store first reads the line that it overwrites, and the lines push out
+   the input. Small ones are written faster, and found again sooner, in cache: `plan` in plan.pxd decides.
 
    FASTBN_STREAMS is 0 where there is nothing to gain: 64-bit ARM has only a hint (STNP), which its cores may ignore, and
    they stop allocating by themselves once whole lines are written one after the other. There a line is copied. */
@@ -9,7 +9,6 @@
 #define FASTBN_STORES_H
 
 #include <stddef.h>
-#include <stdint.h>
 #include <string.h>
 
 #if defined(__SSE2__) || defined(_M_X64)

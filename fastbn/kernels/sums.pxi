@@ -67,7 +67,8 @@ cdef void sum_task(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row
 
 
 cdef row spread(Work *w, Py_ssize_t b, row table, Py_ssize_t pitch, Py_ssize_t used, row lanes, Py_ssize_t *step) noexcept nogil:
-    """One value for each lane of block b, from one for each feature: the first `used` rows of `lanes` (PARAMETERS, step).
+    """One value for each lane of block b, from one for each feature: the first `used` rows of `lanes` (PARAMETERS, step),
+    the first lanes once more behind the last.
 
     table: (used, pitch), its first column that of the block's first feature; handed back as it is where each lane is a feature.
     """

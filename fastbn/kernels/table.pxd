@@ -25,7 +25,7 @@ ctypedef struct Job:
     # (C,)
     double *weight  # [in]
     double *bias    # [in]
-    double *mean      # [out] moments, [in] elsewhere: the mean is mean + mean_low
+    double *mean      # [out] moments and forward, [in] elsewhere: the mean is mean + mean_low
     double *mean_low
     double *var       # of 1/m
     double *dweight  # [out] backward
@@ -38,6 +38,6 @@ ctypedef int (*Kernel)(Job *job) noexcept nogil
 
 ctypedef struct Table:
     Kernel moments    # mean, mean_low, var of x
-    Kernel forward    # the two in one
+    Kernel forward    # moments and normalize in one
     Kernel normalize  # y = activation((x - mean) * weight / sqrt(var + eps) + bias)
     Kernel backward   # dx, dweight, dbias
