@@ -23,11 +23,11 @@ LAUNCHES = 3
 READ = 65536  # fewest elements that reads are measured on
 QUICK = [LAYOUTS[0], LAYOUTS[2], LAYOUTS[-4]]
 
-INTRODUCTION = f"""# Speed
+INTRODUCTION = """# Speed
 
 float32. A ratio above 1 says how many times faster fastbn is than the fastest other library on that shape. Every
 library runs in a process of its own, one at a time, in turn. Ratios are taken within a round, and their medians over
-the rounds of {LAUNCHES} launches are printed. Every result was checked against float64 before. fastbn gets its arrays
+the rounds of {launches} are printed. Every result was checked against float64 before. fastbn gets its arrays
 as NumPy makes them, the others get theirs aligned to 64 bytes; one that cannot write into a given array allocates.
 
 *of a copy*: in multiples of `np.copyto` on the same array, on one thread. *of its passes*: in multiples of the time
@@ -38,12 +38,12 @@ inference: one and one; backward: four and one), a read being the faster of `np.
 `python -m bench.report` wrote this."""
 
 
-def measure(threads: int, quick: bool) -> list[results.Row]:
+def measure(threads: int, launches: int, quick: bool) -> list[results.Row]:
     """All rows, for this number of threads.
 
     Every launch starts the processes anew: where an array's pages happen to lie weighs as much as a fifth, and stays.
     """
-    launches, rounds, seconds = (1, 3, 0.001) if quick else (LAUNCHES, 5, 0.008)
+    rounds, seconds = (3, 0.001) if quick else (5, 0.008)
     for peer in PEERS.values():
         if not peer.installed:
             print(f"skipped: {peer.name} ({' or '.join(peer.modules)} is not installed)")
@@ -101,7 +101,8 @@ def passes(worker: Worker, case: Case, cache: int) -> dict[str, Entrant]:
 def write(report: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "speed.json").write_text(compact(report))
-    parts = [INTRODUCTION, machine.in_words(report["machine"])]
+    launches = f"{report['launches']} launch{'es' * (report['launches'] > 1)}"
+    parts = [INTRODUCTION.format(launches=launches), machine.in_words(report["machine"])]
     for threads, rows in report["rows"].items():
         for column, title in results.COLUMNS.items():
             count = "one thread" if threads == "1" else f"{threads} threads"
@@ -119,7 +120,8 @@ def compact(report: dict) -> str:
         f'"{threads}": [\n' + ",\n".join(json.dumps(results.to_digits(row)) for row in rows) + "\n]"
         for threads, rows in report["rows"].items()
     )
-    return f'{{"machine": {json.dumps(report["machine"])},\n"rows": {{{", ".join(rows)}}}}}\n'
+    about = json.dumps({key: value for key, value in report.items() if key != "rows"})
+    return f'{about[:-1]},\n"rows": {{{", ".join(rows)}}}}}\n'
 
 
 def main() -> None:
@@ -129,14 +131,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE, metavar="DIR")
     parser.add_argument("--redraw", action="store_true", help="from the speed.json there, without measuring")
     options = parser.parse_args()
+    if options.quick and options.output == HERE:
+        parser.error("expected --output with --quick, whose figures must not replace the measured ones")
+    if min(options.threads or [1]) < 1:
+        parser.error(f"expected --threads of at least 1, got {min(options.threads)}")
     if options.redraw:
-        write(json.loads((options.output / "speed.json").read_text()), options.output)
+        measured = options.output / "speed.json"
+        if not measured.is_file():
+            parser.error(f"expected a report to draw again, got no {measured}")
+        write(json.loads(measured.read_text()), options.output)
         return
-    report = {"machine": machine.describe(), "rows": {}}
+    launches = 1 if options.quick else LAUNCHES
+    report = {"machine": machine.describe(), "launches": launches, "rows": {}}
     print(machine.in_words(report["machine"]))
     for threads in options.threads or range(1, min(2, machine.processors()) + 1):
         print(f"\n{threads} thread(s)")
-        report["rows"][str(threads)] = measure(threads, options.quick)
+        report["rows"][str(threads)] = measure(threads, launches, options.quick)
         write(report, options.output)
 
 

@@ -93,9 +93,10 @@ def test_a_report_is_written_and_drawn_again_from_its_json(tmp_path):
     rows = [row(operation=o, preallocated=p, fastbn=[1.0], copy=[0.5], x=[0.33]) for o, p in results.COLUMNS]
     machine = {"processor": "P", "processors": 2, "cache": 2**25, "system": "S", "build": "v3", "load": None}
     machine["versions"] = {"numpy": "2", "torch": None}
-    report.write({"machine": machine, "rows": {"1": rows, "2": rows}}, tmp_path)
+    report.write({"machine": machine, "launches": 3, "rows": {"1": rows, "2": rows}}, tmp_path)
     text = (tmp_path / "speed.md").read_text()
     assert text.count("**0.33, slower**") == 8
+    assert "over\nthe rounds of 3 launches are printed" in text
     assert "not installed: torch" in text
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
     report.write(json.loads((tmp_path / "speed.json").read_text()), tmp_path)
