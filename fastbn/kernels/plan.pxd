@@ -114,7 +114,7 @@ cdef inline void plan(Work *w, Py_ssize_t inputs) noexcept nogil:
         w.chunk = ceil_div(w.chunk, 8) * 8
     w.chunks = ceil_div(w.units, w.chunk)
     # From here on nothing changes a bit of the result.
-    if not w.planes and w.fold == 1 and w.chunks * w.blocks < 2 * job.num_threads:
+    if not w.planes and w.fold == 1 and job.num_threads > 1 and w.chunks * w.blocks < 2 * job.num_threads:
         cut_blocks(w, ceil_div(2 * job.num_threads, w.chunks))
     w.threads = <int>min(<Py_ssize_t>job.num_threads, w.chunks * w.blocks)
     w.fused = (job.y != job.x and job.y != job.dy and (w.threads < 2 or w.blocks >= 2 * w.threads)
