@@ -145,21 +145,29 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
     cdef row waiting = <row>aligned(line_room)
     cdef row y = <row>w.job.y
     cdef Py_ssize_t size = sizeof(x[0])
+    cdef Py_ssize_t C = w.job.C
+    cdef Py_ssize_t S = w.job.S
     cdef Py_ssize_t left = 0
+    cdef Py_ssize_t c = first // w.pieces % C if b < 0 else b
     cdef Py_ssize_t i
-    cdef Py_ssize_t u
+    cdef Py_ssize_t plane
     cdef Py_ssize_t at
     cdef Py_ssize_t n
     cdef row params
     for i in range(first, end):
-        u = i
+        plane = i if b < 0 else first + end - 1 - i
+        at = 0
+        n = S
+        if w.pieces > 1:  # divisions weigh where planes are short
+            at = plane % w.pieces * w.piece
+            n = min(w.piece, S - at)
+            plane //= w.pieces
+        params = <row>w.params + c
         if b >= 0:
-            u = first + end - 1 - i
-            u = (u // w.pieces * w.job.C + b) * w.pieces + u % w.pieces
-        params = <row>w.params + u // w.pieces % w.job.C
-        at = u % w.pieces * w.piece
-        n = min(w.piece, w.job.S - at)
-        at += u // w.pieces * w.job.S
+            plane = plane * C + b
+        elif at + n == S:
+            c = c + 1 if c + 1 < C else 0
+        at += plane * S
         if w.streamed:
             left = stream_of_run(w, op, x, at, n, params, waiting, left)
             # Planes that follow each other in memory share the lines between them.

@@ -47,15 +47,21 @@ cdef void sum_task(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row
     cdef Py_ssize_t lead
     cdef Py_ssize_t rows
     cdef Py_ssize_t u
+    cdef Py_ssize_t plane
     cdef Py_ssize_t at
     cdef Py_ssize_t n
     if w.planes:
         # The processor fetches ahead within a long plane by itself, but not from one short plane to the next.
         lead = NEAR // (w.job.S * size) + 1 if w.job.S * size <= AHEAD else 0
         for u in range(first, end):
-            at = u % w.pieces * w.piece
-            n = min(w.piece, w.job.S - at)
-            at += (u // w.pieces * w.job.C + b) * w.job.S
+            at = 0
+            n = w.job.S
+            plane = u
+            if w.pieces > 1:  # divisions weigh where planes are short
+                at = u % w.pieces * w.piece
+                n = min(w.piece, n - at)
+                plane = u // w.pieces
+            at += (plane * w.job.C + b) * w.job.S
             sum_run(w, op, x, at, n, params, lead * w.job.C * w.job.S if u + lead < end else 0, sums)
         return
     at = first * ld + b * w.block
