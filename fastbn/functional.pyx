@@ -178,7 +178,8 @@ cdef class Call:
         if self.room != self.small:
             PyMem_Free(self.room)
 
-    cdef int begin(self, Constants constants, cnp.ndarray x) except -1:
+    cdef int begin(self, Constants constants, cnp.ndarray x, int reads) except -1:
+        """`reads`: of arrays of x's size."""
         cdef int k = feature_axis(x, constants.axis)
         cdef Job *job = &self.job
         if not dense(x, k, &job.M, &job.S):
@@ -191,7 +192,7 @@ cdef class Call:
         job.is_float64 = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
         job.activation = constants.activation
         job.eps = constants.eps
-        job.num_threads = cpu.threads(constants.num_threads) if job.M * job.C * job.S >= THREADED else 1
+        job.num_threads = cpu.threads(constants.num_threads) if reads * job.M * job.C * job.S >= THREADED else 1
         if constants.features >= 0 and constants.features != job.C:
             raise ValueError(f"expected x with {constants.features} features along axis {constants.axis}, got shape {shape_of(x)}")
         return 0
@@ -275,7 +276,7 @@ def forward(Constants constants, x, out, double factor):
     cdef Py_ssize_t i
     cdef Py_ssize_t m
     cdef Job *job = &c.job
-    c.begin(constants, given)
+    c.begin(constants, given, 2)
     c.parameters(constants)
     c.output(out, given, None)
     if constants.mean is not None:
@@ -301,7 +302,7 @@ def infer(Constants constants, x, out):
     cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
     cdef BatchStats stats
-    c.begin(constants, given)
+    c.begin(constants, given, 1)
     c.parameters(constants)
     c.output(out, given, None)
     stats = new_stats(c.job.C, 0)
@@ -368,7 +369,7 @@ def moments(x, axis=1, *, mask=None):
             raise ValueError(f"expected mask of shape {rest}, x's without the feature axis, got {mask.shape}")
         given = np.moveaxis(given, k, -1)[mask]
         axis = 1
-    c.begin(Constants(axis=axis), given)
+    c.begin(Constants(axis=axis), given, 1)
     stats = new_stats(c.job.C, c.job.M * c.job.S)
     c.statistics(stats)
     call(KERNELS.moments, &c.job)
@@ -577,7 +578,7 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
     cdef Job *job = &c.job
     if not isinstance(stats, BatchStats):
         raise TypeError(f"expected stats to be a BatchStats, as batch_norm_forward returns, got {type(stats).__name__}")
-    c.begin(constants, given)
+    c.begin(constants, given, 4)
     if not cnp.PyArray_SAMESHAPE(gradient, given):
         raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
     c.parameters(constants)

@@ -42,6 +42,8 @@ class Optimizer:
         self._state: dict[str, Array] = {"step": np.zeros((), np.int64)}
         self._buffers: dict[str, list[Array]] = {}
         for name, p in model.params.items():
+            if not isinstance(p, np.ndarray):
+                raise TypeError(f"expected the parameter {name!r} as an array, got {type(p).__name__}")
             dtype = p.dtype.newbyteorder("=")
             if dtype not in FLOATS:
                 raise TypeError(f"expected the parameter {name!r} of dtype float32 or float64, got {p.dtype}")

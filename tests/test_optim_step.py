@@ -280,6 +280,8 @@ def test_parameters_that_came_later_or_are_of_another_type():
     assert (model.params["a"] == 1).all()
     with pytest.raises(TypeError, match="parameter 'c' of dtype float32 or float64, got int64"):
         optim.SGD(SimpleNamespace(params={"c": np.ones(2, np.int64)}, grads={}), 0.5)
+    with pytest.raises(TypeError, match="parameter 'd' as an array, got list"):
+        optim.SGD(SimpleNamespace(params={"d": [1.0]}, grads={}), 0.5)
 
 
 def test_scalar_parameters_take_scalar_gradients():
