@@ -46,6 +46,7 @@ from fastbn.kernels.plan cimport (
     count,
     features,
     plan,
+    plane_of,
 )
 from fastbn.kernels.stores cimport stream_fence
 from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table

@@ -151,17 +151,11 @@ cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, 
     cdef Py_ssize_t c = first // w.pieces % C if b < 0 else b
     cdef Py_ssize_t i
     cdef Py_ssize_t plane
-    cdef Py_ssize_t at
-    cdef Py_ssize_t n
+    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t n = 0
     cdef row params
     for i in range(first, end):
-        plane = i if b < 0 else first + end - 1 - i
-        at = 0
-        n = S
-        if w.pieces > 1:  # divisions weigh where planes are short
-            at = plane % w.pieces * w.piece
-            n = min(w.piece, S - at)
-            plane //= w.pieces
+        plane = plane_of(w, i if b < 0 else first + end - 1 - i, &at, &n)
         params = <row>w.params + c
         if b >= 0:
             plane = plane * C + b

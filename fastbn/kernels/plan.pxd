@@ -137,6 +137,17 @@ cdef inline Py_ssize_t features(Work *w, Py_ssize_t b) noexcept nogil:
     return min(w.block // w.job.S, w.job.C - b * (w.block // w.job.S))
 
 
+cdef inline Py_ssize_t plane_of(Work *w, Py_ssize_t u, Py_ssize_t *at, Py_ssize_t *n) noexcept nogil:
+    """The plane that piece number u belongs to. at: where in the plane the piece begins; n: its elements."""
+    at[0] = 0
+    n[0] = w.job.S
+    if w.pieces == 1:  # divisions weigh where planes are short
+        return u
+    at[0] = u % w.pieces * w.piece
+    n[0] = min(w.piece, w.job.S - at[0])
+    return u // w.pieces
+
+
 cdef inline Py_ssize_t count(Work *w, Py_ssize_t k) noexcept nogil:
     """Elements of one feature in chunk k."""
     cdef Py_ssize_t first = k * w.chunk

@@ -48,19 +48,13 @@ cdef void sum_task(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x, row
     cdef Py_ssize_t rows
     cdef Py_ssize_t u
     cdef Py_ssize_t plane
-    cdef Py_ssize_t at
-    cdef Py_ssize_t n
+    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t n = 0
     if w.planes:
         # The processor fetches ahead within a long plane by itself, but not from one short plane to the next.
         lead = NEAR // (w.job.S * size) + 1 if w.job.S * size <= AHEAD else 0
         for u in range(first, end):
-            at = 0
-            n = w.job.S
-            plane = u
-            if w.pieces > 1:  # divisions weigh where planes are short
-                at = u % w.pieces * w.piece
-                n = min(w.piece, n - at)
-                plane = u // w.pieces
+            plane = plane_of(w, u, &at, &n)
             at += (plane * w.job.C + b) * w.job.S
             sum_run(w, op, x, at, n, params, lead * w.job.C * w.job.S if u + lead < end else 0, sums)
         return
@@ -165,15 +159,15 @@ cdef void choose_pivots(Work *w, Py_ssize_t k, Py_ssize_t b, row x, row pivot) n
     cdef Py_ssize_t first = k * w.chunk
     cdef Py_ssize_t n = min(first + w.chunk, w.units) - first
     cdef Py_ssize_t i
-    cdef Py_ssize_t u
-    cdef Py_ssize_t at
+    cdef Py_ssize_t plane
+    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t elements = 0
     cdef Py_ssize_t o[32]
     if w.planes:
         # Steps of 21/32 of a piece, near the golden ratio, so that the places within the planes differ, however many planes there are.
         for i in range(32):
-            u = first + i * n // 32
-            at = u % w.pieces * w.piece
-            o[i] = (u // w.pieces * C + b) * S + at + (2 * (i * 21 % 32) + 1) * min(w.piece, S - at) // 64
+            plane = plane_of(w, first + i * n // 32, &at, &elements)
+            o[i] = (plane * C + b) * S + at + (2 * (i * 21 % 32) + 1) * elements // 64
         pivot[0] = (((tree(x[o[0]], x[o[1]], x[o[2]], x[o[3]], x[o[4]], x[o[5]], x[o[6]], x[o[7]]) * <float>0.125
                       + tree(x[o[8]], x[o[9]], x[o[10]], x[o[11]], x[o[12]], x[o[13]], x[o[14]], x[o[15]]) * <float>0.125)
                      + (tree(x[o[16]], x[o[17]], x[o[18]], x[o[19]], x[o[20]], x[o[21]], x[o[22]], x[o[23]]) * <float>0.125
