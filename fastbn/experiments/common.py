@@ -25,7 +25,9 @@ import numpy as np
 import fastbn
 from fastbn import data, plots
 
-__all__ = ["Result", "curve", "in_parallel", "prepare", "spread"]
+__all__ = ["Pair", "Result", "curve", "in_parallel", "prepare", "spread"]
+
+Pair = tuple[np.ndarray, np.ndarray]  # X, y
 
 
 @dataclass
@@ -107,7 +109,7 @@ def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, 
     return low, median, high
 
 
-def curve(name: str, x: Sequence[Any], cells: Iterable[list[Any]], **style: Any) -> plots.Curve:
+def curve(name: str, x: Sequence[Any], cells: Iterable[Iterable[float | None]], **style: Any) -> plots.Curve:
     """The medians of a row of cells, one for each x, with the range over the seeds as a band."""
     low, median, high = zip(*map(spread, cells), strict=True)
     return plots.Curve(name, list(x), list(median), list(low), list(high), **style)
@@ -139,15 +141,17 @@ def in_parallel(task: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, p
 
 def prepare(
     dataset: data.Dataset | None, seed: int = 0, *, train: int | None = None, held_out: int | None = None
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+) -> tuple[Pair, Pair]:
     """The two pairs (X, y), training and held-out, by `data.split`; at most so many examples of each, drawn by seed."""
     train_part, held_out_part = data.split(data.load() if dataset is None else dataset, seed=seed)
     return _drawn(train_part, train, seed), _drawn(held_out_part, held_out, seed)
 
 
-def _drawn(part: data.Dataset, most: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(part: data.Dataset, most: int | None, seed: int) -> Pair:
     if part.y is None:
         raise ValueError(f"{part.name}: no labels for the held-out examples")
+    if most is None or most >= len(part.y):
+        return part.X, part.y
     rows = np.sort(np.random.default_rng(seed).permutation(len(part.y))[:most])
     return part.X[rows], part.y[rows]
 
