@@ -41,7 +41,7 @@ class Result:
     title : str
         One line.
     settings : dict
-        All that is needed to repeat it; JSON-able.
+        All that is needed to repeat it, "data" and "seeds" among them; JSON-able.
     columns : dict of heading -> format
         Of the table; the format, such as ".1%", is that of the column's numbers.
     rows : list of lists
@@ -71,7 +71,11 @@ class Result:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
         settings = ", ".join(f"{key} {_short(value)}" for key, value in self.settings.items())
-        return "\n".join([self.title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", *self.remarks, settings])
+        legend = ["Median of the seeds (lowest to highest)."] if self.settings.get("seeds", 1) > 1 else []
+        rule = "-" * max(map(len, lines))
+        return "\n".join(
+            [self.title, "", lines[0], rule, *lines[1:], "", *legend, *self.remarks, f"Settings: {settings}."]
+        )
 
     def _text(self, cell: Any, form: str) -> str:
         if cell is None or isinstance(cell, str):

@@ -127,8 +127,7 @@ def _result(curves: Curves, rates: list[float], every: int, settings: dict[str, 
     within = f"within {steps:,} steps"
     return Result(
         name="speed",
-        title=f"Steps until {goal:.0%} of the held-out examples are right (95 % of the best seen), {within}: median "
-        f"and range of {seeds} seeds",
+        title=f"Steps of gradient descent until {goal:.0%} of the held-out examples are right (95 % of the best seen)",
         settings=settings,
         columns={"network": "", "rate": "g", "steps": ",.0f", "reached": "", "diverged": "", "best accuracy": ".1%"},
         rows=rows,
