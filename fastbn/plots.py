@@ -142,8 +142,10 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(4.8 * len(drawn), 4.2), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        axes.set(xscale=panel.xscale, yscale=panel.yscale, ylim=panel.ylim)
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.set(xscale=panel.xscale, yscale=panel.yscale)
+        if panel.ylim:
+            axes.set_ylim(panel.ylim)
         top = panel.ylim[1] if panel.ylim else math.nan
         for i, curve in enumerate(panel.curves):
             colour = colours[curve.name]
@@ -155,8 +157,8 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
                 else:
                     axes.fill_between(curve.x, low, high, color=colour, alpha=0.2, linewidth=0)
             gone = [x for x, y in zip(curve.x, curve.y, strict=True) if y is None]
-            # one below the other, so that all are seen
-            axes.plot(gone, [0.97 - 0.04 * i] * len(gone), "x", color=colour, transform=axes.get_xaxis_transform())
+            if gone:  # one below the other, so that all are seen
+                axes.plot(gone, [0.97 - 0.04 * i] * len(gone), "x", color=colour, transform=axes.get_xaxis_transform())
         if any(y is None for curve in panel.curves for y in curve.y):
             axes.plot([], [], "x", color="grey", label=panel.missing)
         if panel.percent:

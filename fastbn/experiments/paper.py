@@ -21,7 +21,7 @@ __all__ = ["run", "typical"]
 
 NETWORKS = ("without", "with")
 HIDDEN, BATCH_SIZE = (100, 100, 100), 60
-RATE, START = 1.0, 0.1  # the standard deviation of the start weights
+RATE, START = 0.1, 0.1  # the standard deviation of the start weights
 PERCENTILES = (15, 50, 85)
 
 
@@ -157,11 +157,11 @@ def _result(
         rows=rows,
         panels=[
             plots.Panel("(a) accuracy", "Step", "Accuracy on held-out images", accuracy, percent=True),
-            *(plots.Panel(f"({letter}) input of a sigmoid", "Step", "15th, 50th and 85th percentile", [drawn],
+            *(plots.Panel(f"({letter}) a last sigmoid's input", "Step", "15th, 50th and 85th percentile", [drawn],
                           ylim=(min(ends), max(ends))) for letter, drawn in zip("bc", inputs, strict=True)),
         ],
         remarks=[
-            f"Learning rate {RATE:g} for both: of 0.1, 0.3, 1 and 3 the best for the network without, on the digits.",
-            "A typical sigmoid is the one of the layer's whose median moves as far as is usual there.",
+            f"Learning rate {RATE:g} for both, a common one for gradient descent; the paper does not name its own.",
+            "The typical sigmoid is the one whose median moves as far as is usual in the layer.",
         ],
     )  # fmt: skip
