@@ -252,6 +252,11 @@ def _predict(args: argparse.Namespace) -> None:
     is_test_part = dataset.held_out is not None
     dataset = dataset.held_out or dataset
     _check_columns(args, dataset, trained)
+    if dataset.y is not None and dataset.classes is not None:
+        there = dataset.classes[np.unique(dataset.y)].tolist()
+        if unseen := [label for label in there if label not in trained["classes"]]:
+            known = ", ".join(map(str, trained["classes"]))
+            raise ValueError(f"{args.data}: label {unseen[0]!r} was not seen in training, expected one of {known}")
     chosen = np.concatenate([model(dataset.X[i : i + 1024]).argmax(axis=1) for i in range(0, len(dataset.X), 1024)])
     labels = [trained["classes"][k] for k in chosen]
     sys.stdout.write("".join(f"{label}\n" for label in labels))

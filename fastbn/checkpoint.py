@@ -23,7 +23,9 @@ __all__ = ["load", "read_metadata", "restore", "save"]
 
 _Path = str | os.PathLike[str]
 _OPTIMIZER = "optimizer."
-_CLASSES = {c.__name__: c for c in (BatchNorm, nn.Dense, nn.Dropout, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.Tanh)}
+_CLASSES = {
+    c.__name__: c for c in (BatchNorm, nn.Dense, nn.Dropout, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.Standardize, nn.Tanh)
+}
 
 
 def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, Any] | None = None) -> None:

@@ -306,7 +306,9 @@ def _load_idx_folder(folder: Path) -> Dataset:
     if len({X.shape[1] for X, _ in parts.values()}) > 1:
         raise ValueError(f"{folder}: the train and t10k images differ in size")
     known = [labels for _, labels in parts.values() if labels is not None]
-    classes = np.unique(np.concatenate(known)) if known else None
+    classes = np.unique(known[0]) if known else None
+    if len(known) == 2 and (unseen := np.setdiff1d(known[1], known[0])).size:
+        raise ValueError(f"{folder}: label {unseen[0]} of the t10k images does not occur among the train images")
     sets = [
         Dataset(X, None, classes, folder.resolve().name)
         if classes is None or labels is None

@@ -17,11 +17,12 @@ from . import losses
 from .data import held_out_rows, minibatches
 from .history import History
 from .nn import Sequential
+from .recalibration import recalibrate
 from .runstate import RunState
 from .state import Array, as_float
 from .terminal import CtrlC, progress_bar
 
-__all__ = ["History", "evaluate", "fit"]
+__all__ = ["History", "evaluate", "fit", "recalibrate"]
 
 Loss = Callable[[Array, Array], tuple[float, Array]]
 

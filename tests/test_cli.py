@@ -155,6 +155,9 @@ def test_predict_refuses(flowers, model, capsys, tmp_path):
         ("none.csv", "no such file or folder: "),
     ):
         assert fault in refused(capsys, "predict", model, folder / name)
+    (folder / "other.csv").write_text("a,b,kind,c,d\n1,2,rose,3,4\n1,2,tulip,3,4\n")
+    unseen = refused(capsys, "predict", model, folder / "other.csv", "--target", "kind")
+    assert "other.csv: label 'tulip' was not seen in training, expected one of aster, lily, rose\n" in unseen
     for name, fault in (
         ("none", "no such file: "),
         ("plain.csv", "plain.csv: not a safetensors file"),

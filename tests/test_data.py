@@ -235,6 +235,10 @@ def test_idx_folders_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="train-labels-idx1-ubyte: 11 labels for the 12 images"):
         data.load(tmp_path)
     idx_folder(tmp_path)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.arange(12, dtype=np.uint8) % 3 * 3)
+    with pytest.raises(ValueError, match="label 3 of the t10k images does not occur among the train images"):
+        data.load(tmp_path)
+    idx_folder(tmp_path)
     write_idx(tmp_path / "t10k-images-idx3-ubyte", np.zeros((12, 2, 2), np.uint8))
     with pytest.raises(ValueError, match="differ in size"):
         data.load(tmp_path)

@@ -158,7 +158,7 @@ def _result(
         panels=[
             plots.Panel("(a) accuracy", "Step", "Accuracy on held-out images", accuracy, percent=True),
             *(plots.Panel(f"({letter}) a last sigmoid's input", "Step", "15th, 50th and 85th percentile", [drawn],
-                          ylim=(min(ends), max(ends))) for letter, drawn in zip("bc", inputs, strict=True)),
+                          ylim=(min(ends) - 0.2, max(ends) + 0.2)) for letter, drawn in zip("bc", inputs, strict=True)),
         ],
         remarks=[
             f"Learning rate {RATE:g} for both, a common one for gradient descent; the paper does not name its own.",
