@@ -75,6 +75,7 @@ def contents(
     model: Any, optimizer: Any = None, metadata: dict[str, Any] | None = None
 ) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors and texts of a file."""
+    _safetensors()  # what is missing is said before anything is done
     texts = {"format": "fastbn", MODEL: json.dumps(_describe(model))}
     texts["fastbn.metadata"] = json.dumps({} if metadata is None else metadata)
     tensors = model.state_dict()

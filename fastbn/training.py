@@ -85,7 +85,8 @@ def fit(
         by Ctrl-C. `fastbn.checkpoint.load` reads it as the model as it was after its last step.
     resume : bool
         Go on from that file, with the bits that a run never stopped would have; from the beginning where there is no
-        such file. `epochs` and `patience` may be others than before. What callbacks keep is theirs to restore.
+        such file. A run that is finished is only read. `epochs`, `patience` and the optimizer's numbers may be others
+        than before; what callbacks keep is theirs to restore.
     progress : bool
         Show a bar with loss, accuracy and examples per second, where standard error is a terminal and tqdm is
         installed.

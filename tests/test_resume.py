@@ -381,3 +381,12 @@ def test_what_cannot_be_saved_is_said_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="resume needs the checkpoint"):
         fit(None, resume=True)
     assert os.listdir(tmp_path) == []
+
+
+def test_safetensors_missing_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    model = network()
+    before = bits(model)
+    with pytest.raises(ImportError, match="checkpoints need safetensors"):
+        fit(tmp_path / "run", model=model)
+    assert bits(model) == before
