@@ -283,12 +283,14 @@ def test_killed_at_any_moment_the_file_is_whole(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).parents[1])}
     for _ in range(3):
         with subprocess.Popen([sys.executable, "-c", SAVING, path], stdout=subprocess.PIPE, env=environment) as process:
-            assert process.stdout.readline().strip() == b"ready"
-            for _ in range(20):
-                time.sleep(0.01 * rng.random())
-                n = checkpoint.read_metadata(path)["n"]  # a reader meets whole files too
-                assert n <= checkpoint.load(path).num_batches_tracked
-            process.kill()
+            try:
+                assert process.stdout.readline().strip() == b"ready"
+                for _ in range(20):
+                    time.sleep(0.01 * rng.random())
+                    n = checkpoint.read_metadata(path)["n"]  # a reader meets whole files too
+                    assert n <= checkpoint.load(path).num_batches_tracked
+            finally:
+                process.kill()
         n = checkpoint.read_metadata(path)["n"]
         bn = checkpoint.load(path)
         assert n == bn.num_batches_tracked >= 3

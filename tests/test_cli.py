@@ -4,6 +4,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -281,8 +282,8 @@ def test_ctrl_c_from_outside(flowers):
     command = [sys.executable, "-m", "fastbn", "train", "--data", folder / "flowers.csv", "--target", "kind",
                "--out", folder / "run", "--epochs", "100000"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not (folder / "run" / "unfinished-with.safetensors").exists():
-            assert process.poll() is None
+        while not (folder / "run" / "unfinished-with.safetensors").exists() and process.poll() is None:
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         err = process.communicate()[1]
     assert process.returncode == 130
