@@ -27,7 +27,8 @@ class Dense(Layer):
     bias : bool
         False leaves b out, as it should be where BatchNorm comes next: that takes any b away again.
     activation : {None, "relu", "leaky_relu"}
-        f, applied in place; leaky_relu's slope is 0.01.
+        f, applied in place; leaky_relu's slope is 0.01. backward takes its derivative from the sign of y: change y
+        before it, and the gradients are wrong.
     dtype : {"float32", "float64"}
         Type of the parameters and their gradients; x may have either, and y has x's.
     seed : int or None
