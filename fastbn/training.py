@@ -18,12 +18,13 @@ from . import losses
 from .data import held_out_rows, minibatches
 from .history import History
 from .nn import walk
+from .recalibration import recalibrate
 from .runstate import RunFile, RunState
 from .schedules import Schedule
 from .state import Array, as_float
 from .terminal import CtrlC, progress_bar
 
-__all__ = ["History", "evaluate", "fit"]
+__all__ = ["History", "evaluate", "fit", "recalibrate"]
 
 Loss = Callable[[Array, Array], tuple[float, Array]]
 
