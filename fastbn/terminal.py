@@ -13,9 +13,9 @@ __all__ = ["CtrlC", "progress_bar"]
 
 
 class CtrlC:
-    """While it is entered, the first Ctrl-C only sets `pressed`; the second one raises KeyboardInterrupt at once.
+    """While it is entered, the first Ctrl-C only sets `pressed`; leaving then raises KeyboardInterrupt.
 
-    Only Python's own handler is replaced, and put back: one that somebody else has installed, or none, stays.
+    A second one raises it at once. Only Python's own handler is replaced, and put back: another one, or none, stays.
     """
 
     pressed = False
@@ -27,9 +27,11 @@ class CtrlC:
             signal.signal(signal.SIGINT, self._press)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._replaced:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.pressed and error is None:
+            raise KeyboardInterrupt
 
     def _press(self, *_: object) -> None:
         self.pressed = True
@@ -47,7 +49,7 @@ def progress_bar(state: RunState, *, epochs: int, examples: int, progress: bool)
                 def format_dict(self) -> dict[str, Any]:  # asked for only when the bar is drawn, not in every step
                     loss = f"loss {state.total / state.seen:.4f}" if state.seen else ""
                     accuracy = f", accuracy {state.right / state.decisions:.4f}" if state.decisions else ""
-                    prefix = f"epoch {state.epoch}/{epochs}: "
+                    prefix = f"epoch {max(state.epoch, 1)}/{epochs}: "
                     return {**super().format_dict, "prefix": prefix, "postfix": loss + accuracy}
 
             done = max(state.epoch - 1, 0) * examples + state.seen

@@ -13,7 +13,8 @@ def network(dtype="float64", **options):
     model = nn.Sequential(
         nn.Standardize(5), nn.Dense(5, 9, bias=False, dtype=dtype, seed=0),
         BatchNorm(9, dtype=dtype, activation="relu", **options), nn.Dropout(0.5, seed=3),
-        nn.Sequential(nn.Dense(9, 8, dtype=dtype), nn.Sequential(BatchNorm(8, dtype=dtype, **options)), nn.Tanh()),
+        nn.Sequential(nn.Dense(9, 8, seed=1, dtype=dtype), nn.Sequential(BatchNorm(8, dtype=dtype, **options))),
+        nn.Tanh(),
         nn.Dense(8, 6, dtype=dtype, seed=2), BatchNorm(6, dtype=dtype, axis=-1, **options), nn.LeakyReLU(0.2),
         nn.Dense(6, 3, dtype=dtype, seed=4), BatchNorm(3, affine=False, dtype=dtype, **options),
     )  # fmt: skip
@@ -35,13 +36,11 @@ def data(n=50, dtype="float64"):
 
 
 def forwarded(model, X):
-    """A copy of the model after a training forward of all of X with momentum 1."""
+    """A copy of the model, whose momentum is 1, after a training forward of all of X without Dropout."""
     twin = copy.deepcopy(model).train()
     for layer in nn.walk(twin):
         if isinstance(layer, nn.Dropout):
             layer.eval()
-        if isinstance(layer, BatchNorm):
-            layer._momentum = 1.0
     twin(X)
     return twin
 
@@ -52,7 +51,7 @@ def forwarded(model, X):
 def test_averages_are_those_of_one_forward_of_everything(batch_size, unbiased, dtype, tolerance, unchanged):
     X = data(dtype=dtype)
     unchanged(X)
-    model = network(dtype, unbiased=unbiased)
+    model = network(dtype, unbiased=unbiased, momentum=1.0)
     model[0].fit(X)
     expected = norms(forwarded(model, X))
     assert training.recalibrate(model, X, batch_size) is model
@@ -112,7 +111,7 @@ def test_it_brings_averages_that_lag_to_where_they_belong():
 def test_layers_without_averages_are_passed_by():
     X = data()
     bare = BatchNorm(5, track_running_stats=False)
-    model = nn.Sequential(bare, nn.Dense(5, 4, seed=0), BatchNorm(4))
+    model = nn.Sequential(bare, nn.Dense(5, 4, seed=0), BatchNorm(4, momentum=1.0))
     expected = forwarded(model, X)[2]
     training.recalibrate(model, X)
     np.testing.assert_allclose(model[2].running_var, expected.running_var, rtol=1e-6)

@@ -31,7 +31,7 @@ def folded(layers: Iterable[Any]) -> list[Any]:
         last = result[-1] if result else None
         if type(last) is Dense and last.activation is None:
             if name := _fused_name(layer):
-                last.activation = name
+                result[-1] = _dense(last.params["weight"], last.params.get("bias"), name, last.dtype)
                 continue
             if not whole and type(layer) is BatchNorm and (merged := _merged(last, layer)):
                 result[-1], whole = merged, True
@@ -62,10 +62,13 @@ def _merged(dense: Dense, norm: BatchNorm) -> Dense | None:
     normal = (largest == 0) | ((limits.tiny <= largest) & (largest <= limits.max))
     if not (normal & (abs(shift) <= limits.max)).all():
         return None
-    activation = norm.config()["activation"]
-    merged = Dense(dense.n_in, dense.n_out, activation=activation, dtype=dense.dtype)
-    merged.params.update(weight=weight, bias=shift)
-    return merged
+    return _dense(weight, shift, norm.config()["activation"], dense.dtype)
+
+
+def _dense(weight: Array, bias: Array | None, activation: str | None, dtype: Any) -> Dense:
+    dense = Dense(weight.shape[1], weight.shape[0], bias is not None, activation=activation, dtype=dtype)
+    dense.params.update({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return dense
 
 
 def _affine(dense: Dense, norm: BatchNorm, means: Array, variances: Array) -> tuple[Array, Array]:
