@@ -121,10 +121,17 @@ def test_a_network_that_diverges_stops_there():
     assert len(speed.learn(pair, pair, "batch normalization", 0.1, 0, 40, 10)) == 5
 
 
+def test_a_class_that_is_only_held_out_has_an_output():
+    dataset = blobs()
+    seen = dataset.y < 2
+    train, held_out = (dataset.X[seen], dataset.y[seen]), (dataset.X, dataset.y)
+    assert max(speed.learn(train, held_out, "neither", 0.1, 0, 40, 10)) < 0.7
+
+
 def test_the_networks_of_speed_start_alike():
     dataset = blobs()
     dense = {
-        name: [layer for layer in speed.build(name, (dataset.X, dataset.y), 3) if isinstance(layer, nn.Dense)]
+        name: [layer for layer in speed.build(name, dataset.X, 3, 7) if isinstance(layer, nn.Dense)]
         for name in speed.NETWORKS
     }
     for a, b, c in zip(*dense.values(), strict=True):
@@ -140,7 +147,7 @@ def test_the_papers_percentiles_are_those_of_the_last_sigmoids_input():
     accuracies, percentiles = paper.learn(pair, pair, "without", 5, 12, 6, False)
     assert percentiles.shape == (2, 3, 100)
 
-    model = paper.build(False, pair, 5)
+    model = paper.build(False, 5, 3, 5)
     start = [layer.params for part in model for layer in part if isinstance(layer, nn.Dense)]
     assert [p["weight"].shape for p in start] == [(100, 5), (100, 100), (100, 100), (3, 100)]
     assert abs(start[1]["weight"].std() - paper.START) < 0.003
