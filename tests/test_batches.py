@@ -167,6 +167,27 @@ def test_a_ghost_batch_is_a_batch_of_its_own(shape, axis, size, order, options):
     assert (ghost.eval()(x) == plain.eval()(x)).all()
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_ghost_batch_with_a_mask_is_a_masked_batch_of_its_own(axis):
+    x, dy, weight, bias = arrays((16, 20, 20, 20), axis, "float64")
+    mask = some_mask(x.shape, axis)
+    mask[:4] = True
+    plain, ghost = layer(weight, bias, axis=axis), layer(weight, bias, axis=axis, ghost_size=4)
+    y, dx = ghost(x, mask=mask), ghost.backward(dy)
+    for a in range(0, 16, 4):
+        assert (plain(x[a : a + 4], mask=mask[a : a + 4]) == y[a : a + 4]).all()
+        assert (plain.backward(dy[a : a + 4]) == dx[a : a + 4]).all()
+    assert (ghost.running_var == plain.running_var).all()
+
+
+def test_ghost_batches_are_for_training_alone():
+    x, _, weight, bias = arrays((9, 3, 4), 1, "float32")
+    for track in (True, False):
+        ghost, plain = (layer(weight, bias, track_running_stats=track, ghost_size=size).eval() for size in (3, None))
+        assert (ghost(x) == plain(x)).all()
+        assert (ghost.train()(x) != plain.train()(x)).any()
+
+
 @pytest.mark.parametrize("renorm", [None, (2, 1)])
 def test_neither_threads_nor_memory_order_nor_what_is_masked_change_a_bit(renorm):
     shape = (90, 64, 70)
@@ -271,6 +292,11 @@ def test_what_is_not_finite_stays_in_its_feature_and_says_nothing():
         assert (bn(bad)[:, ::2] == y[:, ::2]).all()
         assert (bn.backward(dy)[:, ::2] == dx[:, ::2]).all()
         assert (bn.grads["weight"][::2] == clean.grads["weight"][::2]).all()
+    # Sums that float32 cannot hold.
+    bn = layer(weight, bias, ghost_size=4)
+    bn(x)
+    bn.backward(np.full_like(dy, 3e38))
+    assert (bn.grads["bias"] == np.inf).all()
 
 
 # --- derivatives, by differences of the loss sum(dy*y)
@@ -495,6 +521,25 @@ def test_errors_change_nothing(options, error, match):
         bn(x, out=out, mask=MASK)
     assert (out == 7).all()
     assert pickle.dumps((bn.state_dict(), bn.grads)) == before
+
+
+def test_memory_that_runs_out_between_ghost_batches_changes_nothing(monkeypatch):
+    x, dy, weight, bias = arrays((9, 3, 4), 1, "float32")
+    bn = layer(weight, bias, ghost_size=3)
+    bn(x)
+    dx, before = bn.backward(dy), pickle.dumps(bn.state_dict())
+    left = iter([fastbn.functional.forward, fastbn.functional.forward])
+
+    def forward(*arguments):
+        for one in left:
+            return one(*arguments)
+        raise MemoryError
+
+    monkeypatch.setattr(fastbn.functional, "forward", forward)
+    with pytest.raises(MemoryError):
+        bn(2 * x)
+    assert pickle.dumps(bn.state_dict()) == before
+    assert (bn.backward(dy) == dx).all()
 
 
 @pytest.mark.parametrize(
