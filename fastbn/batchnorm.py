@@ -50,8 +50,9 @@ class BatchNorm:
     renorm : (r_max, d_max), optional
         Batch renormalisation (Ioffe 2017): in training, ``x_hat*r + d`` takes the place of the normalised x_hat, with
         ``r = std/running_std`` within [1/r_max, r_max] and ``d = (mean - running_mean)/running_std`` within
-        [-d_max, d_max], the statistics from before this batch; the gradients take r and d as constants. (1, 0) is
-        plain training, from which the paper goes over to (3, 5) once the averages are warm. Needs running statistics.
+        [-d_max, d_max], the averages from before this batch; the gradients take r and d as constants. (1, 0) is plain
+        training, from which the paper goes over to (3, 5) once the averages are warm. running_std is
+        ``sqrt(running_var + eps)``, as in inference; the paper averages the std itself. Needs running statistics.
 
     Attributes
     ----------
@@ -84,6 +85,10 @@ class BatchNorm:
     array([0.2, 2. ])
     >>> bn.eval()(x[:1]).shape
     (1, 2)
+    >>> bn.train()([[1, 10], [3, 30], [0, 0]], mask=[True, True, False]).round(3)
+    array([[-1., -1.],
+           [ 1.,  1.],
+           [ 0.,  0.]])
     """
 
     weight, bias, running_mean, running_var = Held(), Held(), Held(), Held()
@@ -201,7 +206,7 @@ class BatchNorm:
     __call__ = forward
 
     def _forward_in_batches(self, x: ArrayLike, out: Array | None, mask: ArrayLike | None, training: bool) -> Array:
-        ghost_size = self._ghost_size if self.training else None
+        ghost_size = self._ghost_size if self.training and not self.frozen else None
         averaging = self._momentum, self.num_batches_tracked
         y, parts, kept, n = batches.forward(self._constants, x, out, mask, training, ghost_size, averaging)
         self.num_batches_tracked += n
@@ -278,17 +283,8 @@ class BatchNorm:
     def freeze(self, mode: bool = True) -> Self:
         """Use the running statistics in training too, and leave them as they are, while weight and bias still train.
 
-        As for fine-tuning with small batches. It lasts through train() and eval(), until ``freeze(False)``.
-
-        Returns
-        -------
-        BatchNorm
-            The layer.
-
-        Raises
-        ------
-        ValueError
-            Without running statistics.
+        As for fine-tuning on small batches. It lasts through train() and eval(), until ``freeze(False)``. Returns the
+        layer; ValueError without running statistics.
         """
         if self._running_mean is None:
             raise ValueError("expected running statistics to freeze, got a layer with track_running_stats=False")

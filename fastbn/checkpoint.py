@@ -216,7 +216,7 @@ def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "
         case {"class": str(name), "training": bool(training), "config": dict(config)} if name in _CLASSES:
             _check_sizes(name, config, shapes, prefix)
             layer = _CLASSES[name](**config).train(training)
-            return layer.freeze() if name == "BatchNorm" and description.get("frozen") is True else layer
+            return layer.freeze() if isinstance(layer, BatchNorm) and description.get("frozen") is True else layer
     raise ValueError(f"expected a layer of a known class, got {str(description)[:100]}")
 
 

@@ -46,6 +46,8 @@ class Held:
         self._name = name
 
     def __get__(self, instance: Any, owner: type) -> Array | None:
+        if instance is None:
+            return self  # type: ignore[return-value]  # of the class, for help() and its like
         return getattr(instance, f"_{self._name}")
 
     def __set__(self, instance: Any, value: ArrayLike) -> None:
