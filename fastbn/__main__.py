@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastbn: error: not enough memory{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"fastbn: interrupted{interrupt or ', nothing written'}", file=sys.stderr)
+        print(f"fastbn: interrupted{str(interrupt) or ', nothing written'}", file=sys.stderr)
         return 130
     return 0
 
@@ -345,7 +345,10 @@ def _experiment(args: argparse.Namespace) -> None:
     options = {} if args.seeds is None else {"seeds": args.seeds}
     for name in names:
         module = importlib.import_module(f"fastbn.experiments.{name}")
-        result = module.run(dataset, quick=args.quick, **options)
+        try:
+            result = module.run(dataset, quick=args.quick, **options)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f" in {name}, which is not written") from None
         print(result.table(), flush=True)
         print("wrote", ", ".join(map(str, result.save(args.out))), end="\n\n", flush=True)
 

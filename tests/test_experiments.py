@@ -245,8 +245,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert err.startswith("fastbn: interrupted")
-    assert err.count("\n") == 1
+    assert err == "fastbn: interrupted in speed, which is not written\n"
     assert not (tmp_path / "out").exists()
     deadline = time.monotonic() + 20
     while living(process.pid) and time.monotonic() < deadline:

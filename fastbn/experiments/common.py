@@ -11,11 +11,14 @@ writes nothing and draws nothing: Result does. `quick` is the same code on fewer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
+import signal
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,8 +142,22 @@ def in_parallel(task: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, p
         raise ImportError('experiments need joblib and tqdm: pip install "fastbn[train]"') from error
     calls = list(calls)
     with parallel_config("loky", inner_max_num_threads=1):
-        done = Parallel(n_jobs=min(cpu_count(), len(calls)), return_as="generator")(delayed(task)(*c) for c in calls)
+        with _deaf_to_ctrl_c():  # the processes stay so, and this one ends them: one line instead of a traceback each
+            parallel = Parallel(n_jobs=min(cpu_count(), len(calls)), return_as="generator")
+            done = parallel(delayed(task)(*arguments) for arguments in calls)
         return list(tqdm(done, total=len(calls), unit=" runs", leave=False, disable=None if progress else True))
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # where Python cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def prepare(

@@ -9,6 +9,7 @@ neither the learning rate nor the size of the start weights: RATE and START are 
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,12 @@ def learn(
     train: Pair, held_out: Pair, network: str, seed: int, steps: int, every: int, progress: bool
 ) -> tuple[list[float], np.ndarray]:
     """Accuracies (looks,), and percentiles (looks, 3, units) of what comes into the last hidden layer's sigmoids."""
+    if progress:
+        from tqdm import tqdm
+
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own, for processes, would be reported as leaked when Ctrl-C ends this one
     model = build(network == "with", train, seed)
     below, above = model  # the last sigmoids stand first in the upper part
     accuracies, percentiles = [], []
@@ -88,9 +95,10 @@ def learn(
             model.train()
         return step == steps
 
+    steps_an_epoch = len(train[0]) // BATCH_SIZE or 1
     training.fit(
-        model, train, losses.softmax_cross_entropy, optim.SGD(model, RATE), epochs=steps, batch_size=BATCH_SIZE,
-        seed=seed, on_step=look, progress=progress and network == "with",
+        model, train, losses.softmax_cross_entropy, optim.SGD(model, RATE), epochs=-(-steps // steps_an_epoch),
+        batch_size=BATCH_SIZE, seed=seed, on_step=look, progress=progress and network == "with",
     )  # fmt: skip
     return accuracies, np.array(percentiles)
 
