@@ -56,7 +56,7 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
         return [b - a for a, b in zip(train, held_out, strict=True)]
 
     rows = [
-        [network, size, "" if ghost == size else ghost, *map(list, found[network, size, ghost]),
+        [network, size, None if ghost == size else ghost, *map(list, found[network, size, ghost]),
          gaps((network, size, ghost))]
         for network, size, ghost in whole + ghosts
     ]  # fmt: skip
