@@ -116,7 +116,7 @@ class Panel:
 
 
 def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
-    """Draw panels beside each other, as a PNG.
+    """Draw panels beside each other, as a PNG; more than three are drawn in two rows.
 
     Parameters
     ----------
@@ -139,9 +139,11 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
     names = dict.fromkeys(curve.name for panel in drawn for curve in panel.curves)
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
 
-    figure = Figure(figsize=(4.8 * len(drawn), 4.2), dpi=100, layout="constrained")
+    rows = 1 if len(drawn) <= 3 else 2
+    columns = math.ceil(len(drawn) / rows)
+    figure = Figure(figsize=(4.8 * columns, 4.2 * rows), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axes.set(xscale=panel.xscale, yscale=panel.yscale)
         if panel.ylim:
