@@ -244,6 +244,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
     assert "pixels from 0 to 1, got 255 to 255" in refused(
         capsys, "speed", "--paper", "--data", tmp_path / "grey.npz", "--out", out
     )
+    assert "pixels from 0 to 1" in refused(capsys, "shift", "--data", tmp_path / "grey.npz", "--out", out)
     assert not out.exists()
     assert file.read_text() == "here before"
 

@@ -182,6 +182,12 @@ def count_classes(*pairs: Pair) -> int:
     return 1 + max(int(y.max()) for _, y in pairs)
 
 
+def check_pixels(X: np.ndarray) -> None:
+    """ValueError unless X is from 0 to 1."""
+    if X.min() < 0 or X.max() > 1:
+        raise ValueError(f"this experiment expects pixels from 0 to 1, got {X.min():g} to {X.max():g}")
+
+
 def _versions() -> dict[str, str]:
     return {"fastbn": fastbn.__version__, "numpy": np.__version__, "python": platform.python_version()}
 

@@ -67,8 +67,7 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 1, quick: bool = Fa
 def black_and_white(pair: Pair) -> Pair:
     """Pixels of 0 and 1, white from one half on."""
     X, y = pair
-    if X.min() < 0 or X.max() > 1:
-        raise ValueError(f"the paper's experiment expects pixels from 0 to 1, got {X.min():g} to {X.max():g}")
+    check_pixels(X)
     return (X >= 0.5).astype(np.float32), y
 
 
