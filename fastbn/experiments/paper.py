@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, count_classes, curve, in_parallel, prepare
+from .common import Pair, Result, check_pixels, count_classes, curve, in_parallel, prepare
 
 __all__ = ["run", "typical"]
 

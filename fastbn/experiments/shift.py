@@ -19,7 +19,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, check_pixels, curve, in_parallel, prepare
+from .common import Pair, Result, check_pixels, count_classes, curve, in_parallel, prepare
 
 __all__ = ["RECOLOURED", "Jittered", "moved", "recolour", "run"]
 
@@ -114,8 +114,8 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
 
 def learn(train: Pair, held_out: Pair, network: str, seed: int, steps: int, every: int) -> dict[Any, float]:
     """One run: ("moved", step) and ("accuracy", step) of the checkpoints; (domain, "frozen" or "re-estimated")."""
-    (X, y), probe = train, train[0][:500]
-    model = build(network, X, int(y.max()) + 1, seed)
+    X, probe = train[0], train[0][:500]
+    model = build(network, X, count_classes(train, held_out), seed)
     found: dict[Any, float] = {}
     before = last_inputs(model, probe)
 
