@@ -1,8 +1,8 @@
 """Checkpoints: a model, and an optimizer's state, in one safetensors file.
 
 The model's tensors have PyTorch's keys, so that other readers of safetensors can use them; the optimizer's have the
-prefix "optimizer.". The architecture is JSON in the file's metadata, built from a fixed table of layer classes:
-nothing is unpickled, nothing is looked up by name elsewhere.
+prefix "optimizer.", those of the best epoch that `training.fit` has seen "best.". The architecture is JSON in the
+file's metadata, built from a fixed table of layer classes: nothing is unpickled, nothing looked up by name elsewhere.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ from .state import Array
 __all__ = ["load", "read_metadata", "restore", "save"]
 
 _Path = str | os.PathLike[str]
-_OPTIMIZER = "optimizer."
+OPTIMIZER, BEST = "optimizer.", "best."
+MODEL = "fastbn.model"
 _CLASSES = {c.__name__: c for c in (BatchNorm, nn.Dense, nn.Dropout, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.Tanh)}
+# Tensors, and the constructor's arguments that are their shapes: for every layer that allocates by its arguments.
+_SIZES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
+    "Dense": [("weight", ("n_out", "n_in"))],
+    "BatchNorm": [("weight", ("num_features",)), ("running_mean", ("num_features",))],
+}
 
 
 def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, Any] | None = None) -> None:
@@ -62,17 +68,25 @@ def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, 
     >>> len(checkpoint.load(path))
     2
     """
-    safetensors = _safetensors()
-    texts = {"format": "fastbn", "fastbn.model": json.dumps(_describe(model))}
+    write(path, *contents(model, optimizer, metadata))
+
+
+def contents(
+    model: Any, optimizer: Any = None, metadata: dict[str, Any] | None = None
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors and texts of a file."""
+    texts = {"format": "fastbn", MODEL: json.dumps(_describe(model))}
     texts["fastbn.metadata"] = json.dumps({} if metadata is None else metadata)
     tensors = model.state_dict()
     if optimizer is not None:
-        tensors |= {_OPTIMIZER + key: array for key, array in optimizer.state_dict().items()}
-    content = safetensors.numpy.save(tensors, texts)
+        tensors |= {OPTIMIZER + key: array for key, array in optimizer.state_dict().items()}
+    return tensors, texts
 
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {path.parent}")
+
+def write(path: _Path, tensors: dict[str, Array], texts: dict[str, str]) -> None:
+    """The whole file, or none of it."""
+    path = check_place(path)
+    content = _safetensors().numpy.save(tensors, texts)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -82,6 +96,22 @@ def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, 
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+    with contextlib.suppress(OSError, AttributeError):  # the new name too outlasts a loss of power, where a system can
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def check_place(path: _Path) -> Path:
+    """The path, once a file can be there."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file or nothing there, got a folder: {path}")
+    return path
 
 
 def load(path: _Path) -> Any:
@@ -100,11 +130,12 @@ def load(path: _Path) -> Any:
     ImportError
         safetensors is not installed.
     """
-    tensors, texts = _read(path)
-    description = _json(path, texts, "fastbn.model")
-    with _naming(path):
-        model = _build(description)
-        model.load_state_dict(_of_model(tensors))
+    tensors, texts = read(path)
+    description = read_json(path, texts, MODEL)
+    with naming(path):
+        state = _of_model(tensors)
+        model = _build(description, {key: array.shape for key, array in state.items()})
+        model.load_state_dict(state)
     return model
 
 
@@ -129,19 +160,24 @@ def restore(path: _Path, model: Any, optimizer: Any = None) -> None:
     ImportError
         safetensors is not installed.
     """
-    tensors, _ = _read(path)
+    tensors, _ = read(path)
+    with naming(path):
+        put(tensors, model, optimizer)
+
+
+def put(tensors: dict[str, Array], model: Any, optimizer: Any) -> None:
+    """What `restore` does, once the file is read."""
     before = model.state_dict()
-    state = {key.removeprefix(_OPTIMIZER): a for key, a in tensors.items() if key.startswith(_OPTIMIZER)}
-    with _naming(path):
-        try:
-            model.load_state_dict(_of_model(tensors))
-            if optimizer is not None:
-                if not state:
-                    raise ValueError("it holds no optimizer's state")
-                optimizer.load_state_dict(state)
-        except BaseException:
-            model.load_state_dict(before)
-            raise
+    try:
+        model.load_state_dict(_of_model(tensors))
+        if optimizer is not None:
+            state = with_prefix(tensors, OPTIMIZER)
+            if not state:
+                raise ValueError("it holds no optimizer's state")
+            optimizer.load_state_dict(state)
+    except BaseException:
+        model.load_state_dict(before)
+        raise
 
 
 def read_metadata(path: _Path) -> dict[str, Any]:
@@ -152,7 +188,7 @@ def read_metadata(path: _Path) -> dict[str, Any]:
     FileNotFoundError, ValueError, ImportError
         As `load`.
     """
-    metadata = _json(path, _read(path)[1], "fastbn.metadata")
+    metadata = read_json(path, read(path)[1], "fastbn.metadata")
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: damaged checkpoint, expected metadata to be a dict, got {metadata!r}")
     return metadata
@@ -166,22 +202,41 @@ def _describe(model: Any) -> dict[str, Any]:
     return {"class": type(model).__name__, "training": model.training, "config": model.config()}
 
 
-def _build(description: Any) -> Any:
+def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> Any:
     match description:
         case {"class": "Sequential", "training": bool(training), "layers": list(layers)}:
-            model = Sequential(*map(_build, layers))
+            model = Sequential(*(_build(layer, shapes, f"{prefix}{i}.") for i, layer in enumerate(layers)))
             model.training = training  # not .train(training): the layers have modes of their own
             return model
         case {"class": str(name), "training": bool(training), "config": dict(config)} if name in _CLASSES:
+            _check_sizes(name, config, shapes, prefix)
             return _CLASSES[name](**config).train(training)
     raise ValueError(f"expected a layer of a known class, got {str(description)[:100]}")
 
 
+def _check_sizes(name: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], prefix: str) -> None:
+    """Refuse sizes that are not those of the tensors, before a constructor allocates by them: a small file could ask
+    for all memory."""
+    for tensor, sizes in _SIZES.get(name, ()):
+        expected = tuple(config.get(size) for size in sizes)
+        if shapes.get(prefix + tensor, expected) != expected:
+            got = shapes[prefix + tensor]
+            raise ValueError(f"{prefix + tensor!r}: expected {', '.join(sizes)} = {expected}, got shape {got}")
+    stateless = config.get("affine") is config.get("track_running_stats") is False
+    if name in _SIZES and not stateless and not any(prefix + tensor in shapes for tensor, _ in _SIZES[name]):
+        raise ValueError(f"missing key {prefix + _SIZES[name][0][0]!r}")
+
+
 def _of_model(tensors: dict[str, Array]) -> dict[str, Array]:
-    return {key: array for key, array in tensors.items() if not key.startswith(_OPTIMIZER)}
+    return {key: array for key, array in tensors.items() if not key.startswith((OPTIMIZER, BEST))}
 
 
-def _read(path: _Path) -> tuple[dict[str, Array], dict[str, str]]:
+def with_prefix(tensors: dict[str, Array], prefix: str) -> dict[str, Array]:
+    """Those whose keys start with it, without it."""
+    return {key.removeprefix(prefix): array for key, array in tensors.items() if key.startswith(prefix)}
+
+
+def read(path: _Path) -> tuple[dict[str, Array], dict[str, str]]:
     """All tensors, copied out of the file, and the metadata."""
     safetensors = _safetensors()
     if not Path(path).exists():
@@ -194,7 +249,7 @@ def _read(path: _Path) -> tuple[dict[str, Array], dict[str, str]]:
         raise ValueError(f"{path}: not a safetensors file that NumPy can hold, or a damaged one ({error})") from error
 
 
-def _json(path: _Path, texts: dict[str, str], key: str) -> Any:
+def read_json(path: _Path, texts: dict[str, str], key: str) -> Any:
     if key not in texts:
         raise ValueError(f"{path}: not a fastbn checkpoint, its metadata hold no {key!r}")
     try:
@@ -204,7 +259,8 @@ def _json(path: _Path, texts: dict[str, str], key: str) -> Any:
 
 
 @contextlib.contextmanager
-def _naming(path: _Path) -> Iterator[None]:
+def naming(path: _Path) -> Iterator[None]:
+    """Whatever is wrong within is one ValueError that names the file."""
     try:
         yield
     except (TypeError, ValueError, KeyError, OverflowError, MemoryError, RecursionError) as error:

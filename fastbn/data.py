@@ -140,13 +140,20 @@ def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Da
     if counts.min() < 2:
         label = dataset.classes[counts.argmin()]
         raise ValueError(f"{dataset.name}: expected at least 2 examples of every class, got 1 of class {label}")
-    rng = np.random.default_rng(seed)
-    held = np.zeros(len(dataset.y), dtype=bool)
-    for k, count in enumerate(counts):
-        take = min(max(round(fraction * count), 1), count - 1)
-        held[rng.permutation(np.flatnonzero(dataset.y == k))[:take]] = True
+    held = held_out_rows(dataset.y, fraction, seed)
     train, held_out = (replace(dataset, X=dataset.X[rows], y=dataset.y[rows]) for rows in (~held, held))
     return train, held_out
+
+
+def held_out_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """A mask of that part of every class, rounded: at least one example and never all. (N,) bool for (N,) labels."""
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        take = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
+        held[rng.permutation(rows)[:take]] = True
+    return held
 
 
 def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -282,6 +282,11 @@ class Dropout(_Elementwise):
     seed : int or None
         Seed of the layer's own random stream.
 
+    Attributes
+    ----------
+    rng : numpy.random.Generator
+        That stream; no part of `state_dict()`.
+
     Examples
     --------
     >>> from fastbn import nn
@@ -295,7 +300,7 @@ class Dropout(_Elementwise):
         if not 0 <= p <= 1:
             raise ValueError(f"expected p within [0, 1], got {p}")
         self.p, self.seed = float(p), None if seed is None else operator.index(seed)
-        self._rng = np.random.default_rng(self.seed)
+        self.rng = np.random.default_rng(self.seed)
         super().__init__()
 
     def forward(self, x: ArrayLike) -> Array:
@@ -307,7 +312,7 @@ class Dropout(_Elementwise):
         return a
 
     def _forward(self, x: Array, y: Array) -> Array:
-        scale: Array = self._rng.random(x.shape, dtype=x.dtype.type)
+        scale: Array = self.rng.random(x.shape, dtype=x.dtype.type)
         np.greater_equal(scale, self.p, out=scale)
         scale *= 1 / (1 - self.p) if self.p < 1 else 0
         np.multiply(x, scale, out=y)
@@ -349,7 +354,7 @@ class Sequential:
         for i, layer in enumerate(layers):
             if isinstance(layer, type) or not hasattr(layer, "backward"):
                 raise TypeError(f"expected layer objects, got {layer!r} as layer {i}")
-        seen = [id(leaf) for leaf in _leaves(layers)]
+        seen = [id(leaf) for leaf in walk(layers)]
         if len(set(seen)) < len(seen):
             raise ValueError("the same layer object is there twice: its second batch would overwrite the first")
         self._layers = layers
@@ -428,8 +433,9 @@ class Sequential:
         self._collect()
 
 
-def _leaves(layers: Any) -> Iterator[Any]:
+def walk(layers: Any) -> Iterator[Any]:
+    """These layers and all that they hold, the outer ones first."""
     for layer in layers:
         yield layer
         if isinstance(layer, Sequential):
-            yield from _leaves(layer)
+            yield from walk(layer)

@@ -37,7 +37,7 @@ class Optimizer:
         if not model.params:
             raise ValueError("expected a model with parameters, got none")
         self.model = model
-        self.lr = _not_negative(lr=lr)
+        self.lr = lr
         # as it goes into a checkpoint: "step", and for each buffer of "0.weight" a "0.weight.exp_avg"
         self._state: dict[str, Array] = {"step": np.zeros((), np.int64)}
         self._buffers: dict[str, list[Array]] = {}
@@ -50,6 +50,15 @@ class Optimizer:
             own = {f"{name}.{buffer}": np.zeros(p.shape, dtype) for buffer in buffers}
             self._state |= own
             self._buffers[name] = [*own.values()]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate; may be set at any time."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = _not_negative(lr=value)
 
     def step(self) -> None:
         """Change the model's params by its grads, once.
@@ -234,7 +243,7 @@ class Adam(Optimizer):
         b1, b2 = self.betas
         power1 = self._state["beta1_power"].item() * b1
         power2 = self._state["beta2_power"].item() * b2
-        lr, correction = float(self.lr), math.sqrt(1 - power2)
+        lr, correction = self.lr, math.sqrt(1 - power2)
         kept = 1 - lr * self.weight_decay if self.weight_decay else 1.0
         kernels.optim.adam(params, grads, self._buffers, lr / (1 - power1), b1, b2, correction, self.eps, kept)
         self._state["beta1_power"][()], self._state["beta2_power"][()] = power1, power2

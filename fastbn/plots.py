@@ -33,7 +33,7 @@ def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str
     Parameters
     ----------
     histories : dict of name -> training.History
-        At least one; the names go into the legend.
+        At least one; the names go into the legend, an empty one is left out of it.
     path : path
         Written, or overwritten, as PNG whatever its suffix.
 
@@ -66,7 +66,7 @@ def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str
                     axes.plot(
                         range(1, len(values) + 1), values, style, color=_COLOURS[i % len(_COLOURS)],
                         linewidth=2 if style == "-" else 1.2, marker="o" if len(values) == 1 else None,
-                        label=f"{name}, {part}",
+                        label=f"{name}, {part}" if name else part,
                     )  # fmt: skip
         axes.set_xlabel("Epoch")
         axes.set_ylabel(label)

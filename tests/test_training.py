@@ -29,10 +29,9 @@ def state(model):
 
 def softmax_regression(X, y, W, b, lr, batch_size, epochs, seed):
     """The loop that fit promises, written out in float64 for one affine layer."""
-    rng = np.random.default_rng(seed)
     history, right_history = [], []
-    for _ in range(epochs):
-        order = rng.permutation(len(X))
+    for epoch in range(1, epochs + 1):
+        order = np.random.default_rng([seed, epoch]).permutation(len(X))
         total, seen, right = 0.0, 0, 0
         for start in range(0, len(X), batch_size):
             rows = order[start : start + batch_size]
@@ -187,6 +186,10 @@ def test_modes_are_restored_even_after_an_error():
         ({"data": (blobs()[0].astype(complex), blobs()[1])}, TypeError, "complex"),
         ({"validation": (blobs()[0][:4], blobs()[1])}, ValueError, "validation: X and y"),
         ({"validation": (blobs()[0][:, 1:], blobs()[1])}, ValueError, "validation does not fit"),
+        ({"validation": 1.0}, ValueError, "validation must be .* fraction between 0 and 1, got 1.0"),
+        ({"validation": 0.5, "data": (blobs()[0][:3], [0, 1, 2])}, ValueError, "holds out no example"),
+        ({"patience": 2}, ValueError, "patience needs validation"),
+        ({"patience": 0, "validation": 0.5}, ValueError, "patience must be at least 1"),
         ({"seed": -1}, ValueError, "non-negative"),
     ],
 )
@@ -210,9 +213,7 @@ def test_evaluate_refuses(data_, batch_size):
 
 def test_loss_that_is_not_finite_stops_and_says_where():
     X, y = blobs(40)
-    order = np.random.default_rng(0)
-    order.permutation(40)
-    second = order.permutation(40)
+    second = np.random.default_rng([0, 2]).permutation(40)
     calls = []
 
     def loss(prediction, target):
@@ -228,6 +229,139 @@ def test_loss_that_is_not_finite_stops_and_says_where():
     model = network()
     with pytest.raises(FloatingPointError, match="the loss is nan at epoch 1"):
         training.fit(model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=3, batch_size=8)
+
+
+def test_on_step_and_on_epoch_see_everything_and_change_nothing():
+    X, y = blobs(81)
+    seen, epochs = [], []
+    models = network(), network()
+    histories = [
+        training.fit(
+            model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=3, batch_size=16, **callbacks
+        )
+        for model, callbacks in zip(
+            models,
+            (
+                {},
+                {
+                    "on_step": lambda step, loss: seen.append((step, loss)),
+                    "on_epoch": lambda epoch, history: epochs.append((epoch, list(history.loss))),
+                },
+            ),
+            strict=True,
+        )
+    ]
+    assert state(models[0]) == state(models[1])
+    assert [step for step, _ in seen] == list(range(1, 3 * 5 + 1))  # the example left over makes no step
+    for epoch in (1, 2, 3):
+        means = [loss for _, loss in seen[5 * (epoch - 1) : 5 * epoch]]
+        assert histories[1].loss[epoch - 1] == pytest.approx(np.mean(means), rel=1e-12)
+        assert epochs[epoch - 1] == (epoch, histories[0].loss[:epoch])
+
+
+@pytest.mark.parametrize(("step", "whole"), [(1, 0), (5, 0), (7, 1), (10, 1)])
+def test_a_true_on_step_ends_training_there(step, whole):
+    X, y = blobs(80)
+    model, reference = network(), network()
+    losses_seen = []
+    history = training.fit(
+        model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=3, batch_size=16, seed=5,
+        on_step=lambda at, loss: losses_seen.append(loss) or at == step,
+    )  # fmt: skip
+    optimizer = optim.SGD(reference, 0.1)
+    for at in range(step):
+        rows = np.random.default_rng([5, 1 + at // 5]).permutation(80)[16 * (at % 5) : 16 * (at % 5 + 1)]
+        value, gradient = losses.softmax_cross_entropy(reference(X[rows]), y[rows])
+        reference.backward(gradient)
+        optimizer.step()
+        assert losses_seen[at] == value
+    assert len(losses_seen) == step
+    assert state(model) == state(reference)
+    assert len(history.loss) == len(history.seconds) == whole
+
+
+def test_a_true_on_epoch_ends_training_there():
+    models = network(), network()
+    for model, options in zip(
+        models, ({"epochs": 2}, {"epochs": 9, "on_epoch": lambda epoch, _: epoch == 2}), strict=True
+    ):
+        history = training.fit(
+            model, blobs(), losses.softmax_cross_entropy, optim.SGD(model, 0.1), batch_size=16, **options
+        )
+        assert len(history.loss) == 2
+    assert state(models[0]) == state(models[1])
+
+
+class Witness(nn.ReLU):
+    """Notes the first column of what goes through, training and inference apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {True: [], False: []}
+
+    def forward(self, x):
+        self.seen[self.training] += x[:, 0].tolist()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.9])
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_fraction_is_held_out_of_every_class(fraction, classes):
+    y = np.repeat([0, 1, 2], [30, 60, 1]) if classes else np.random.default_rng(0).normal(size=(91, 1))
+    X = np.random.default_rng(1).normal(size=(91, 5))
+    X[:, 0] = 1 + np.arange(91)
+    held = []
+    for seed in (3, 3, 4):
+        witness = Witness()
+        model = nn.Sequential(witness, BatchNorm(5), nn.Dense(5, 3 if classes else 1, seed=0))
+        history = training.fit(
+            model, (X, y), losses.softmax_cross_entropy if classes else losses.mse, optim.SGD(model, 0.01),
+            epochs=1, batch_size=7, seed=seed, validation=fraction,
+        )  # fmt: skip
+        assert len(history.val_loss) == 1
+        trained, judged = (set(witness.seen[mode]) - {0.0} for mode in (True, False))
+        assert not trained & judged
+        assert len(trained | judged) >= 90  # one may be left over
+        held.append(judged)
+        rows = np.array(sorted(judged), int) - 1
+        if classes:
+            assert np.bincount(y[rows], minlength=3).tolist() == [round(30 * fraction), round(60 * fraction), 0]
+        else:
+            assert len(rows) == round(91 * fraction)
+    assert held[0] == held[1]
+    assert held[0] != held[2]
+
+
+@pytest.mark.parametrize("patience", [1, 2, 4, 100])
+def test_patience_ends_at_the_best_epoch(patience):
+    X, y = blobs(60)
+    X *= 0.3  # the blobs overlap: the validation loss goes up and down
+    model = network()
+    states = []
+    history = training.fit(
+        model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.5), epochs=40, batch_size=16,
+        validation=blobs(seed=1), on_epoch=lambda *_: states.append(state(model)),
+    )  # fmt: skip
+    best = 0
+    for epoch, value in enumerate(history.val_loss):
+        best = epoch if value < history.val_loss[best] else best
+        if epoch - best >= patience:
+            break
+    assert 0 < best < 39
+    model = network()
+    stopped = training.fit(
+        model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.5), epochs=40, batch_size=16,
+        validation=blobs(seed=1), patience=patience,
+    )  # fmt: skip
+    assert stopped.val_loss == history.val_loss[: epoch + 1]
+    assert stopped.best_epoch == best + 1
+    assert state(model) == states[best]
+
+
+def test_best_epoch_of_none_and_of_nan():
+    assert training.History().best_epoch is None
+    assert training.History(val_loss=[math.nan, 3.0, 2.0, 2.0, math.inf]).best_epoch == 3
+    assert training.History(val_loss=[math.nan, math.inf]).best_epoch == 1
 
 
 class Terminal(io.StringIO):

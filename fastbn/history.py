@@ -1,0 +1,52 @@
+"""What `training.fit` measured, epoch by epoch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+
+from . import plots
+
+__all__ = ["History"]
+
+
+@dataclass
+class History:
+    """What `fit` measured, one entry for each epoch.
+
+    Attributes
+    ----------
+    loss, accuracy : list of float
+        Means over the epoch's examples, each taken in training mode before the step that its mini-batch made.
+        `accuracy` stays empty for a loss that has none (see `training.evaluate`).
+    val_loss, val_accuracy : list of float
+        Of the validation data after the epoch, in inference mode; empty without validation data.
+    lr : list of float
+        The optimizer's rate in the epoch's last step; empty for an optimizer without `lr`.
+    seconds : list of float
+        Time that the epoch's training took, without the validation.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_accuracy: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The first epoch, counted from 1, with the lowest validation loss; None without validation."""
+        losses = [math.inf if math.isnan(loss) else loss for loss in self.val_loss]
+        return 1 + losses.index(min(losses)) if losses else None
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw loss and accuracy, epoch by epoch, as a PNG; see `plots.learning_curves` for the errors.
+
+        Parameters
+        ----------
+        path : path
+            Written, or overwritten, as PNG whatever its suffix.
+        """
+        plots.learning_curves({"": self}, path)
