@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state, check_scalar, column_or_1d
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .. import nn, optim, training
 from ..batchnorm import BatchNorm
+from ..data import held_out_rows
 from ..state import Array
 
 _ACTIVATIONS: dict[str, Any] = {"identity": None, "logistic": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh}
@@ -143,16 +143,13 @@ class Network(BaseEstimator):
         self._build(x, targets)
         held_out = None
         if self.early_stopping:
-            stratify = labels if labels.ndim == 1 and not self._y_numeric else None
-            parts = train_test_split(
-                x, targets, labels, test_size=self.validation_fraction, random_state=self._seed(), stratify=stratify
-            )
-            x, targets, held_out = parts[0], parts[2], (parts[1], parts[5])
-            if min(len(x), len(parts[1])) < 2:
-                raise ValueError(
-                    f"expected validation_fraction to leave and to hold out at least 2 samples, "
-                    f"got {self.validation_fraction} of n_samples={len(x) + len(parts[1])}"
-                )
+            classes = labels if labels.ndim == 1 and not self._y_numeric else np.zeros(len(x))
+            # R^2 of a single sample is not defined
+            held = held_out_rows(classes, max(self.validation_fraction, 2 / len(x)), self._seed())
+            if held.sum() < 2 or len(x) - held.sum() < 2:
+                raise ValueError(f"expected more samples to hold some of them out, got n_samples={len(x)}")
+            held_out = x[held], labels[held]
+            x, targets = x[~held], targets[~held]
         if not self._train(x, targets, held_out, self.max_iter):
             message = f"max_iter={self.max_iter} epochs are done, and the optimization has not converged yet"
             warnings.warn(message, ConvergenceWarning, stacklevel=2)
@@ -170,6 +167,9 @@ class Network(BaseEstimator):
         for name in ("alpha", "tol", "momentum", "n_iter_no_change"):
             check_scalar(getattr(self, name), name, Real, min_val=0)
         check_scalar(self.learning_rate_init, "learning_rate_init", Real, min_val=0, include_boundaries="neither")
+        check_scalar(
+            self.validation_fraction, "validation_fraction", Real, min_val=0, max_val=1, include_boundaries="neither"
+        )
         for name in ("beta_1", "beta_2"):
             check_scalar(getattr(self, name), name, Real, min_val=0, max_val=1, include_boundaries="left")
 
@@ -222,9 +222,7 @@ class Network(BaseEstimator):
 
     def _train(self, X: Array, targets: Array, held_out: tuple[Array, Any] | None, epochs: int) -> bool:
         """Train on; True where it stopped because there was no more progress."""
-        batch_size = min(200, len(X)) if self.batch_size == "auto" else int(self.batch_size)
-        if batch_size > len(X):
-            warnings.warn(f"batch_size={batch_size} is more than the {len(X)} samples", stacklevel=3)
+        batch_size = 200 if self.batch_size == "auto" else int(self.batch_size)
         stalled = 0  # epochs in a row that were not better than the best one by tol
         best: dict[str, Array] = {}
 
@@ -262,8 +260,6 @@ class Network(BaseEstimator):
 
     def _continue(self, X: Any, y: Any, first: bool, classes: Any = None) -> Self:
         """One epoch over X and y, of a new network where `first`."""
-        if self.early_stopping:
-            raise ValueError("partial_fit does not support early_stopping=True")
         self._check_parameters()
         X, _, targets = self._check_data(X, y, first, classes)
         if first:
@@ -277,7 +273,8 @@ class Network(BaseEstimator):
         return self._forward(validate_data(self, X, reset=False, dtype=(np.float64, np.float32)))
 
     def _forward(self, X: Array) -> Array:
-        return np.concatenate([self.model_(X[start : start + _CHUNK]) for start in range(0, len(X), _CHUNK)])
+        # Copies: layers refer to what went through them last, and must not keep all of X alive.
+        return np.concatenate([self.model_(X[start : start + _CHUNK].copy()) for start in range(0, len(X), _CHUNK)])
 
     def predict(self, X: ArrayLike) -> Any:
         """Predict, with the running averages of batch normalization.

@@ -51,7 +51,7 @@ class BatchNormClassifier(ClassifierMixin, Network):
     alpha : float
         Strength of the penalty.
     batch_size : int or "auto"
-        At least 2; "auto" is min(200, n_samples). A last mini-batch of a single sample is left out.
+        At least 2, and no more than n_samples are taken; "auto" is 200. A last mini-batch of a single sample is left out.
     learning_rate_init : float
     max_iter : int
         Epochs at most.
@@ -138,7 +138,7 @@ class BatchNormClassifier(ClassifierMixin, Network):
         return softmax(output, axis=1) if self._encoder.y_type_ == "multiclass" else expit(output)
 
     def partial_fit(self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
-        """Train on for one epoch over X and y.
+        """Train on for one epoch over X and y; there is no early stopping here.
 
         Parameters
         ----------
@@ -155,7 +155,7 @@ class BatchNormClassifier(ClassifierMixin, Network):
         Raises
         ------
         ValueError, TypeError, FloatingPointError
-            As `fit`; for a first call without classes; with early stopping.
+            As `fit`; for a first call without classes.
         """
         first = not hasattr(self, "model_")
         if first and classes is None:
@@ -241,7 +241,7 @@ n_features_in_, feature_names_in_
         return output[:, 0] if self.n_outputs_ == 1 else output
 
     def partial_fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Train on for one epoch over X and y.
+        """Train on for one epoch over X and y; there is no early stopping here.
 
         Parameters
         ----------
@@ -256,7 +256,7 @@ n_features_in_, feature_names_in_
         Raises
         ------
         ValueError, TypeError, FloatingPointError
-            As `fit`; with early stopping.
+            As `fit`.
         """
         return self._continue(X, y, not hasattr(self, "model_"))
 
