@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -10,18 +11,24 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import fastbn
-from fastbn import checkpoint, data, losses, nn, optim, plots, training
+from fastbn import checkpoint, data, losses, nn, optim, plots, schedules, training
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 FUSED = ("relu", "leaky_relu")  # what BatchNorm does in the same pass
 RATES = {"sgd": 0.05, "rmsprop": 1e-3, "adam": 1e-3}
+SCHEDULES = {
+    "constant": lambda epochs: None,
+    "step": lambda epochs: schedules.step(max(epochs, 1) / 3, 0.1),
+    "cosine": lambda epochs: schedules.cosine(),
+    "inverse-time": lambda epochs: schedules.inverse_time(1),
+}
 WITH, WITHOUT = "with batch normalization", "without batch normalization"
 
 
@@ -39,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         print(f"fastbn: error: not enough memory{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # nothing is written before the end, so nothing is half-written
-        print("fastbn: interrupted, nothing written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"fastbn: interrupted{interrupt or ', nothing written'}", file=sys.stderr)
         return 130
     return 0
 
@@ -69,10 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--momentum", type=float, help="of sgd (default: 0.9)")
     add("--bn-momentum", type=float, default=0.1,
         help="weight of the newest mini-batch in the running averages (default: %(default)s)")  # fmt: skip
+    add("--schedule", choices=SCHEDULES, default="constant",
+        help="of the learning rate: a tenth after every third of the epochs, half a cosine, or 1/(1 + epochs done) "
+        "(default: %(default)s)")  # fmt: skip
+    add("--clip-norm", type=float, help="the largest norm of all gradients together, to which larger ones are scaled")
     add("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
+    add("--patience", type=int, help="stop after so many epochs without a lower loss on a tenth of the training data, "
+        "left out for that, and keep the best")  # fmt: skip
     add("--batch-size", type=int, default=32, help="examples in a mini-batch (default: %(default)s)")
     add("--seed", type=int, default=0, help="of split, start values and mini-batches (default: %(default)s)")
     add("--no-batchnorm", action="store_true", help="train only the network without")
+    add("--resume", action="store_true", help="go on with a training that was interrupted, with the same options")
     train.set_defaults(run=_train)
 
     predict = commands.add_parser("predict", help="print a label for every example, by a model of train's")
@@ -121,25 +135,74 @@ def _train(args: argparse.Namespace) -> None:
     there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
     if folder := next((name for name in names if name.is_dir()), None):
         raise ValueError(f"--out {args.out}: {folder} is a folder, expected a file or nothing there")
+    unfinished = {name: args.out / f"unfinished-{name.split()[0]}.safetensors" for name in (WITH, WITHOUT)}
+    if not args.resume and (found := next((path for path in unfinished.values() if path.exists()), None)):
+        raise ValueError(f"{found}: an interrupted training, give --resume to go on with it or delete it to begin anew")
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {args.out}: {there} is not a folder that can be written to")
     n_features, n_classes = train.X.shape[1], len(dataset.classes)
     print(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
           f"{n_features} features, {n_classes} classes", flush=True)  # fmt: skip
 
+    with _unfinished_in(args.out, unfinished.values()):
+        results, histories, saved = _train_networks(args, train, held_out, n_classes, unfinished)
+        alone = _one_at_a_time(saved[0], held_out.X)
+        _print_results(results, alone)
+
+        metadata = {"fastbn": fastbn.__version__, "data": dataset.name, "classes": dataset.classes.tolist(),
+                    "inputs": n_features, "columns": dataset.features}  # fmt: skip
+        checkpoint.save(names[0], *saved, metadata=metadata)
+        plots.learning_curves(histories, names[1])
+        options = {key: value for key, value in vars(args).items() if key not in ("run", "out", "resume")}
+        metrics = {"fastbn": fastbn.__version__, "data": dataset.name, "training_examples": len(train.X),
+                   "held_out_examples": len(held_out.X), "options": options, "held_out": results,
+                   "one_at_a_time": alone,
+                   "epochs": {name: dataclasses.asdict(history) for name, history in histories.items()}}  # fmt: skip
+        names[2].write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print("wrote", ", ".join(map(str, names)))
+
+
+@contextlib.contextmanager
+def _unfinished_in(folder: Path, files: Collection[Path]) -> Iterator[None]:
+    """Make the folder for these files, which go when all is done; after an error, a new folder goes if it is empty."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+        for path in files:
+            path.unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        if any(path.exists() for path in files):
+            raise KeyboardInterrupt(": the same command with --resume goes on where it stopped") from None
+        raise
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _train_networks(
+    args: argparse.Namespace, train: data.Dataset, held_out: data.Dataset, n_classes: int, unfinished: dict[str, Path]
+) -> tuple[dict[str, dict[str, Any]], dict[str, training.History], tuple[Any, Any]]:
+    """Results and histories by name, and the first network with its optimizer."""
+    assert train.y is not None
+    assert held_out.y is not None
     results: dict[str, dict[str, Any]] = {}
     histories: dict[str, training.History] = {}
     saved = None
     for name in (WITHOUT,) if args.no_batchnorm else (WITH, WITHOUT):
         print(f"training {name}", flush=True)
-        model = _network([n_features, *args.hidden, n_classes], args, batchnorm=name == WITH)
+        model = _network([train.X.shape[1], *args.hidden, n_classes], args, batchnorm=name == WITH)
         optimizer = _optimizer(model, args)
         try:
             histories[name] = training.fit(
                 model, (train.X, train.y), losses.softmax_cross_entropy, optimizer, epochs=args.epochs,
-                batch_size=args.batch_size, seed=args.seed, validation=(held_out.X, held_out.y),
+                batch_size=args.batch_size, seed=args.seed, patience=args.patience, clip_norm=args.clip_norm,
+                validation=(held_out.X, held_out.y) if args.patience is None else 0.1,  # held-out data must not choose
+                schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name], resume=args.resume,
             )  # fmt: skip
         except FloatingPointError as error:
+            unfinished[name].unlink(missing_ok=True)
             if saved is None:
                 raise FloatingPointError(f"{name}, {error}: try a smaller --lr") from error
             results[name] = {"diverged": str(error)}
@@ -150,20 +213,7 @@ def _train(args: argparse.Namespace) -> None:
         results[name] = {"accuracy": accuracy, "loss": loss, "seconds": sum(histories[name].seconds)}
         saved = saved or (model.eval(), optimizer)
     assert saved is not None
-    alone = _one_at_a_time(saved[0], held_out.X)
-    _print_results(results, alone)
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    metadata = {"fastbn": fastbn.__version__, "data": dataset.name, "classes": dataset.classes.tolist(),
-                "inputs": n_features, "columns": dataset.features}  # fmt: skip
-    checkpoint.save(names[0], *saved, metadata=metadata)
-    plots.learning_curves(histories, names[1])
-    options = {key: value for key, value in vars(args).items() if key not in ("run", "out")}
-    metrics = {"fastbn": fastbn.__version__, "data": dataset.name, "training_examples": len(train.X),
-               "held_out_examples": len(held_out.X), "options": options, "held_out": results, "one_at_a_time": alone,
-               "epochs": {name: dataclasses.asdict(history) for name, history in histories.items()}}  # fmt: skip
-    names[2].write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print("wrote", ", ".join(map(str, names)))
+    return results, histories, saved
 
 
 def _network(widths: list[int], args: argparse.Namespace, *, batchnorm: bool) -> nn.Sequential:

@@ -24,11 +24,14 @@ __all__ = ["load", "read_metadata", "restore", "save"]
 _Path = str | os.PathLike[str]
 OPTIMIZER, BEST = "optimizer.", "best."
 MODEL = "fastbn.model"
-_CLASSES = {c.__name__: c for c in (BatchNorm, nn.Dense, nn.Dropout, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.Tanh)}
+_CLASSES = {
+    c.__name__: c for c in (BatchNorm, nn.Dense, nn.Dropout, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.Standardize, nn.Tanh)
+}
 # Tensors, and the constructor's arguments that are their shapes: for every layer that allocates by its arguments.
 _SIZES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "Dense": [("weight", ("n_out", "n_in"))],
     "BatchNorm": [("weight", ("num_features",)), ("running_mean", ("num_features",))],
+    "Standardize": [("mean", ("num_features",))],
 }
 
 
@@ -75,6 +78,7 @@ def contents(
     model: Any, optimizer: Any = None, metadata: dict[str, Any] | None = None
 ) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors and texts of a file."""
+    _safetensors()  # what is missing is said before anything is done
     texts = {"format": "fastbn", MODEL: json.dumps(_describe(model))}
     texts["fastbn.metadata"] = json.dumps({} if metadata is None else metadata)
     tensors = model.state_dict()

@@ -18,12 +18,13 @@ from . import losses
 from .data import held_out_rows, minibatches
 from .history import History
 from .nn import walk
+from .recalibration import recalibrate
 from .runstate import RunFile, RunState
 from .schedules import Schedule
 from .state import Array, as_float
 from .terminal import CtrlC, progress_bar
 
-__all__ = ["History", "evaluate", "fit"]
+__all__ = ["History", "evaluate", "fit", "recalibrate"]
 
 Loss = Callable[[Array, Array], tuple[float, Array]]
 
@@ -85,7 +86,8 @@ def fit(
         by Ctrl-C. `fastbn.checkpoint.load` reads it as the model as it was after its last step.
     resume : bool
         Go on from that file, with the bits that a run never stopped would have; from the beginning where there is no
-        such file. `epochs` and `patience` may be others than before. What callbacks keep is theirs to restore.
+        such file. A run that is finished is only read. `epochs`, `patience` and the optimizer's numbers may be others
+        than before; what callbacks keep is theirs to restore.
     progress : bool
         Show a bar with loss, accuracy and examples per second, where standard error is a terminal and tqdm is
         installed.

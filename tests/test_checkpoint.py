@@ -1,12 +1,17 @@
 import json
 import os
+import random
 import stat
 import struct
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import fastbn
 from fastbn import BatchNorm, checkpoint, losses, nn, optim, training
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -17,6 +22,8 @@ LAYERS = [
     BatchNorm(2, affine=False, track_running_stats=False),
     nn.Dense(3, 5, seed=1),
     nn.Dense(3, 2, bias=False, dtype="float64"),
+    nn.Dense(3, 2, activation="leaky_relu"),
+    nn.Standardize(3, axis=-1),
     nn.ReLU(),
     nn.LeakyReLU(0.2),
     nn.Sigmoid(),
@@ -222,6 +229,88 @@ def test_wrong_content_is_named(tmp_path, change, fault):
     rewrite(path, lambda *parts: result if isinstance(result := change(*parts), dict | list) else None)
     with pytest.raises(ValueError, match=f"wrong: .*{fault}"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (nn.Dense(2, 3), {"n_in": 10**6, "n_out": 10**6}),
+        (nn.Dense(2, 3, bias=False), {"n_in": 3, "n_out": 2}),
+        (nn.Sequential(nn.Sequential(nn.ReLU(), nn.Dense(2, 3))), {"n_out": 10**12}),
+        (BatchNorm(4), {"num_features": 10**12}),
+        (nn.Standardize(4), {"num_features": 10**12}),
+        (BatchNorm(4, affine=False), {"num_features": 10**12}),
+        (BatchNorm(4, track_running_stats=False), {"num_features": 10**12}),
+        (BatchNorm(4, affine=False, track_running_stats=False), {"num_features": 10**12, "affine": True}),
+        (BatchNorm(4, affine=False, track_running_stats=False), {"num_features": 10**12, "track_running_stats": 1}),
+    ],
+    ids=repr,
+)
+def test_a_small_file_that_asks_for_much_memory(tmp_path, monkeypatch, layer, sizes):
+    """Refused by its shapes, before anything is allocated."""
+
+    def resize(model, tensors, texts):
+        inner = model
+        while "layers" in inner:
+            inner = inner["layers"][-1]
+        inner["config"].update(sizes)
+
+    checkpoint.save(tmp_path / "huge", layer)
+    rewrite(tmp_path / "huge", resize)
+    for module in (np.random, np):
+        for name in ("default_rng", "zeros"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, None)
+    with pytest.raises(ValueError, match=r"huge: .*(expected (n_out|num_features)|missing key)"):
+        checkpoint.load(tmp_path / "huge")
+
+
+SAVING = """
+import itertools, sys
+import numpy as np
+from fastbn import BatchNorm, checkpoint
+bn = BatchNorm(20_000)
+for n in itertools.count(1):
+    for array in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+        array[...] = n
+    bn.num_batches_tracked = n
+    checkpoint.save(sys.argv[1], bn, metadata={"n": n})
+    if n == 3:
+        print("ready", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_killed_at_any_moment_the_file_is_whole(tmp_path):
+    path, rng = tmp_path / "m", random.Random(1)
+    environment = os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).parents[1])}
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", SAVING, path], stdout=subprocess.PIPE, env=environment) as process:
+            try:
+                assert process.stdout.readline().strip() == b"ready"
+                for _ in range(20):
+                    time.sleep(0.01 * rng.random())
+                    n = checkpoint.read_metadata(path)["n"]  # a reader meets whole files too
+                    assert n <= checkpoint.load(path).num_batches_tracked
+            finally:
+                process.kill()
+        n = checkpoint.read_metadata(path)["n"]
+        bn = checkpoint.load(path)
+        assert n == bn.num_batches_tracked >= 3
+        assert all((array == n).all() for array in (bn.weight, bn.bias, bn.running_mean, bn.running_var))
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECTORY"), reason="folders cannot be flushed here")
+def test_file_and_folder_are_flushed(tmp_path, monkeypatch):
+    flushed = []
+
+    def fsync(descriptor):
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        flushed.append((kind, os.path.exists(tmp_path / "m")))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.save(tmp_path / "m", nn.ReLU())
+    assert flushed == [("file", False), ("folder", True)]
 
 
 def test_only_known_layers_are_saved_and_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

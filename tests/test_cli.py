@@ -1,14 +1,16 @@
 import gzip
 import json
+import signal
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn import checkpoint, nn, plots, training
+from fastbn import checkpoint, nn, optim, plots, training
 from fastbn.__main__ import main
 
 for package in ("safetensors", "matplotlib", "sklearn"):
@@ -122,6 +124,9 @@ def test_twins_start_alike_and_see_the_same_batches(flowers, capsys, monkeypatch
                "--bn-momentum", "0.3", "--seed", "11")[0] == 0  # fmt: skip
     (first, data, options, optimizer), (second, *_, other) = seen
     assert seen[1][1][0] is data[0]
+    assert [str(chosen.pop("checkpoint").name) for chosen in (options, seen[1][2])] == [
+        "unfinished-with.safetensors", "unfinished-without.safetensors",
+    ]  # fmt: skip
     assert seen[1][2] == options
     assert (options["seed"], options["batch_size"], options["epochs"]) == (11, 7, 2)
     assert len(first) == len(second) == 3
@@ -218,6 +223,85 @@ def test_a_twin_that_diverges_is_reported(flowers, capsys, monkeypatch):
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     assert metrics["held_out"]["without batch normalization"] == {"diverged": "the loss is nan at epoch 1, step 2"}
     assert "without batch normalization, the loss is nan" in refused(capsys, *command, "--no-batchnorm")
+
+
+def deterministic(folder):
+    """What a training wrote, but for the times."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for row in (*metrics["held_out"].values(), *metrics["epochs"].values()):
+        row.pop("seconds")
+    model = checkpoint.load(folder / "model.safetensors")
+    return metrics, repr(model), {key: array.tobytes() for key, array in model.state_dict().items()}
+
+
+MORE = ("--schedule", "cosine", "--clip-norm", "0.5", "--epochs", "4", "--hidden", "8")
+
+
+@pytest.mark.parametrize(
+    ("at", "left"),
+    [(2, ["unfinished-with.safetensors"]), (14, ["unfinished-with.safetensors", "unfinished-without.safetensors"])],
+)
+def test_an_interrupted_training_is_resumed(flowers, capsys, monkeypatch, at, left):
+    folder, _ = flowers
+    command = ("train", "--data", folder / "flowers.csv", "--target", "kind", *MORE)
+    assert run(capsys, *command, "--out", folder / "whole")[0] == 0
+    step, done = optim.Adam.step, []
+
+    def pressing(optimizer):
+        done.append(1)
+        if len(done) == at:
+            signal.raise_signal(signal.SIGINT)
+        step(optimizer)
+
+    monkeypatch.setattr(optim.Adam, "step", pressing)
+    status, _, err = run(capsys, *command, "--out", folder / "run")
+    assert status == 130
+    assert err == "fastbn: interrupted: the same command with --resume goes on where it stopped\n"
+    assert sorted(path.name for path in (folder / "run").iterdir()) == left
+    if "unfinished-without.safetensors" in left:
+        assert checkpoint.load(folder / "run" / left[0])[1].num_batches_tracked == 4 * 3
+    assert "interrupted training, give --resume" in refused(capsys, *command, "--out", folder / "run")
+    different = refused(capsys, *command, "--out", folder / "run", "--resume", "--seed", "3")
+    assert "unfinished-with.safetensors: cannot be loaded: it is of another run, seed was 0, is 3" in different
+    assert sorted(path.name for path in (folder / "run").iterdir()) == left
+    assert run(capsys, *command, "--out", folder / "run", "--resume")[0] == 0
+    assert sorted(path.name for path in (folder / "run").iterdir()) == FILES
+    assert deterministic(folder / "run") == deterministic(folder / "whole")
+
+
+def test_nothing_is_left_of_a_training_that_never_began(flowers, capsys):
+    folder, _ = flowers
+    command = ("train", "--data", folder / "flowers.csv", "--target", "kind", "--out", folder / "run")
+    assert "epochs must be at least 1" in refused(capsys, *command, "--epochs", "0")
+    assert "the loss is" in refused(capsys, *command, "--optimizer", "sgd", "--lr", "1e30", "--clip-norm", "1e30")
+    assert not (folder / "run").exists()
+
+
+def test_ctrl_c_from_outside(flowers):
+    folder, _ = flowers
+    command = [sys.executable, "-m", "fastbn", "train", "--data", folder / "flowers.csv", "--target", "kind",
+               "--out", folder / "run", "--epochs", "100000"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (folder / "run" / "unfinished-with.safetensors").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate()[1]
+    assert process.returncode == 130
+    assert err == "fastbn: interrupted: the same command with --resume goes on where it stopped\n"
+
+
+def test_patience_leaves_the_held_out_data_alone(flowers, capsys, monkeypatch):
+    folder, _ = flowers
+    command = ("train", "--data", folder / "flowers.csv", "--target", "kind", "--out", folder / "run", "--lr", "0.05")
+    seen = []
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda *a, **options: seen.append(options) or fit(*a, **options))
+    assert run(capsys, *command, "--patience", "2", "--epochs", "200")[0] == 0
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    for history in metrics["epochs"].values():
+        best = int(np.argmin(history["val_loss"])) + 1
+        assert len(history["loss"]) == best + 2 < 200
+    assert [options["validation"] for options in seen] == [0.1, 0.1]
 
 
 def test_idx_folder_is_judged_by_its_own_test_part(tmp_path, capsys):

@@ -18,7 +18,7 @@ from fastbn import BatchNorm, checkpoint, losses, nn, optim, schedules, training
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
-STEPS, EPOCHS = 4, 4  # 27 examples in mini-batches of 8, and 9 held out
+STEPS, EPOCHS = 4, 3  # 27 examples in mini-batches of 8, and 9 held out
 
 
 def blobs(n=36, seed=0):
@@ -90,7 +90,7 @@ def test_stopped_after_every_step(tmp_path, whole):
 def test_fewer_epochs_first_and_nothing_left_to_do(tmp_path, whole):
     kind, expected = whole
     path = tmp_path / "run"
-    for stop in (2, 2, 3):  # the schedule must know of all epochs
+    for stop in (1, 1, 2):  # the schedule must know of all epochs
         fit(path, kind, patience=100, on_epoch=lambda epoch, _, stop=stop: epoch >= stop)
     for _ in range(2):
         assert fit(path, kind, patience=100) == expected
@@ -233,19 +233,17 @@ def test_killed_at_any_moment(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(fastbn.__file__).parents[1]), str(Path(__file__).parent)])
     }
-    for _ in range(4):
+    for _ in range(3):
         with subprocess.Popen([sys.executable, "-c", KILLED, path], stdout=subprocess.PIPE, env=environment) as process:
             assert process.stdout.readline().strip() == b"ready"
-            while not path.exists():
-                assert process.poll() is None
+            while not path.exists() and process.poll() is None:
+                time.sleep(0.01)
             time.sleep(0.05 + 0.2 * rng.random())
             process.kill()
-        if path.exists():
-            run = json.loads(safetensors_texts(path)["fastbn.run"])
-            assert run["history"]["loss"][: len(history)] == history
-            history = run["history"]["loss"]
-            assert checkpoint.load(path)[1].num_batches_tracked == STEPS * len(history) == STEPS * run["epoch"]
-    assert history
+        run = json.loads(safetensors_texts(path)["fastbn.run"])
+        assert run["history"]["loss"][: len(history)] == history
+        history = run["history"]["loss"]
+        assert checkpoint.load(path)[1].num_batches_tracked == STEPS * len(history) == STEPS * run["epoch"]
     done = len(history)
     ends_at = {"patience": 10**6, "epochs": 2000, "on_epoch": lambda epoch, _: epoch >= done + 1}
     assert fit(path, **ends_at) == fit(None, **ends_at)
@@ -381,3 +379,12 @@ def test_what_cannot_be_saved_is_said_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="resume needs the checkpoint"):
         fit(None, resume=True)
     assert os.listdir(tmp_path) == []
+
+
+def test_safetensors_missing_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    model = network()
+    before = bits(model)
+    with pytest.raises(ImportError, match="checkpoints need safetensors"):
+        fit(tmp_path / "run", model=model)
+    assert bits(model) == before

@@ -364,6 +364,18 @@ def test_best_epoch_of_none_and_of_nan():
     assert training.History(val_loss=[math.nan, math.inf]).best_epoch == 1
 
 
+def test_the_history_draws_itself(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = network()
+    history = training.fit(
+        model, blobs(), losses.softmax_cross_entropy, optim.Adam(model), epochs=3, batch_size=16, validation=0.5
+    )
+    history.plot(tmp_path / "curves")
+    assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no epochs to draw"):
+        training.History().plot(tmp_path / "none")
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import losses, nn, optim
+from fastbn import losses, nn, optim, schedules, training
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -113,6 +113,36 @@ def test_other_activations_train_alike(activation):
         x, t = rng.standard_normal((16, 20)), rng.integers(0, 6, 16)
         our_loss, their_loss = step(ours, theirs, our_optimizer, their_optimizer, x, t)
         assert our_loss == pytest.approx(their_loss, abs=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("clip_norm", [None, 0.3])
+def test_fit_clips_and_schedules_pytorchs_way(dtype, clip_norm):
+    ours, theirs = networks(dtype, "Tanh")
+    rng = np.random.default_rng(4)
+    X, y = rng.standard_normal((96, 20)).astype(dtype), rng.integers(0, 6, 96)
+    seen = []
+    training.fit(
+        ours, (X, y), losses.softmax_cross_entropy, optim.Adam(ours, 3e-3), epochs=4, batch_size=16, seed=7,
+        schedule=schedules.cosine(), clip_norm=clip_norm, on_step=lambda step, loss: seen.append(loss),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(theirs.parameters(), 3e-3)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4 * 6)
+    clipped = 0
+    for step_, value in enumerate(seen):
+        rows = np.random.default_rng([7, 1 + step_ // 6]).permutation(96)[16 * (step_ % 6) :][:16]
+        optimizer.zero_grad()
+        their_loss = F.cross_entropy(theirs(tensor(X[rows])), tensor(y[rows]))
+        assert value == pytest.approx(their_loss.item(), abs=LOSS[dtype])
+        their_loss.backward()
+        if clip_norm is not None:
+            clipped += torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm).item() > clip_norm
+        optimizer.step()
+        rates.step()
+    assert len(seen) == 4 * 6
+    assert (clipped > 10) == (clip_norm is not None)
+    state = ours.state_dict()
+    assert max(abs(state[k] - v.numpy()).max() for k, v in theirs.state_dict().items()) <= STATE[dtype]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,166 @@
+"""Sequential: layers one after another, of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+from numpy.typing import ArrayLike
+
+from ..state import Array, Arrays, check_state
+from . import folding
+from .dense import Dense
+
+__all__ = ["Sequential", "walk"]
+
+
+class Sequential:
+    """Layers one after another.
+
+    Parameters
+    ----------
+    *layers : layer objects
+        BatchNorm, those of `fastbn.nn`, or any with the same methods. One that came twice would overwrite its
+        saved batch: ValueError.
+
+    Attributes
+    ----------
+    params, grads : dict
+        The layers' own arrays (not copies) by PyTorch's keys: "0.weight" is the weight of layer 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn import BatchNorm, nn
+    >>> model = nn.Sequential(nn.Dense(4, 8, bias=False), BatchNorm(8), nn.ReLU(), nn.Dense(8, 3))
+    >>> model(np.eye(4)).shape
+    (4, 3)
+    >>> model.backward(np.ones((4, 3)))
+    >>> sorted(model.grads)
+    ['0.weight', '1.bias', '1.weight', '3.bias', '3.weight']
+    >>> model[2], len(model)
+    (ReLU(), 4)
+    """
+
+    def __init__(self, *layers: Any) -> None:
+        for i, layer in enumerate(layers):
+            if isinstance(layer, type) or not hasattr(layer, "backward"):
+                raise TypeError(f"expected layer objects, got {layer!r} as layer {i}")
+        seen = [id(leaf) for leaf in walk(layers)]
+        if len(set(seen)) < len(seen):
+            raise ValueError("the same layer object is there twice: its second batch would overwrite the first")
+        self._layers = layers
+        self.training = True
+        self._collect()
+
+    def _collect(self) -> None:
+        layers = self._layers
+        self.params = Arrays({f"{i}.{k}": p for i, layer in enumerate(layers) for k, p in layer.params.items()})
+        self.grads = Arrays({f"{i}.{k}": g for i, layer in enumerate(layers) for k, g in layer.grads.items()})
+        self._trained_before = [any(layer.params for layer in layers[:i]) for i in range(len(layers))]
+
+    def forward(self, x: ArrayLike) -> Any:
+        """x through all layers."""
+        y: Any = x
+        for layer in self._layers:
+            y = layer(y)
+        return y
+
+    def __call__(self, x: ArrayLike) -> Any:
+        return self.forward(x)
+
+    def backward(self, dy: ArrayLike, input_grad: bool = False) -> Any:
+        """Fill every layer's grads; returns dx, or None without `input_grad`: it costs a matrix product."""
+        grad: Any = dy
+        for i in reversed(range(len(self._layers))):
+            layer = self._layers[i]
+            if isinstance(layer, (Dense, Sequential)):
+                grad = layer.backward(grad, input_grad=input_grad or self._trained_before[i])
+                if grad is None:
+                    break
+            else:
+                grad = layer.backward(grad)
+        return grad if input_grad else None
+
+    def folded(self) -> Sequential:
+        """A network for inference, in which every Dense + BatchNorm (+ activation) is one Dense.
+
+        What is folded is the inference forward, with the running averages as they are now, in whatever mode the model
+        is. Weights are computed in float64 and rounded once: each output of a folded Dense, before its activation, is
+        within ``4 n_in u (sum |W' x| + |b'|)`` of the exact one, u the unit roundoff of its dtype, or of x's where that
+        is the coarser.
+
+        Returns
+        -------
+        Sequential
+            In inference mode, nested ones flattened, without Dropout, sharing no array with this one, which stays as
+            it is. Copied as they are, in inference mode: a BatchNorm without a Dense before it, or with
+            another number of features, an axis that is neither 1 nor -1 (1 is taken for the last one, as it is of
+            (N, C)), no running averages, or values that would take the weights out of their dtype's range; an
+            activation that is not ReLU or LeakyReLU(0.01); and any other layer.
+
+        Examples
+        --------
+        >>> from fastbn import BatchNorm, nn
+        >>> model = nn.Sequential(nn.Dense(4, 8, bias=False), BatchNorm(8), nn.ReLU(), nn.Dropout(0.5), nn.Dense(8, 3))
+        >>> model.folded()
+        Sequential(
+            Dense(n_in=4, n_out=8, activation='relu'),
+            Dense(n_in=8, n_out=3),
+        )
+        """
+        leaves = (layer for layer in walk(self) if not isinstance(layer, Sequential))
+        return Sequential(*folding.folded(leaves)).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode (or inference, with False) for every layer; returns the model."""
+        for layer in self._layers:
+            layer.train(mode)
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Set inference mode for every layer; returns the model."""
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of every layer's state, by PyTorch's keys: '0.weight', '1.running_mean'."""
+        return {f"{i}.{k}": v for i, layer in enumerate(self._layers) for k, v in layer.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+        """Copy `state` into the layers; ValueError, and nothing changed, unless all keys and shapes fit."""
+        arrays = check_state(state, self.state_dict())
+        before = [layer.state_dict() for layer in self._layers]
+        try:
+            for i, layer in enumerate(self._layers):
+                layer.load_state_dict({k: arrays[f"{i}.{k}"] for k in before[i]})
+        except BaseException:
+            for layer, state_before in zip(self._layers, before, strict=True):
+                layer.load_state_dict(state_before)
+            raise
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """A layer, or with a slice a Sequential of those very layers (`model[:-1]`: the last one's input)."""
+        return Sequential(*self._layers[index]) if isinstance(index, slice) else self._layers[index]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._layers)
+
+    def __repr__(self) -> str:
+        inner = ",\n".join(repr(layer) for layer in self._layers).replace("\n", "\n    ")
+        return f"Sequential(\n    {inner},\n)" if self._layers else "Sequential()"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # params and grads must be the copied layers' own
+        self.__dict__.update(state)
+        self._collect()
+
+
+def walk(layers: Any) -> Iterator[Any]:
+    """These layers and all that they hold, the outer ones first."""
+    for layer in layers:
+        yield layer
+        if isinstance(layer, Sequential):
+            yield from walk(layer)

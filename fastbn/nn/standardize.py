@@ -1,0 +1,121 @@
+"""Standardize: inputs of mean 0 and variance 1, by the statistics of a data set."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .. import functional
+from ..state import Array, as_float, check_state
+from .layer import Layer
+
+__all__ = ["Standardize"]
+
+# functional wants a positive one; added to any variance of normal size, this one changes nothing.
+_EPS = math.ulp(0.0)
+
+
+class Standardize(Layer):
+    """y = (x - mean) / sqrt(var), with the mean and the 1/m variance of a data set, in training and inference alike.
+
+    As the first layer it makes the normalisation of the inputs a part of the network and of its saved file. A constant
+    feature is only centred.
+
+    Parameters
+    ----------
+    num_features : int
+        C, at least 1.
+    axis : int
+        The feature axis: 1 for (N, C, ...), -1 for channels-last.
+
+    Attributes
+    ----------
+    mean, mean_low, var : numpy.ndarray of shape (C,), float64
+        Of the data that `fit` saw. The mean is ``mean + mean_low``: of data far from zero, float64 holds the one to
+        fewer digits than the deviations have.
+    count : int
+        Values per feature that `fit` saw; 0 before it.
+    params, grads : dict
+        Empty.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn import nn
+    >>> X = np.array([[1.0, 7.0], [3.0, 7.0]])
+    >>> nn.Standardize(2).fit(X)(X)
+    array([[-1.,  0.],
+           [ 1.,  0.]])
+    """
+
+    def __init__(self, num_features: int, *, axis: int = 1) -> None:
+        self.num_features, self.axis = operator.index(num_features), operator.index(axis)
+        if self.num_features < 1:
+            raise ValueError(f"expected num_features to be at least 1, got {num_features}")
+        super().__init__()
+        self.mean, self.mean_low, self.var = np.zeros((3, self.num_features))
+        self.count = 0
+
+    def fit(self, X: ArrayLike) -> Self:
+        """Take the statistics of X, which replace any before; returns the layer.
+
+        Parameters
+        ----------
+        X : array_like of float32 or float64
+            C features along `axis`. A NaN makes its own feature NaN.
+
+        Raises
+        ------
+        ValueError
+            For another number of features, and no values; the statistics stay as they were.
+        TypeError
+            For other dtypes and masked arrays.
+        numpy.exceptions.AxisError
+            Where X has no such axis.
+        """
+        a = as_float(X)
+        stats = functional.moments(a, self.axis)
+        if stats.mean.shape != self.mean.shape:
+            raise ValueError(f"expected X with {self.num_features} features along axis {self.axis}, got {a.shape}")
+        if stats.count == 0:
+            raise ValueError(f"expected at least 1 value of each feature, got X of shape {a.shape}")
+        self.mean[...], self.mean_low[...], self.var[...] = stats.mean, stats.mean_low, stats.var
+        self.count = stats.count
+        return self
+
+    def forward(self, x: ArrayLike) -> Array:
+        """y, with the shape and dtype of x; RuntimeError before `fit`, ValueError for another number of features."""
+        if not self.count:
+            raise RuntimeError("Standardize needs the statistics of a data set: call fit(X) before forward")
+        a = as_float(x)
+        y = self._scaled(a, self.mean, -self.mean_low)
+        self._saved = np.empty(0, a.dtype), y.shape
+        return y
+
+    def backward(self, dy: ArrayLike) -> Array:
+        """dx = dy / sqrt(var), with the shape and dtype of x."""
+        _, grad = self._incoming(dy)
+        return self._scaled(grad, np.zeros_like(self.mean), np.zeros_like(self.mean))
+
+    def _scaled(self, x: Array, centre: Array, rest: Array) -> Array:
+        """(x - centre + rest) / sqrt(var)."""
+        var = np.where(self.var == 0, 1, self.var)
+        shift = rest / np.sqrt(var)
+        constants = functional.Constants(self.num_features, None, shift, _EPS, mean=centre, var=var, axis=self.axis)
+        return functional.infer(constants, x, None)[0]
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the statistics."""
+        arrays = {"mean": self.mean, "mean_low": self.mean_low, "var": self.var}
+        return {k: a.copy() for k, a in arrays.items()} | {"count": np.array(self.count, dtype=np.int64)}
+
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+        """Copy `state` into the statistics; ValueError, nothing changed, unless all keys and shapes fit."""
+        given: dict[str, Any] = check_state(state, self.state_dict())
+        self.mean[...], self.mean_low[...], self.var[...] = given["mean"], given["mean_low"], given["var"]
+        self.count = int(given["count"])

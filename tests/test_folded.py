@@ -1,0 +1,216 @@
+"""Sequential.folded: Dense + BatchNorm (+ activation) as one Dense, against the unfolded layers in 80 digits."""
+
+import copy
+import decimal
+import itertools
+
+import numpy as np
+import pytest
+
+from fastbn import BatchNorm, checkpoint, nn
+
+U = {"float32": 2.0**-24, "float64": 2.0**-53}
+DIGITS = np.vectorize(decimal.Decimal, otypes=[object])
+
+# what becomes of the statistics and parameters of a BatchNorm, drawn around 0 and 1, and of the bias before it
+CASES = {
+    "plain": lambda bn, b: None,
+    "tiny variance": lambda bn, b: np.multiply(bn.running_var, 1e-30, out=bn.running_var),
+    "no variance": lambda bn, b: bn.running_var.fill(0),
+    "large variance": lambda bn, b: np.multiply(bn.running_var, 1e40, out=bn.running_var),
+    "mean / std 1e4": lambda bn, b: np.multiply(bn.running_mean, 1e4, out=bn.running_mean),
+    "weight zero": lambda bn, b: bn.weight.fill(0),
+    "weight negative": lambda bn, b: np.negative(abs(bn.weight), out=bn.weight),
+    "bias far from 0, and the mean with it": lambda bn, b: (
+        np.add(b, 1e6, out=b), np.copyto(bn.running_mean, b), np.add(bn.running_mean, 1e-3, out=bn.running_mean),
+    ),
+    "all but cancelled": lambda bn, b: np.copyto(
+        bn.bias, (bn.running_mean - b) * bn.weight / np.sqrt(bn.running_var + bn.eps)
+    ),
+}  # fmt: skip
+
+
+def pair(n_in, n_out, dtype, extreme="plain", seed=0, **options):
+    """A Dense and a BatchNorm that has seen something."""
+    rng = np.random.default_rng(seed)
+    dense = nn.Dense(n_in, n_out, dtype=dtype, seed=seed)
+    bn = BatchNorm(n_out, dtype=dtype, **options)
+    bn.running_mean, bn.running_var = rng.normal(size=n_out), rng.uniform(0.5, 2, n_out)
+    if bn.weight is not None:
+        bn.weight, bn.bias = rng.normal(size=(2, n_out))
+    CASES[extreme](bn, dense.params["bias"])
+    return dense, bn
+
+
+def exactly(dense, bn, x):
+    """norm(dense(x)) in 80 digits, and sum |W'x| + |b'|, the scale of its bound."""
+    with decimal.localcontext(decimal.Context(prec=80)):
+        W, x = DIGITS(dense.params["weight"].astype(float)), DIGITS(x.astype(float))
+        b = DIGITS(dense.params["bias"].astype(float)) if dense.bias else 0
+        mean, var = DIGITS(bn.running_mean), DIGITS(bn.running_var)
+        gamma, beta = (1, 0) if bn.weight is None else (DIGITS(a.astype(float)) for a in (bn.weight, bn.bias))
+        invstd = 1 / np.sqrt(var + decimal.Decimal(bn.eps))
+        y = (x @ W.T + b - mean) * invstd * gamma + beta
+        size = abs(x) @ abs(W * (invstd * gamma)[:, np.newaxis]).T + abs((b - mean) * invstd * gamma + beta)
+    return y, size
+
+
+def rows(n, n_in, dtype, seed=0):
+    x = np.random.default_rng(seed).normal(size=(n, n_in)) * 10.0 ** np.arange(-3, n - 3)[:, np.newaxis]
+    x[0] = 0
+    return x.astype(dtype)
+
+
+@pytest.mark.parametrize("extreme", CASES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n_in", [1, 4, 50])
+def test_an_output_is_within_its_bound(n_in, dtype, extreme):
+    for seed in range(10):
+        dense, bn = pair(n_in, 6, dtype, extreme, seed)
+        (one,) = nn.Sequential(dense, bn).folded()
+        x = rows(7, n_in, dtype, seed)
+        y, size = exactly(dense, bn, x)
+        assert (abs(DIGITS(one(x).astype(float)) - y) <= DIGITS(4 * n_in * U[dtype]) * size).all(), seed
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"axis": -1}, {"eps": 1e-3, "momentum": None}])
+def test_any_kind_of_layer(options):
+    dense, bn = pair(5, 6, "float64", **options)
+    dense = copy.deepcopy(dense)
+    x = rows(7, 5, "float64")
+    (one,) = nn.Sequential(dense, bn).folded()
+    y, size = exactly(dense, bn, x)
+    assert (abs(DIGITS(one(x)) - y) <= DIGITS(20 * U["float64"]) * size).all()
+    unbiased = nn.Dense(5, 6, bias=False, dtype="float64", seed=0)
+    (one,) = nn.Sequential(unbiased, bn).folded()
+    y, size = exactly(unbiased, bn, x)
+    assert (abs(DIGITS(one(x)) - y) <= DIGITS(20 * U["float64"]) * size).all()
+    if options.get("axis") == -1:
+        deep = rows(6, 5, "float64").reshape(2, 3, 5)
+        np.testing.assert_allclose(one(deep), bn.eval()(unbiased(deep)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), list(itertools.permutations(U)))
+def test_x_of_the_other_dtype(x_dtype, dtype):
+    dense, bn = pair(5, 6, dtype)
+    x = rows(7, 5, x_dtype)
+    (one,) = nn.Sequential(dense, bn).folded()
+    y, size = exactly(dense, bn, x)
+    assert one(x).dtype == x_dtype
+    assert (abs(DIGITS(one(x).astype(float)) - y) <= DIGITS(20 * U["float32"]) * size).all()
+
+
+def network(dtype="float64"):
+    """Every activation, behind a BatchNorm and fused; a BatchNorm first; nested; Dropout."""
+    return nn.Sequential(
+        BatchNorm(5, dtype=dtype),
+        *pair(5, 9, dtype, activation="relu"), nn.Dropout(0.5),
+        *pair(9, 8, dtype), nn.Dropout(0.5), nn.ReLU(),
+        nn.Sequential(*pair(8, 9, dtype, activation="leaky_relu"), nn.Sequential(*pair(9, 7, dtype))), nn.LeakyReLU(),
+        *pair(7, 7, dtype), nn.LeakyReLU(0.3),
+        *pair(7, 6, dtype), nn.Sigmoid(),
+        nn.Dense(6, 6, dtype=dtype), nn.ReLU(), nn.Dense(6, 3, bias=False, dtype=dtype),
+    )  # fmt: skip
+
+
+FOLDED = """Sequential(
+    BatchNorm(5, dtype='float64'),
+    Dense(n_in=5, n_out=9, activation='relu', dtype='float64'),
+    Dense(n_in=9, n_out=8, activation='relu', dtype='float64'),
+    Dense(n_in=8, n_out=9, activation='leaky_relu', dtype='float64'),
+    Dense(n_in=9, n_out=7, activation='leaky_relu', dtype='float64'),
+    Dense(n_in=7, n_out=7, dtype='float64'),
+    LeakyReLU(negative_slope=0.3),
+    Dense(n_in=7, n_out=6, dtype='float64'),
+    Sigmoid(),
+    Dense(n_in=6, n_out=6, activation='relu', dtype='float64'),
+    Dense(n_in=6, n_out=3, bias=False, dtype='float64'),
+)"""
+
+
+@pytest.mark.parametrize("dtype", U)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_and_its_folded_one(training, dtype):
+    model = network(dtype).train(training)
+    x = np.random.default_rng(1).normal(size=(20, 5)).astype(dtype)
+    folded = model.folded()
+    assert repr(folded).replace("float32", "float64") == FOLDED or dtype == "float32"
+    assert not any(layer.training for layer in [folded, *folded])
+    expected = copy.deepcopy(model).eval()(x)
+    np.testing.assert_allclose(folded(x), expected, rtol=1e-12 if dtype == "float64" else 2e-4, atol=1e3 * U[dtype])
+    assert folded(x[:1]).shape == (1, 3)
+    assert repr(folded.folded()) == repr(folded)
+
+
+def test_the_model_stays_as_it_was():
+    model = network()
+    model[1].eval()
+    x = np.random.default_rng(1).normal(size=(20, 5))
+    y = model(x)
+    before = {k: a.tobytes() for k, a in model.state_dict().items()}
+    text, modes = repr(model), [layer.training for layer in nn.walk(model)]
+    folded = model.folded()
+    assert {k: a.tobytes() for k, a in model.state_dict().items()} == before
+    assert repr(model) == text
+    assert [layer.training for layer in nn.walk(model)] == modes
+    model.backward(np.ones_like(y))  # the last forward is still there
+
+    def arrays(model):
+        for layer in nn.walk(model):
+            yield from (*layer.params.values(), *layer.grads.values())
+            yield from (a for a in vars(layer).values() if isinstance(a, np.ndarray))
+
+    assert not any(np.shares_memory(a, b) for a in arrays(folded) for b in arrays(model))
+
+
+class Doubled(nn.Dense):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("layers", "classes"),
+    [
+        ([BatchNorm(4), nn.Dense(4, 4)], ["BatchNorm", "Dense"]),
+        ([nn.Dense(4, 4), BatchNorm(4, track_running_stats=False)], ["Dense", "BatchNorm"]),
+        ([nn.Dense(4, 4), BatchNorm(4, axis=0)], ["Dense", "BatchNorm"]),
+        ([nn.Dense(4, 4), BatchNorm(4, axis=2)], ["Dense", "BatchNorm"]),
+        ([nn.Dense(4, 4), BatchNorm(3)], ["Dense", "BatchNorm"]),  # (N, 3, 4)
+        ([nn.Dense(4, 4, activation="relu"), BatchNorm(4)], ["Dense", "BatchNorm"]),
+        ([nn.Dense(4, 4), nn.Tanh(), BatchNorm(4)], ["Dense", "Tanh", "BatchNorm"]),
+        ([Doubled(4, 4), BatchNorm(4)], ["Doubled", "BatchNorm"]),
+        ([nn.Dense(4, 4), BatchNorm(4), BatchNorm(4)], ["Dense", "BatchNorm"]),  # the second would be a second rounding
+        ([nn.Dense(4, 4), BatchNorm(4), nn.Dense(4, 4), BatchNorm(4)], ["Dense", "Dense"]),
+        ([nn.Standardize(4), nn.Dense(4, 4), BatchNorm(4)], ["Standardize", "Dense"]),
+        ([], []),
+    ],
+)
+def test_what_cannot_be_folded_stays(layers, classes):
+    folded = nn.Sequential(*layers).folded()
+    assert [type(layer).__name__ for layer in folded] == classes
+    assert not any(layer.training for layer in folded)
+    assert not {id(layer) for layer in folded} & {id(layer) for layer in layers}
+
+
+@pytest.mark.parametrize(
+    ("mean", "var", "eps"), [(0, 0, 1e-90), (1e60, 1, 1e-5), (0, 1e80, 1e-5), (0, np.nan, 1e-5), (0, -1, 1e-5)]
+)
+def test_weights_that_float32_cannot_hold_are_not_folded(mean, var, eps):
+    bn = BatchNorm(2, eps=eps)
+    bn.running_mean, bn.running_var = [0, mean], [1, var]
+    dense = nn.Dense(3, 2, bias=False, seed=0)
+    assert len(nn.Sequential(dense, bn).folded()) == 2
+    wide = nn.Dense(3, 2, seed=0, dtype="float64")
+    assert len(nn.Sequential(wide, bn).folded()) == (1 if var >= 0 else 2)
+
+
+def test_a_folded_network_is_saved_and_trains(tmp_path):
+    pytest.importorskip("safetensors")
+    folded = network().folded()
+    checkpoint.save(tmp_path / "m.safetensors", folded)
+    back = checkpoint.load(tmp_path / "m.safetensors")
+    assert repr(back) == repr(folded)
+    x = np.random.default_rng(1).normal(size=(20, 5))
+    np.testing.assert_array_equal(back(x), folded(x))
+    assert not back.training
+    assert back.backward(np.ones((20, 3)), input_grad=True).shape == x.shape
