@@ -24,7 +24,8 @@ from ..batchnorm import BatchNorm
 from ..data import held_out_rows
 from ..state import Array
 
-_ACTIVATIONS: dict[str, Any] = {"identity": None, "logistic": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh}
+# The layers that follow Dense or BatchNorm, which apply relu themselves.
+_ACTIVATIONS: dict[str, Any] = {"identity": (), "logistic": (nn.Sigmoid,), "relu": (), "tanh": (nn.Tanh,)}
 _CHUNK = 1024  # examples that go through the network at once in predict: a matter of memory
 
 
@@ -192,15 +193,16 @@ class Network(BaseEstimator):
         """The network and its optimizer, before the first step."""
         self._rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
         self._loss, self.n_outputs_ = self._loss_and_outputs(targets)
+        relu = "relu" if self.activation == "relu" else None
         layers: list[Any] = []
         width = X.shape[1]
         for size in self._hidden():
-            layers.append(nn.Dense(width, size, bias=not self.batch_norm, dtype=X.dtype, seed=self._seed()))
-            fused = self.batch_norm and self.activation == "relu"
             if self.batch_norm:
-                layers.append(BatchNorm(size, dtype=X.dtype, activation="relu" if fused else None))
-            if not fused and self.activation != "identity":
-                layers.append(_ACTIVATIONS[self.activation]())
+                layers.append(nn.Dense(width, size, bias=False, dtype=X.dtype, seed=self._seed()))
+                layers.append(BatchNorm(size, dtype=X.dtype, activation=relu))
+            else:
+                layers.append(nn.Dense(width, size, activation=relu, dtype=X.dtype, seed=self._seed()))
+            layers += [layer() for layer in _ACTIVATIONS[self.activation]]
             width = size
         self.model_ = nn.Sequential(*layers, nn.Dense(width, self.n_outputs_, dtype=X.dtype, seed=self._seed()))
         rate = self.learning_rate_init
