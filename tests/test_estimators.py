@@ -19,6 +19,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import (
     check_transformer_get_feature_names_out,
     check_transformer_get_feature_names_out_pandas,
@@ -45,6 +46,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 )
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
+
+
+def test_tags_say_what_to_check():
+    assert get_tags(BatchNormClassifier()).classifier_tags.multi_label
+    assert get_tags(BatchNormRegressor()).target_tags.multi_output
+    assert get_tags(BatchNormTransformer()).transformer_tags.preserves_dtype == ["float64", "float32"]
 
 
 @pytest.mark.parametrize("momentum", [None, 0.1])
@@ -169,11 +176,11 @@ def test_prediction_uses_the_running_averages_and_goes_in_pieces():
 
 
 def test_log_probabilities_do_not_end_where_probabilities_do():
-    X, y = blobs(classes=2)
-    classifier = BatchNormClassifier((), max_iter=1).fit(X, y)
-    classifier.model_.params["0.weight"] = np.array([[1000.0, 0, 0, 0, 0]])
-    classifier.model_.params["0.bias"] = 0.0
-    np.testing.assert_array_equal(classifier.predict_log_proba(np.eye(1, 5)), [[-1000, 0]])
+    for classes, weight, expected in ((2, [[1000.0]], [[-1000, 0]]), (3, [[0.0], [1000], [0]], [[-1000, 0, -1000]])):
+        _, y = blobs(classes=classes)
+        classifier = BatchNormClassifier((), max_iter=1).fit(np.ones((90, 1)), y)
+        classifier.model_.params["0.weight"], classifier.model_.params["0.bias"] = np.array(weight), 0.0
+        np.testing.assert_array_equal(classifier.predict_log_proba([[1.0]]), expected)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -248,6 +255,12 @@ def test_partial_fit_is_one_epoch_after_another(estimator):
     assert one.n_iter_ == len(one.loss_curve_) == 2
 
 
+def test_each_partial_fit_has_an_order_of_its_own():
+    X, y = blobs()  # steps that change nothing: only what shares a mini-batch makes a difference
+    one = BatchNormRegressor(learning_rate_init=1e-300, batch_size=20, random_state=0)
+    assert len({one.partial_fit(X, y).loss_ for _ in range(5)}) == 5
+
+
 def test_partial_fit_knows_classes_that_come_later():
     X, y = blobs()
     classifier = BatchNormClassifier().partial_fit(X[y < 2], y[y < 2], classes=[2, 1, 0])
@@ -300,6 +313,7 @@ def test_early_stopping_keeps_the_best_epoch(estimator):
     assert one.best_validation_score_ == max(scores)
     assert 0 < best < len(scores) - 1 == one.n_iter_ - 1
     assert state(one) == state(estimator(**settings, max_iter=best + 1).fit(X, y))
+    assert one.model_[1].num_batches_tracked == best + 1  # each epoch trained, also after the first score
     assert estimator(max_iter=1).fit(X, y).validation_scores_ is None
 
 
