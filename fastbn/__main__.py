@@ -1,10 +1,11 @@
-"""The command line: `fastbn train`, `fastbn predict`, `fastbn info`; also `python -m fastbn`."""
+"""The command line: `fastbn train`, `fastbn predict`, `fastbn experiment`, `fastbn info`; also `python -m fastbn`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import json
@@ -29,6 +30,7 @@ SCHEDULES = {
     "cosine": lambda epochs: schedules.cosine(),
     "inverse-time": lambda epochs: schedules.inverse_time(1),
 }
+EXPERIMENTS = ("speed", "shift", "noise", "testtime")
 WITH, WITHOUT = "with batch normalization", "without batch normalization"
 
 
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastbn: error: not enough memory{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"fastbn: interrupted{interrupt or ', nothing written'}", file=sys.stderr)
+        print(f"fastbn: interrupted{str(interrupt) or ', nothing written'}", file=sys.stderr)
         return 130
     return 0
 
@@ -95,6 +97,24 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--target", help="the column of labels in a .csv; accuracy then goes to standard error")
     predict.set_defaults(run=_predict)
 
+    experiment = commands.add_parser(
+        "experiment",
+        help="try what the lectures claim about batch normalization",
+        description="Try a claim of the lectures on data, with several seeds: print a table, write NAME.json and "
+        "NAME.png. speed: steps to an accuracy, with and without; shift: how much a hidden layer's inputs move, and "
+        "a shifted domain; noise: the gap between training and test against mini-batch size, beside dropout; "
+        "testtime: one example at a time, and the running averages beside the exact statistics.",
+    )
+    add = experiment.add_argument
+    add("name", metavar="NAME", choices=(*EXPERIMENTS, "all"), help=f"{', '.join(EXPERIMENTS)} or all")
+    add("--data", default="digits", help=source + " (default: digits)")
+    add("--target", help="the column of labels in a .csv")
+    add("--seeds", type=int, help="runs with another split, start and order (default: the experiment's own number)")
+    add("--out", type=Path, default=Path("fastbn-experiments"), help="the folder to write into (default: %(default)s)")
+    add("--quick", action="store_true", help="the same code in seconds, on too little to conclude from")
+    add("--paper", action="store_true", help="of speed: section 4.1 of Ioffe and Szegedy, 2015, at full length")
+    experiment.set_defaults(run=_experiment)
+
     info = commands.add_parser("info", help="print the configuration")
     info.set_defaults(run=_info)
     return parser
@@ -132,14 +152,10 @@ def _train(args: argparse.Namespace) -> None:
     if train.y is None or held_out.y is None:
         raise ValueError(f"{args.data}: no labels for the t10k images")
     names = [args.out / name for name in ("model.safetensors", "learning-curves.png", "metrics.json")]
-    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
-    if folder := next((name for name in names if name.is_dir()), None):
-        raise ValueError(f"--out {args.out}: {folder} is a folder, expected a file or nothing there")
     unfinished = {name: args.out / f"unfinished-{name.split()[0]}.safetensors" for name in (WITH, WITHOUT)}
     if not args.resume and (found := next((path for path in unfinished.values() if path.exists()), None)):
         raise ValueError(f"{found}: an interrupted training, give --resume to go on with it or delete it to begin anew")
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--out {args.out}: {there} is not a folder that can be written to")
+    _check_out(args.out, names)
     n_features, n_classes = train.X.shape[1], len(dataset.classes)
     print(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
           f"{n_features} features, {n_classes} classes", flush=True)  # fmt: skip
@@ -214,6 +230,15 @@ def _train_networks(
         saved = saved or (model.eval(), optimizer)
     assert saved is not None
     return results, histories, saved
+
+
+def _check_out(out: Path, names: Sequence[Path]) -> None:
+    """ValueError, before any work, where these files could not be written in the end."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if folder := next((name for name in names if name.is_dir()), None):
+        raise ValueError(f"--out {out}: {folder} is a folder, expected a file or nothing there")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {out}: {there} is not a folder that can be written to")
 
 
 def _network(widths: list[int], args: argparse.Namespace, *, batchnorm: bool) -> nn.Sequential:
@@ -300,6 +325,32 @@ def _check_columns(args: argparse.Namespace, dataset: data.Dataset, trained: dic
     for i, (name, known) in enumerate(zip(dataset.features or (), trained["columns"] or (), strict=False), 1):
         if name != known:
             raise ValueError(f"{args.data}: expected {known!r} as feature {i}, as in {trained['data']}, got {name!r}")
+
+
+def _experiment(args: argparse.Namespace) -> None:
+    for package in ("joblib", "matplotlib", "tqdm"):
+        if importlib.util.find_spec(package) is None:  # better now than after the training
+            raise ImportError(f'experiments need {package}: pip install "fastbn[train]"')
+    if args.seeds is not None and args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    if args.paper and args.name != "speed":
+        raise ValueError(f"--paper is for the experiment speed, got {args.name}")
+    names = EXPERIMENTS if args.name == "all" else ("paper",) if args.paper else (args.name,)
+    _check_out(args.out, [args.out / f"{name}{suffix}" for name in names for suffix in (".json", ".png")])
+    dataset = _load(args.data, args.target)
+    if dataset.y is None:
+        raise ValueError(
+            f"{args.data}: no labels to learn" + (" (--target names their column)" * bool(dataset.features))
+        )
+    options = {} if args.seeds is None else {"seeds": args.seeds}
+    for name in names:
+        module = importlib.import_module(f"fastbn.experiments.{name}")
+        try:
+            result = module.run(dataset, quick=args.quick, **options)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f" in {name}, which is not written") from None
+        print(result.table(), flush=True)
+        print("wrote", ", ".join(map(str, result.save(args.out))), end="\n\n", flush=True)
 
 
 def _info(args: argparse.Namespace) -> None:

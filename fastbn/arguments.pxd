@@ -4,6 +4,7 @@ from fastbn.kernels.table cimport RELU, Activation
 
 cpdef cnp.ndarray floating(object a, str name=*)
 cdef int feature_axis(cnp.ndarray x, object axis) except -1
+cpdef cnp.ndarray checked_mask(object mask, cnp.ndarray x, int axis)
 cdef bint dense(cnp.ndarray x, int axis, Py_ssize_t *M, Py_ssize_t *S) noexcept
 cdef bint usable_as(cnp.ndarray a, cnp.ndarray b) noexcept
 cdef tuple shape_of(cnp.ndarray a)

@@ -44,6 +44,17 @@ cdef int feature_axis(cnp.ndarray x, object axis) except -1:
     return <int>(k + ndim if k < 0 else k)
 
 
+cpdef cnp.ndarray checked_mask(object mask, cnp.ndarray x, int axis):
+    """mask as an array, of x's shape without the feature axis (which counts from 0)."""
+    cdef cnp.ndarray array = np.asarray(mask)
+    rest = shape_of(x)[:axis] + shape_of(x)[axis + 1:]
+    if array.dtype != np.bool_:
+        raise TypeError(f"expected mask of dtype bool, got {array.dtype}")
+    if shape_of(array) != rest:
+        raise ValueError(f"expected mask of shape {rest}, x's without the feature axis, got {shape_of(array)}")
+    return array
+
+
 cdef bint dense(cnp.ndarray x, int axis, Py_ssize_t *M, Py_ssize_t *S) noexcept:
     """Whether x's memory is a C-contiguous (M, C, S), in whatever order its axes lie there."""
     cdef int ndim = cnp.PyArray_NDIM(x)

@@ -2,14 +2,14 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import functional
-from .state import FLOATS, Array, Arrays, assign, check_state
+from . import batches, functional
+from .state import FLOATS, Array, Arrays, Held, check_state
 
 
 class BatchNorm:
@@ -43,6 +43,16 @@ class BatchNorm:
         Whether running_var takes the m/(m-1) variance, or the 1/m one, as Keras's and ONNX's.
     num_threads : int, optional
         For this layer; default: `fastbn.get_num_threads()`.
+    ghost_size : int, optional
+        In training, normalise every so many examples as a batch of its own (Hoffer, Hubara & Soudry 2017), with the
+        running statistics taking one after the other; a remainder of one joins the batch before. The examples lie
+        along the first axis that is not the feature axis.
+    renorm : (r_max, d_max), optional
+        Batch renormalisation (Ioffe 2017): in training, ``x_hat*r + d`` takes the place of the normalised x_hat, with
+        ``r = std/running_std`` within [1/r_max, r_max] and ``d = (mean - running_mean)/running_std`` within
+        [-d_max, d_max], the averages from before this batch; the gradients take r and d as constants. (1, 0) is plain
+        training, from which the paper goes over to (3, 5) once the averages are warm. running_std is
+        ``sqrt(running_var + eps)``, as in inference; the paper averages the std itself. Needs running statistics.
 
     Attributes
     ----------
@@ -51,15 +61,17 @@ class BatchNorm:
     running_mean, running_var : numpy.ndarray of shape (C,), float64, or None
         Assigning copies into the array.
     num_batches_tracked : int
-    training : bool
+    training, frozen : bool
+    renorm : (float, float) or None
+        May be assigned between batches.
     params, grads : dict of numpy.ndarray
         ``weight`` and ``bias``, and the gradients of the last backward (zeros before it); the arrays stay the same
         ones.
 
     Notes
     -----
-    forward keeps a reference to x: change x before backward, and the gradients are wrong. An affine layer that feeds
-    BatchNorm needs no bias. Inference may be called from several threads at once.
+    forward keeps references to x and mask: change them before backward, and the gradients are wrong. An affine layer
+    that feeds BatchNorm needs no bias. Inference may be called from several threads at once.
 
     Examples
     --------
@@ -73,7 +85,13 @@ class BatchNorm:
     array([0.2, 2. ])
     >>> bn.eval()(x[:1]).shape
     (1, 2)
+    >>> bn.train()([[1, 10], [3, 30], [0, 0]], mask=[True, True, False]).round(3)
+    array([[-1., -1.],
+           [ 1.,  1.],
+           [ 0.,  0.]])
     """
+
+    weight, bias, running_mean, running_var = Held(), Held(), Held(), Held()
 
     def __init__(
         self,
@@ -88,6 +106,8 @@ class BatchNorm:
         activation: str | None = None,
         unbiased: bool = True,
         num_threads: int | None = None,
+        ghost_size: int | None = None,
+        renorm: tuple[float, float] | None = None,
     ) -> None:
         self._num_features = operator.index(num_features)
         if self._num_features < 1:
@@ -103,12 +123,17 @@ class BatchNorm:
         self._activation = activation
         self._unbiased = bool(unbiased)
         self._num_threads = num_threads
+        self._ghost_size = None if ghost_size is None else operator.index(ghost_size)
+        if self._ghost_size is not None and self._ghost_size < 1:
+            raise ValueError(f"expected ghost_size to be at least 1 or None, got {ghost_size}")
         self.training = True
+        self.frozen = False
         names = ("weight", "bias") if affine else ()
         self.params = Arrays({name: np.zeros(self._num_features, self._dtype) for name in names})
         self.grads = Arrays({name: np.zeros(self._num_features, self._dtype) for name in names})
         self._running_mean = np.zeros(self._num_features) if track_running_stats else None
         self._running_var = np.zeros(self._num_features) if track_running_stats else None
+        self._renorm = self._checked_renorm(renorm)
         self._connect()
         self.reset_parameters()
         self.reset_running_stats()
@@ -127,12 +152,14 @@ class BatchNorm:
             axis=self._axis,
             activation=self._activation,
             num_threads=self._num_threads,
+            renorm=self._renorm,
         )
-        self._saved: tuple[ArrayLike, functional.BatchStats, bool] | None = None
+        # The function that goes back, x, the statistics that it was normalised with, and whether they are its own.
+        self._saved: tuple[Callable[..., Array], ArrayLike, Any, bool] | None = None
 
     # --- the layer
 
-    def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
+    def forward(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array:
         """Normalise x: with its own statistics in training, with the running ones in inference.
 
         Parameters
@@ -141,6 +168,9 @@ class BatchNorm:
             C features along `axis`; integers and bool become float64. Strided and byte-swapped arrays are copied first.
         out : numpy.ndarray, optional
             Of x's shape and dtype, receives y. May be x itself; backward is then not possible.
+        mask : array_like of bool, optional
+            x's shape without the feature axis, True where a position is valid, as in padded sequences. The others are
+            left out of all statistics, whatever stands there, and y and dx are 0 there. The valid ones are copied.
 
         Returns
         -------
@@ -150,28 +180,38 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            For another number of features, one value per feature in training, an out of another shape or partly
-            overlapping x.
+            For another number of features, one (valid) value per feature in training, a mask or an out of another
+            shape, an out partly overlapping x.
         TypeError
             For other dtypes and masked arrays.
         numpy.exceptions.AxisError
             Where x has no such axis.
         """
         # Without running statistics, inference computes the batch's for want of others, as PyTorch's does.
-        training = self.training or self._running_mean is None
+        training = (self.training and not self.frozen) or self._running_mean is None
+        if mask is not None or self._ghost_size is not None:
+            return self._forward_in_batches(x, out, mask, training)
         if training:
-            momentum = self._momentum
-            if momentum is None:
-                momentum = 1 / (self.num_batches_tracked + 1)
-            y, stats, kept = functional.forward(self._constants, x, out, momentum)
+            factor = self._momentum
+            if factor is None:
+                factor = 1 / (self.num_batches_tracked + 1)
+            y, stats, kept = functional.forward(self._constants, x, out, factor)
             if self._running_mean is not None and stats.count:
                 self.num_batches_tracked += 1
         else:
             y, stats, kept = functional.infer(self._constants, x, out)
-        self._saved = (x, stats, training) if kept else None
+        self._saved = (functional.backward_into, x, stats, training) if kept else None
         return y
 
     __call__ = forward
+
+    def _forward_in_batches(self, x: ArrayLike, out: Array | None, mask: ArrayLike | None, training: bool) -> Array:
+        ghost_size = self._ghost_size if self.training and not self.frozen else None
+        averaging = self._momentum, self.num_batches_tracked
+        y, parts, kept, n = batches.forward(self._constants, x, out, mask, training, ghost_size, averaging)
+        self.num_batches_tracked += n
+        self._saved = (batches.backward, x, parts, training) if kept else None
+        return y
 
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
         """Gradients of the last forward, a training or an inference one; may be called again.
@@ -202,9 +242,9 @@ class BatchNorm:
         saved = self._saved
         if saved is None:
             raise RuntimeError("expected a forward before backward, and one that did not overwrite x")
-        x, stats, training = saved
+        back, x, stats, training = saved
         dweight, dbias = self.grads.get("weight"), self.grads.get("bias")
-        return functional.backward_into(self._constants, dy, x, stats, training, out, dweight, dbias)
+        return back(self._constants, dy, x, stats, training, out, dweight, dbias)
 
     def fold(self) -> tuple[Array, Array]:
         """The inference forward as one affine map.
@@ -239,6 +279,17 @@ class BatchNorm:
     def eval(self) -> Self:
         """Switch to inference; returns the layer."""
         return self.train(False)
+
+    def freeze(self, mode: bool = True) -> Self:
+        """Use the running statistics in training too, and leave them as they are, while weight and bias still train.
+
+        As for fine-tuning on small batches. It lasts through train() and eval(), until ``freeze(False)``. Returns the
+        layer; ValueError without running statistics.
+        """
+        if self._running_mean is None:
+            raise ValueError("expected running statistics to freeze, got a layer with track_running_stats=False")
+        self.frozen = bool(mode)
+        return self
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, no batches."""
@@ -309,6 +360,8 @@ class BatchNorm:
             "activation": self._activation,
             "unbiased": self._unbiased,
             "num_threads": self._num_threads,
+            "ghost_size": self._ghost_size,
+            "renorm": self._renorm,
         }
 
     def __repr__(self) -> str:
@@ -334,42 +387,22 @@ class BatchNorm:
         return self._axis
 
     @property
+    def renorm(self) -> tuple[float, float] | None:
+        return self._renorm
+
+    @renorm.setter
+    def renorm(self, limits: tuple[float, float] | None) -> None:
+        self._renorm = self._constants.renorm = self._checked_renorm(limits)
+
+    def _checked_renorm(self, limits: tuple[float, float] | None) -> tuple[float, float] | None:
+        if limits is None:
+            return None
+        if self._running_mean is None:
+            raise ValueError("expected running statistics for renorm, got a layer with track_running_stats=False")
+        if np.shape(limits) != (2,) or not (limits[0] >= 1 and limits[1] >= 0):
+            raise ValueError(f"expected renorm to be (r_max, d_max), at least (1, 0), or None, got {limits!r}")
+        return float(limits[0]), float(limits[1])
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         return self._dtype
-
-    @property
-    def weight(self) -> Array | None:
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: ArrayLike) -> None:
-        self._assign("weight", self._weight, value)
-
-    @property
-    def bias(self) -> Array | None:
-        return self._bias
-
-    @bias.setter
-    def bias(self, value: ArrayLike) -> None:
-        self._assign("bias", self._bias, value)
-
-    @property
-    def running_mean(self) -> Array | None:
-        return self._running_mean
-
-    @running_mean.setter
-    def running_mean(self, value: ArrayLike) -> None:
-        self._assign("running_mean", self._running_mean, value)
-
-    @property
-    def running_var(self) -> Array | None:
-        return self._running_var
-
-    @running_var.setter
-    def running_var(self, value: ArrayLike) -> None:
-        self._assign("running_var", self._running_var, value)
-
-    def _assign(self, name: str, array: Array | None, value: ArrayLike) -> None:
-        if array is None:
-            raise ValueError(f"expected no {name}: this layer was made without")
-        assign(array, value, name)

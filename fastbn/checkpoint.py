@@ -45,7 +45,7 @@ def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, 
     path : path
         Overwritten if it exists.
     model : nn.Sequential, BatchNorm or a layer of fastbn.nn
-        Every layer's mode (training or inference) is saved as well.
+        Every layer's mode (training or inference, frozen or not) is saved as well.
     optimizer : optional
         One of fastbn.optim. Its rate and the like are not saved: they are its constructor's arguments.
     metadata : dict, optional
@@ -203,7 +203,8 @@ def _describe(model: Any) -> dict[str, Any]:
         return {"class": "Sequential", "training": model.training, "layers": [_describe(layer) for layer in model]}
     if _CLASSES.get(type(model).__name__) is not type(model):
         raise TypeError(f"cannot save a {type(model).__name__}: expected Sequential, {', '.join(_CLASSES)}")
-    return {"class": type(model).__name__, "training": model.training, "config": model.config()}
+    frozen = {"frozen": True} if getattr(model, "frozen", False) else {}
+    return {"class": type(model).__name__, "training": model.training, "config": model.config(), **frozen}
 
 
 def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> Any:
@@ -214,7 +215,8 @@ def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "
             return model
         case {"class": str(name), "training": bool(training), "config": dict(config)} if name in _CLASSES:
             _check_sizes(name, config, shapes, prefix)
-            return _CLASSES[name](**config).train(training)
+            layer = _CLASSES[name](**config).train(training)
+            return layer.freeze() if isinstance(layer, BatchNorm) and description.get("frozen") is True else layer
     raise ValueError(f"expected a layer of a known class, got {str(description)[:100]}")
 
 

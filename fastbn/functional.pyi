@@ -64,8 +64,15 @@ def batch_norm_backward(
     num_threads: int | None = None,
 ) -> tuple[Array, Float64, Float64]: ...
 
-# What BatchNorm calls; all arguments by position.
+# What BatchNorm and batches call; all arguments by position.
 class Constants:
+    @property
+    def mean(self) -> Array | None: ...
+    @property
+    def var(self) -> Array | None: ...
+    @property
+    def axis(self) -> int: ...
+    renorm: tuple[float, float] | None
     def __init__(
         self,
         features: int = -1,
@@ -79,7 +86,9 @@ class Constants:
         axis: int = 1,
         activation: str | None = None,
         num_threads: int | None = None,
+        renorm: tuple[float, float] | None = None,
     ) -> None: ...
+    def like(self, mean: Array | None, var: Array | None, axis: int) -> Constants: ...
 
 def forward(constants: Constants, x: ArrayLike, out: Array | None, factor: float) -> tuple[Array, BatchStats, bool]: ...
 def infer(constants: Constants, x: ArrayLike, out: Array | None) -> tuple[Array, BatchStats, bool]: ...
@@ -93,3 +102,14 @@ def backward_into(
     dweight: Array | None,
     dbias: Array | None,
 ) -> Array: ...
+def arrays_of_forward(
+    constants: Constants, x: ArrayLike, out: Array | None, training: bool
+) -> tuple[Array, Array, Array, bool]: ...
+def arrays_of_backward(
+    constants: Constants,
+    dy: ArrayLike,
+    x: ArrayLike,
+    out: Array | None,
+    dweight: Array | None,
+    dbias: Array | None,
+) -> tuple[Array, Array, Array, Array]: ...

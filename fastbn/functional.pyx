@@ -19,6 +19,7 @@ from libc.string cimport memcpy
 from fastbn.arguments cimport (
     activation_of,
     checked_eps,
+    checked_mask,
     checked_out,
     dense,
     feature_axis,
@@ -34,6 +35,7 @@ from fastbn.arguments cimport (
 )
 from fastbn.kernels cimport cpu, memory
 from fastbn.kernels.table cimport THREADED, Activation, Job, Kernel, Table
+from fastbn.renorm cimport correct_gradients, correct_parameters, corrections
 
 from fastbn import kernels
 
@@ -62,8 +64,9 @@ cdef class BatchStats:
     >>> stats.mean, stats.var, stats.count
     (array([ 2., 10.]), array([1., 0.]), 2)
     """
-    cdef double *data      # (3, C): mean, mean_low, var
+    cdef double *data      # (3, C): mean, mean_low, var; (5, C) where renormalised: r, d
     cdef Py_ssize_t C
+    cdef bint renormalised
     cdef readonly Py_ssize_t count
 
     def __init__(self, mean, var, count, mean_low=None):
@@ -76,7 +79,7 @@ cdef class BatchStats:
             raise ValueError(f"expected count to be at least 0, got {count}")
         if self.data != NULL:
             raise TypeError("expected BatchStats to be made once: it is immutable")
-        self.reserve(len(mean), count)
+        self.reserve(len(mean), count, False)
         load(mean, self.data, self.C, 0, "mean")
         load(low, self.data + self.C, self.C, 0, "mean_low")
         load(var, self.data + 2 * self.C, self.C, 0, "var")
@@ -84,13 +87,18 @@ cdef class BatchStats:
     def __dealloc__(self):
         PyMem_Free(self.data)
 
-    cdef int reserve(self, Py_ssize_t C, Py_ssize_t count) except -1:
-        self.data = <double *>PyMem_Malloc(max(3 * C, 1) * sizeof(double))
+    cdef int reserve(self, Py_ssize_t C, Py_ssize_t count, bint renormalised) except -1:
+        self.data = <double *>PyMem_Malloc(max((5 if renormalised else 3) * C, 1) * sizeof(double))
         if self.data == NULL:
             raise MemoryError()
         self.C = C
         self.count = count
+        self.renormalised = renormalised
         return 0
+
+    cdef double *correction(self) noexcept:
+        """(2, C): r and d, of renormalised statistics."""
+        return self.data + 3 * self.C
 
     cdef cnp.ndarray row(self, Py_ssize_t i):
         cdef cnp.npy_intp shape[1]
@@ -122,10 +130,10 @@ cdef class BatchStats:
         return BatchStats, (self.mean, self.var, self.count, self.mean_low)
 
 
-cdef BatchStats new_stats(Py_ssize_t C, Py_ssize_t count):
+cdef BatchStats new_stats(Py_ssize_t C, Py_ssize_t count, bint renormalised=False):
     """Statistics whose values are still to be written."""
     cdef BatchStats stats = BatchStats.__new__(BatchStats)
-    stats.reserve(C, count)
+    stats.reserve(C, count, renormalised)
     return stats
 
 
@@ -135,21 +143,22 @@ cdef class Constants:
     """What is the same in every call of a layer, checked and in C types: a short call spends most of its time on arguments.
 
     features: the expected number, or -1.  weight, bias, mean, var: (C,) or None; a training forward updates the running averages mean
-    and var in place, which then must be contiguous float64.
+    and var in place, which then must be contiguous float64.  renorm: None, or (r_max, d_max), which needs mean and var.
     """
     cdef Py_ssize_t features
     cdef object weight
     cdef object bias
     cdef double eps
-    cdef object mean
-    cdef object var
+    cdef readonly object mean
+    cdef readonly object var
     cdef bint unbiased
-    cdef object axis
+    cdef readonly object axis
     cdef Activation activation
     cdef int num_threads
+    cdef public tuple renorm
 
     def __init__(self, features=-1, weight=None, bias=None, eps=1e-5, *, mean=None, var=None, unbiased=True, axis=1, activation=None,
-                 num_threads=None):
+                 num_threads=None, renorm=None):
         self.features = features
         self.weight = weight
         self.bias = bias
@@ -160,6 +169,23 @@ cdef class Constants:
         self.axis = operator.index(axis)
         self.activation = activation_of(activation)
         self.num_threads = 0 if num_threads is None else cpu.checked_threads(num_threads)
+        self.renorm = renorm
+
+    def like(self, mean, var, axis):
+        """The same with other averages and another feature axis."""
+        cdef Constants other = Constants.__new__(Constants)
+        other.features = self.features
+        other.weight = self.weight
+        other.bias = self.bias
+        other.eps = self.eps
+        other.mean = mean
+        other.var = var
+        other.unbiased = self.unbiased
+        other.axis = axis
+        other.activation = self.activation
+        other.num_threads = self.num_threads
+        other.renorm = self.renorm
+        return other
 
 
 @cython.freelist(8)
@@ -171,8 +197,8 @@ cdef class Call:
     cdef cnp.ndarray y          # as the kernels write it: laid out as x
     cdef object out             # what the caller gets
     cdef bint inplace           # out is the input itself
-    cdef double *room           # (4, C): weight, bias, and their gradients
-    cdef double small[512]      # room for them in most layers, without a malloc
+    cdef double *room           # (2, C) or (4, C): weight, bias, and in backward their gradients
+    cdef double small[256]      # room for them in most layers, without a malloc; it is zeroed in each call
 
     def __dealloc__(self):
         if self.room != self.small:
@@ -197,15 +223,16 @@ cdef class Call:
             raise ValueError(f"expected x with {constants.features} features along axis {constants.axis}, got shape {shape_of(x)}")
         return 0
 
-    cdef int parameters(self, Constants constants) except -1:
+    cdef int parameters(self, Constants constants, int rows) except -1:
         cdef Py_ssize_t C = self.job.C
-        self.room = &self.small[0] if 4 * C <= 512 else <double *>PyMem_Malloc(4 * C * sizeof(double))
+        self.room = &self.small[0] if rows * C <= 256 else <double *>PyMem_Malloc(rows * C * sizeof(double))
         if self.room == NULL:
             raise MemoryError()
         self.job.weight = self.room
         self.job.bias = self.room + C
-        self.job.dweight = self.room + 2 * C
-        self.job.dbias = self.room + 3 * C
+        if rows == 4:
+            self.job.dweight = self.room + 2 * C
+            self.job.dbias = self.room + 3 * C
         load(constants.weight, self.job.weight, C, 1, "weight")
         load(constants.bias, self.job.bias, C, 0, "bias")
         return 0
@@ -265,29 +292,40 @@ cdef int call(Kernel kernel, Job *job) except -1:
     return 0
 
 
+cdef Call forward_call(Constants constants, cnp.ndarray given, object out, bint training):
+    """The arrays of a forward, checked."""
+    cdef Call c = Call.__new__(Call)
+    c.begin(constants, given, 2 if training else 1)
+    c.parameters(constants, 2)
+    c.output(out, given, None)
+    if training and constants.mean is not None:
+        writable(constants.mean, c.job.C, True, "running_mean")
+        writable(constants.var, c.job.C, True, "running_var")
+    return c
+
+
 def forward(Constants constants, x, out, double factor):
     """Training forward: (y, BatchStats, whether x is still there). Averages are updated as ``(1 - factor)*old + factor*batch``."""
-    cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
+    cdef Call c = forward_call(constants, given, out, True)
     cdef BatchStats stats
     cdef double *running_mean = NULL
     cdef double *running_var = NULL
     cdef double correction
     cdef Py_ssize_t i
-    cdef Py_ssize_t m
     cdef Job *job = &c.job
-    c.begin(constants, given, 2)
-    c.parameters(constants)
-    c.output(out, given, None)
-    if constants.mean is not None:
-        running_mean = <double *>writable(constants.mean, job.C, True, "running_mean")
-        running_var = <double *>writable(constants.var, job.C, True, "running_var")
-    m = job.M * job.S
+    cdef Py_ssize_t m = job.M * job.S
     if m == 1 and job.C:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(c.x)}")
-    stats = new_stats(job.C, m)
+    if constants.mean is not None:
+        running_mean = <double *>cnp.PyArray_DATA(constants.mean)
+        running_var = <double *>cnp.PyArray_DATA(constants.var)
+    stats = new_stats(job.C, m, constants.renorm is not None)
     c.statistics(stats)
-    call(KERNELS.forward, job)
+    if stats.renormalised:
+        renormalized(job, stats, running_mean, running_var, constants.renorm)
+    else:
+        call(KERNELS.forward, job)
     c.finish()
     if running_mean != NULL and m:
         correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
@@ -297,15 +335,22 @@ def forward(Constants constants, x, out, double factor):
     return c.out, stats, c.kept(x, given)
 
 
+cdef int renormalized(Job *job, BatchStats stats, double *running_mean, double *running_var, tuple limits) except -1:
+    cdef void *y = job.y
+    cdef double *r = stats.correction()
+    job.y = NULL
+    call(KERNELS.moments, job)
+    job.y = y
+    corrections(job, running_mean, running_var, limits[0], limits[1], r, r + job.C)
+    correct_parameters(job, r, r + job.C)
+    return call(KERNELS.normalize, job)
+
+
 def infer(Constants constants, x, out):
     """Inference with the running statistics: (y, BatchStats, whether x is still there), the statistics as they were at the call."""
-    cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
-    cdef BatchStats stats
-    c.begin(constants, given, 1)
-    c.parameters(constants)
-    c.output(out, given, None)
-    stats = new_stats(c.job.C, 0)
+    cdef Call c = forward_call(constants, given, out, False)
+    cdef BatchStats stats = new_stats(c.job.C, 0)
     c.statistics(stats)
     load(constants.mean, c.job.mean, c.job.C, 0, "running_mean")
     load(None, c.job.mean_low, c.job.C, 0, "mean_low")
@@ -361,13 +406,7 @@ def moments(x, axis=1, *, mask=None):
     cdef BatchStats stats
     if mask is not None:
         k = feature_axis(given, operator.index(axis))
-        mask = np.asarray(mask)
-        rest = shape_of(given)[:k] + shape_of(given)[k + 1:]
-        if mask.dtype != np.bool_:
-            raise TypeError(f"expected mask of dtype bool, got {mask.dtype}")
-        if mask.shape != rest:
-            raise ValueError(f"expected mask of shape {rest}, x's without the feature axis, got {mask.shape}")
-        given = np.moveaxis(given, k, -1)[mask]
+        given = np.moveaxis(given, k, -1)[checked_mask(mask, given, k)]
         axis = 1
     c.begin(Constants(axis=axis), given, 1)
     stats = new_stats(c.job.C, c.job.M * c.job.S)
@@ -559,10 +598,7 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, train
 def backward_into(Constants constants, dy, x, stats, bint training, out, dweight, dbias):
     """As batch_norm_backward, with the gradients of weight and bias written into given arrays (or None); returns dx."""
     cdef Call c
-    if constants.weight is not None:
-        # Before anything is computed: a caller can reach these arrays and may have changed their flags.
-        writable(dweight, constants.features, False, "the gradient of weight")
-        writable(dbias, constants.features, False, "the gradient of bias")
+    writable_gradients(constants, dweight, dbias)
     c = backward_call(constants, dy, x, stats, training, out)
     if constants.weight is not None:
         store(c.job.dweight, dweight, c.job.C)
@@ -570,27 +606,45 @@ def backward_into(Constants constants, dy, x, stats, bint training, out, dweight
     return c.out
 
 
-cdef Call backward_call(Constants constants, object dy, object x, object stats, bint training, object out):
+cdef int writable_gradients(Constants constants, object dweight, object dbias) except -1:
+    """Before anything is computed: a caller can reach these arrays and may have changed their flags."""
+    if constants.weight is not None:
+        writable(dweight, constants.features, False, "the gradient of weight")
+        writable(dbias, constants.features, False, "the gradient of bias")
+    return 0
+
+
+cdef Call backward_arrays(Constants constants, object dy, object x, object out):
+    """The arrays of a backward, checked."""
     cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
     cdef cnp.ndarray gradient = floating(dy, "dy")
-    cdef Py_ssize_t i
-    cdef Job *job = &c.job
-    if not isinstance(stats, BatchStats):
-        raise TypeError(f"expected stats to be a BatchStats, as batch_norm_forward returns, got {type(stats).__name__}")
     c.begin(constants, given, 4)
     if not cnp.PyArray_SAMESHAPE(gradient, given):
         raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
-    c.parameters(constants)
-    c.statistics(stats)
-    if training and (<BatchStats>stats).count != job.M * job.S:
-        raise ValueError(f"expected statistics of the {job.M * job.S} values per feature of x, got those of {(<BatchStats>stats).count}")
+    c.parameters(constants, 4)
     c.output(out, gradient, x if isinstance(x, np.ndarray) else None)
     if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not usable_as(c.x, gradient):
         c.dy = memory.empty_like(c.x)
         np.copyto(c.dy, gradient, casting="same_kind")
     else:
         c.dy = gradient
+    return c
+
+
+cdef Call backward_call(Constants constants, object dy, object x, object stats, bint training, object out):
+    cdef Py_ssize_t i
+    cdef double *r
+    if not isinstance(stats, BatchStats):
+        raise TypeError(f"expected stats to be a BatchStats, as batch_norm_forward returns, got {type(stats).__name__}")
+    cdef Call c = backward_arrays(constants, dy, x, out)
+    cdef Job *job = &c.job
+    c.statistics(stats)
+    if training and (<BatchStats>stats).count != job.M * job.S:
+        raise ValueError(f"expected statistics of the {job.M * job.S} values per feature of x, got those of {(<BatchStats>stats).count}")
+    if (<BatchStats>stats).renormalised:
+        r = (<BatchStats>stats).correction()
+        correct_parameters(job, r, r + job.C)
     job.dy = cnp.PyArray_DATA(c.dy)
     job.training = training
     for i in range(job.C):
@@ -598,4 +652,22 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
         job.dbias[i] = 0
     call(KERNELS.backward, job)
     c.finish()
+    if (<BatchStats>stats).renormalised:
+        correct_gradients(job, r, r + job.C)
     return c
+
+
+# --- calls made in parts (batches.py): everything about the whole is checked before the first part is computed -------------
+
+def arrays_of_forward(Constants constants, x, out, bint training):
+    """(x, y, out, whether x will still be there): x and y as the kernels take them; y is what out becomes a copy of, where it is another array."""
+    cdef cnp.ndarray given = floating(x, "x")
+    cdef Call c = forward_call(constants, given, out, training)
+    return c.x, c.y, c.out, c.kept(x, given)
+
+
+def arrays_of_backward(Constants constants, dy, x, out, dweight, dbias):
+    """(dy, x, dx, out), likewise."""
+    writable_gradients(constants, dweight, dbias)
+    cdef Call c = backward_arrays(constants, dy, x, out)
+    return c.dy, c.x, c.y, c.out

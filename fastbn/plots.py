@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-__all__ = ["learning_curves"]
+__all__ = ["Curve", "Panel", "learning_curves", "panels"]
 
 # Two hues that stay apart for colour-blind eyes and in grey, then two more (Okabe and Ito's palette).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -80,3 +82,94 @@ def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(histories), frameon=False)
     canvas.print_png(os.fspath(path))
+
+
+@dataclass
+class Curve:
+    """A line through the points (x, y), with a range from low to high: bars where the points are marked, else a band.
+
+    y may hold None: such a point is a cross at the panel's upper edge; so may high: its bar ends at ylim's upper end.
+    x may be texts. Curves of one name have one colour, in all panels of a picture.
+    """
+
+    name: str
+    x: Sequence[Any]
+    y: Sequence[float | None]
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+    style: str = "o-"  # matplotlib's: "-", "--", "o" for points alone
+
+
+@dataclass
+class Panel:
+    """Curves in one pair of axes; `missing` says what a cross means. The limits are found where ylim is None."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: Sequence[Curve]
+    xscale: str = "linear"
+    yscale: str = "linear"
+    percent: bool = False
+    ylim: tuple[float, float] | None = None
+    missing: str = ""
+
+
+def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
+    """Draw panels beside each other, as a PNG; more than three are drawn in two rows.
+
+    Parameters
+    ----------
+    drawn : sequence of Panel
+        At least one.
+    path : path
+        Written, or overwritten, as PNG whatever its suffix.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "fastbn[train]"') from error
+    names = dict.fromkeys(curve.name for panel in drawn for curve in panel.curves)
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+
+    rows = 1 if len(drawn) <= 3 else 2
+    columns = math.ceil(len(drawn) / rows)
+    figure = Figure(figsize=(4.8 * columns, 4.2 * rows), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
+        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.set(xscale=panel.xscale, yscale=panel.yscale)
+        if panel.ylim:
+            axes.set_ylim(panel.ylim)
+        top = panel.ylim[1] if panel.ylim else math.nan
+        for i, curve in enumerate(panel.curves):
+            colour = colours[curve.name]
+            axes.plot(curve.x, _floats(curve.y), curve.style, color=colour, markersize=5, label=curve.name)
+            if curve.low is not None and curve.high is not None:
+                low, high = _floats(curve.low), _floats(curve.high, top)
+                if "o" in curve.style:
+                    axes.vlines(curve.x, low, high, color=colour, linewidth=1)
+                else:
+                    axes.fill_between(curve.x, low, high, color=colour, alpha=0.2, linewidth=0)
+            gone = [x for x, y in zip(curve.x, curve.y, strict=True) if y is None]
+            if gone:  # one below the other, so that all are seen
+                axes.plot(gone, [0.97 - 0.04 * i] * len(gone), "x", color=colour, transform=axes.get_xaxis_transform())
+        if any(y is None for curve in panel.curves for y in curve.y):
+            axes.plot([], [], "x", color="grey", label=panel.missing)
+        if panel.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
+    canvas.print_png(os.fspath(path))
+
+
+def _floats(values: Sequence[float | None], missing: float = math.nan) -> list[float]:
+    return [missing if value is None else value for value in values]

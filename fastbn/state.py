@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from .arguments import floating as as_float
 
 Array = NDArray[Any]
-__all__ = ["FLOATS", "Array", "Arrays", "as_float", "assign", "check_state"]
+__all__ = ["FLOATS", "Array", "Arrays", "Held", "as_float", "assign", "check_state"]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -37,6 +37,24 @@ def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -
         if dtype.kind == "i" and not 0 <= int(a) < 2**63:
             raise ValueError(f"{key!r}: expected a count of at least 0, got {a}")
     return arrays
+
+
+class Held:
+    """An attribute whose array (or None) the object holds as `_name`; assigning copies into it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Array | None:
+        if instance is None:
+            return self  # type: ignore[return-value]  # of the class, for help() and its like
+        return getattr(instance, f"_{self._name}")
+
+    def __set__(self, instance: Any, value: ArrayLike) -> None:
+        array = getattr(instance, f"_{self._name}")
+        if array is None:
+            raise ValueError(f"expected no {self._name}: this layer was made without")
+        assign(array, value, self._name)
 
 
 class Arrays(dict[str, Array]):

@@ -136,3 +136,81 @@ def test_the_sentence_for_a_single_value_is_torchs():
     with pytest.raises(ValueError, match="Expected more") as ours:
         fastbn.BatchNorm(64)(x)
     assert str(ours.value) == str(theirs.value).replace("torch.Size([1, 64])", "(1, 64)")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(32, 6), (8, 3, 5), (9, 16, 7, 7)], ids=str)
+def test_ghost_batches_are_pytorchs_batches(shape, dtype):
+    ours, theirs = pair(shape, dtype)
+    ours = fastbn.BatchNorm(**{**ours.config(), "ghost_size": 4})
+    ours.weight, ours.bias = (p.detach().numpy() for p in theirs.parameters())
+    rng = np.random.default_rng(3)
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    # PyTorch's chunks of 9 examples would leave one alone.
+    sizes = [4] * (len(x) // 4 - (len(x) % 4 == 1)) + [5] * (len(x) % 4 == 1)
+    tx = torch.from_numpy(x).requires_grad_()
+    ty = torch.cat([theirs(part) for part in tx.split(sizes)])
+    ty.backward(torch.from_numpy(dy))
+    close(ours(x), ty, dtype)
+    close(ours.backward(dy), tx.grad, dtype)
+    for name in ("weight", "bias"):
+        close(ours.grads[name], getattr(theirs, name).grad, dtype)
+    close(ours.running_mean, theirs.running_mean, dtype)
+    close(ours.running_var, theirs.running_var, dtype)
+    assert ours.num_batches_tracked == int(theirs.num_batches_tracked)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(32, 6), (8, 3, 5), (4, 16, 7, 7)], ids=str)
+def test_frozen_statistics_are_a_layer_in_eval_within_training(shape, dtype):
+    ours, theirs = pair(shape, dtype)
+    rng = np.random.default_rng(4)
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    step(ours, theirs, 2 * x, dy, dtype)
+    ours.freeze().train()
+    theirs.eval()
+    step(ours, theirs, x, dy, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_masked_positions_are_left_out_as_by_indexing(dtype):
+    ours, theirs = pair((8, 6, 5), dtype)
+    theirs = torch.nn.BatchNorm1d(6, dtype=getattr(torch, dtype))
+    theirs.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in ours.state_dict().items()})
+    rng = np.random.default_rng(5)
+    x, dy = rng.standard_normal((2, 8, 6, 5)).astype(dtype)
+    mask = rng.random((8, 5)) < 0.7
+    for training in (True, False):
+        theirs.train(training)
+        ours.train(training)
+        tx = torch.from_numpy(x).requires_grad_()
+        ty = torch.zeros((8, 5, 6), dtype=tx.dtype)
+        ty[mask] = theirs(tx.movedim(1, -1)[mask])
+        ty.movedim(-1, 1).backward(torch.from_numpy(dy))
+        close(ours(x, mask=mask), ty.movedim(-1, 1), dtype)
+        close(ours.backward(dy), tx.grad, dtype)
+        for name in ("weight", "bias"):
+            close(ours.grads[name], getattr(theirs, name).grad, dtype)
+        theirs.zero_grad()
+        close(ours.running_var, theirs.running_var, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("limits", [(1.1, 0.2), (3, 5)], ids=str)
+def test_renormalisation_is_the_papers_with_r_and_d_detached(dtype, limits):
+    ours = fastbn.BatchNorm(5, dtype=dtype, renorm=limits)
+    rng = np.random.default_rng(6)
+    ours.weight, ours.bias = rng.standard_normal((2, 5)).astype(dtype)
+    ours.running_mean, ours.running_var = rng.standard_normal(5), rng.uniform(0.5, 2, 5)
+    x, dy = rng.standard_normal((2, 40, 5)).astype(dtype)
+    tx, weight, bias = (torch.from_numpy(np.array(a)).requires_grad_() for a in (x, ours.weight, ours.bias))
+    mean, std = torch.from_numpy(ours.running_mean.copy()), torch.from_numpy(np.sqrt(ours.running_var + 1e-5))
+    batch_std = torch.sqrt(tx.var(0, correction=0) + 1e-5)
+    r = (batch_std / std).clamp(1 / limits[0], limits[0]).detach()
+    d = ((tx.mean(0) - mean) / std).clamp(-limits[1], limits[1]).detach()
+    ty = ((tx - tx.mean(0)) / batch_std * r.to(tx.dtype) + d.to(tx.dtype)) * weight + bias
+    ty.backward(torch.from_numpy(dy))
+    close(ours(x), ty, dtype)
+    close(ours.backward(dy), tx.grad, dtype)
+    close(ours.grads["weight"], weight.grad, dtype)
+    close(ours.grads["bias"], bias.grad, dtype)

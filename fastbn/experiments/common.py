@@ -1,0 +1,185 @@
+"""What the experiments share: a Result that prints, saves and draws itself; seeds in parallel; the data.
+
+# Design: an experiment is a file with one public function,
+
+    run(dataset=None, *, seeds=5, quick=False, progress=True) -> Result
+
+It splits the data (`prepare`), trains one network for each setting and seed (`in_parallel`, a function of the module
+that takes plain arguments and returns plain numbers), and puts what came out into rows and panels. It prints nothing,
+writes nothing and draws nothing: Result does. `quick` is the same code on fewer seeds, settings and steps, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fastbn
+from fastbn import data, plots
+
+__all__ = ["Pair", "Result", "curve", "in_parallel", "prepare", "spread"]
+
+Pair = tuple[np.ndarray, np.ndarray]  # X, y
+
+
+@dataclass
+class Result:
+    """What an experiment found.
+
+    Attributes
+    ----------
+    name : str
+        Of the experiment and of its files: "speed".
+    title : str
+        One line.
+    settings : dict
+        All that is needed to repeat it, "data" and "seeds" among them; JSON-able.
+    columns : dict of heading -> format
+        Of the table; the format, such as ".1%", is that of the column's numbers.
+    rows : list of lists
+        A cell is text, a number, None where there is none, or a list with one number for each seed (None where that
+        seed has none), which is printed as median and range.
+    panels : list of plots.Panel
+        The picture.
+    remarks : list of str
+        Sentences printed below the table.
+    missing : str
+        How None is printed.
+    """
+
+    name: str
+    title: str
+    settings: dict[str, Any]
+    columns: dict[str, str]
+    rows: list[list[Any]]
+    panels: list[plots.Panel]
+    remarks: list[str] = field(default_factory=list)
+    missing: str = "-"
+
+    def table(self) -> str:
+        """Title, rows, remarks and settings as text."""
+        formats = [*self.columns.values()]
+        cells = [[*self.columns], *([*map(self._text, row, formats)] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        settings = ", ".join(f"{key} {_short(value)}" for key, value in self.settings.items())
+        legend = ["Median of the seeds (lowest to highest)."] if self.settings.get("seeds", 1) > 1 else []
+        rule = "-" * max(map(len, lines))
+        return "\n".join(
+            [self.title, "", lines[0], rule, *lines[1:], "", *legend, *self.remarks, f"Settings: {settings}."]
+        )
+
+    def _text(self, cell: Any, form: str) -> str:
+        if cell is None or isinstance(cell, str):
+            return self.missing if cell is None else cell
+        if not isinstance(cell, list):
+            return format(cell, form)
+        low, median, high = (self._text(value, form) for value in spread(cell))
+        return median if low == high else f"{median} ({low} to {high})"
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write NAME.json and NAME.png into the folder, made where there is none; returns the two paths."""
+        content = {"experiment": self.name, "versions": _versions(), **asdict(self)}
+        text = json.dumps(content, indent=1, allow_nan=False, default=lambda a: a.tolist())  # numpy's numbers
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{self.name}.json", folder / f"{self.name}.png"]
+        self.plot(paths[1])
+        paths[0].write_text(text + "\n", encoding="utf-8")
+        return paths
+
+    def plot(self, path: Path) -> None:
+        """Draw the panels as a PNG."""
+        plots.panels(self.panels, path)
+
+
+def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, float | None]:
+    """Lowest, median and highest; None counts as worse (higher) than any number.
+
+    Examples
+    --------
+    >>> spread([30, 10, 20]), spread([30, None, 10]), spread([None, None, 10])
+    ((10, 20, 30), (10, 30, None), (10, None, None))
+    """
+    ordered = sorted(math.inf if value is None else value for value in values)
+    low, median, high = (None if math.isinf(v) else v for v in (ordered[0], statistics.median(ordered), ordered[-1]))
+    return low, median, high
+
+
+def curve(name: str, x: Sequence[Any], cells: Iterable[Iterable[float | None]], **style: Any) -> plots.Curve:
+    """The medians of a row of cells, one for each x, with the range over the seeds as a band."""
+    low, median, high = zip(*map(spread, cells), strict=True)
+    return plots.Curve(name, list(x), list(median), list(low), list(high), **style)
+
+
+def in_parallel(task: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, progress: bool = True) -> list[Any]:
+    """[task(*arguments) for arguments in calls], in one process a core, each with one thread of BLAS and OpenMP.
+
+    So every run's numbers are those of one thread, however many cores there are. Ctrl-C ends the processes.
+
+    Parameters
+    ----------
+    task : function of a module
+    calls : tuples of arguments
+        Arrays are shared with the processes, read-only.
+    progress : bool
+        Show a bar of calls done, where standard error is a terminal.
+    """
+    try:
+        from joblib import Parallel, cpu_count, delayed, parallel_config
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError('experiments need joblib and tqdm: pip install "fastbn[train]"') from error
+    calls = list(calls)
+    with parallel_config("loky", inner_max_num_threads=1):
+        with _deaf_to_ctrl_c():  # the processes stay so, and this one ends them: one line instead of a traceback each
+            parallel = Parallel(n_jobs=min(cpu_count(), len(calls)), return_as="generator")
+            done = parallel(delayed(task)(*arguments) for arguments in calls)
+        return list(tqdm(done, total=len(calls), unit=" runs", leave=False, disable=None if progress else True))
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # where Python cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def prepare(
+    dataset: data.Dataset | None, seed: int = 0, *, train: int | None = None, held_out: int | None = None
+) -> tuple[Pair, Pair]:
+    """The two pairs (X, y), training and held-out, by `data.split`; at most so many examples of each, drawn by seed."""
+    train_part, held_out_part = data.split(data.load() if dataset is None else dataset, seed=seed)
+    return _drawn(train_part, train, seed), _drawn(held_out_part, held_out, seed)
+
+
+def _drawn(part: data.Dataset, most: int | None, seed: int) -> Pair:
+    if part.y is None:
+        raise ValueError(f"{part.name}: no labels for the held-out examples")
+    if most is None or most >= len(part.y):
+        return part.X, part.y
+    rows = np.sort(np.random.default_rng(seed).permutation(len(part.y))[:most])
+    return part.X[rows], part.y[rows]
+
+
+def _versions() -> dict[str, str]:
+    return {"fastbn": fastbn.__version__, "numpy": np.__version__, "python": platform.python_version()}
+
+
+def _short(value: Any) -> str:
+    return ", ".join(map(_short, value)) if isinstance(value, list | tuple) else format(value)

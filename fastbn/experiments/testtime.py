@@ -1,0 +1,157 @@
+"""Claim 4: at test time, averages kept during training stand in for the mini-batch, so that one example is enough.
+
+Exponentially weighted averages start from mean 0 and variance 1 and follow weights that are still moving. So a small
+momentum remembers the start for long (unless that is divided out, as Adam does), and a large one follows the noise of
+the last few mini-batches. How far are they from the exact statistics of the training examples, and what does it cost?
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import numpy as np
+
+from fastbn import BatchNorm, BatchStats, RunningStats, data, losses, nn, optim, plots, training
+
+from .common import Pair, Result, curve, in_parallel, prepare
+
+__all__ = ["distance", "run"]
+
+HIDDEN, RATE, BATCH_SIZE = (100, 100), 0.1, 32
+MOMENTA = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+KINDS = {False: "from 0 and 1", True: "debiased"}
+
+
+def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = False, progress: bool = True) -> Result:
+    """Distance of the averages from the exact statistics, and accuracy with them, by momentum and number of steps.
+
+    Parameters
+    ----------
+    dataset : data.Dataset, optional
+        With labels; the digits by default. At most 10,000 training and 1,000 held-out examples are used.
+    seeds : int
+        Each draws other examples, start values and mini-batches.
+    quick : bool
+        20 steps, to try the machinery.
+    progress : bool
+        Show a bar.
+
+    Returns
+    -------
+    Result
+    """
+    looks = [5, 20] if quick else [10, 100, 1000]
+    pairs = [prepare(dataset, seed, train=10_000, held_out=1000) for seed in range(seeds)]
+    runs = in_parallel(learn, [(*pairs[seed], seed, looks) for seed in range(seeds)], progress=progress)
+    averages: list[tuple[Any, bool]] = [(m, debias) for debias in KINDS for m in MOMENTA]
+
+    def cells(kind: Any, step: int, what: int) -> list[float]:
+        return [run[kind, step][what] for run in runs]
+
+    rows = [
+        [name, *(cells(kind, step, 0) for step in looks), *(cells(kind, step, 1) for step in looks)]
+        for name, kind in [
+            *((f"momentum {m:g}, {KINDS[debias]}", (m, debias)) for m, debias in averages),
+            ("exact statistics", "exact"),
+        ]
+    ]
+
+    def curves(debias: bool, what: int) -> list[plots.Curve]:
+        return [
+            curve(f"after {step} steps", MOMENTA, [cells((m, debias), step, what) for m in MOMENTA]) for step in looks
+        ]
+
+    far, right = "Mean of a feature off by (its deviations)", "Held-out examples right"
+    panels = [
+        plots.Panel(f"Averages {KINDS[False]}", "Momentum", far, curves(False, 1), xscale="log", yscale="log"),
+        plots.Panel(f"Averages {KINDS[False]}", "Momentum", right, curves(False, 0), xscale="log", percent=True,
+                    ylim=(0, 1)),
+        plots.Panel("Averages debiased", "Momentum", right, curves(True, 0), xscale="log", percent=True, ylim=(0, 1)),
+    ]  # fmt: skip
+    apart, other = max(run["alone"][0] for run in runs), sum(run["alone"][1] for run in runs)
+    return Result(
+        "testtime", "Averages at test time beside the exact statistics, by momentum and number of steps",
+        {
+            "data": "digits" if dataset is None else dataset.name, "training examples": len(pairs[0][0][0]),
+            "held-out examples": len(pairs[0][1][0]), "hidden layers": HIDDEN, "activation": "relu",
+            "optimizer": f"SGD {RATE}", "examples a step": BATCH_SIZE, "seeds": seeds,
+        },
+        {"averages": "", **{f"right after {step}": ".1%" for step in looks},
+         **{f"off after {step}": ".3f" for step in looks}},
+        rows, panels,
+        [f"One example at a time beside all at once: outputs differ by {apart:.1e} at most, {other:.0f} of "
+         f"{seeds * len(pairs[0][1][0])} predictions differ.",
+         "right: of the held-out examples. off: by how many of a feature's deviations its mean is wrong, on average."],
+    )  # fmt: skip
+
+
+def learn(train: Pair, held_out: Pair, seed: int, looks: list[int]) -> dict[Any, tuple[float, float]]:
+    """One training under all averages at once: they change nothing in it. (accuracy, distance) of each at each look."""
+    model = build(train, seed)
+    norms = [layer for layer in model if isinstance(layer, BatchNorm)]
+    kept = {
+        (m, debias): [RunningStats(n.num_features, m, unbiased=False, debias=debias) for n in norms]
+        for m, debias in itertools.product(MOMENTA, KINDS)
+    }
+    found: dict[Any, tuple[float, float]] = {}
+
+    def look(step: int, loss: float) -> bool:
+        for i, norm in enumerate(norms):  # with momentum 1, its averages are the statistics of this mini-batch
+            state = norm.state_dict()
+            stats = BatchStats(state["running_mean"], state["running_var"], BATCH_SIZE)
+            for averages in kept.values():
+                averages[i].update(stats)
+        if step in looks:
+            exact = training.recalibrate(copy.deepcopy(model), train[0])
+            found["exact", step] = accuracy(exact, held_out), 0.0
+            for kind, averages in kept.items():
+                found[kind, step] = accuracy(having(model, averages), held_out), distance(averages, exact)
+        return step == looks[-1]
+
+    training.fit(
+        model, train, losses.softmax_cross_entropy, optim.SGD(model, RATE), epochs=looks[-1], batch_size=BATCH_SIZE,
+        seed=seed, on_step=look, progress=False,
+    )  # fmt: skip
+    usual = having(model, kept[0.1, False]).eval()
+    X = held_out[0]
+    alone, together = np.concatenate([usual(X[i : i + 1]) for i in range(len(X))]), usual(X)
+    other = np.count_nonzero(alone.argmax(axis=1) != together.argmax(axis=1))
+    found["alone"] = float(np.abs(alone - together).max()), float(other)
+    return found
+
+
+def build(train: Pair, seed: int) -> nn.Sequential:
+    """Hidden layers z = Wa, normalised, max(z, 0)."""
+    X, y = train
+    widths = [X.shape[1], *HIDDEN]
+    *seeds, last = np.random.default_rng(seed).integers(2**31, size=len(HIDDEN) + 1)
+    layers: list[Any] = []
+    for s, (n_in, n_out) in zip(seeds, itertools.pairwise(widths), strict=True):
+        layers += [nn.Dense(n_in, n_out, bias=False, seed=s), BatchNorm(n_out, momentum=1, activation="relu")]
+    return nn.Sequential(*layers, nn.Dense(widths[-1], int(y.max()) + 1, seed=last))
+
+
+def having(model: nn.Sequential, averages: list[RunningStats]) -> nn.Sequential:
+    """A copy of the model with these averages."""
+    twin = copy.deepcopy(model)
+    for norm, stats in zip((layer for layer in twin if isinstance(layer, BatchNorm)), averages, strict=True):
+        norm.running_mean, norm.running_var = stats.mean, stats.var
+    return twin
+
+
+def distance(averages: list[RunningStats], exact: nn.Sequential) -> float:
+    """How far the averages' means are from the exact ones, in exact standard deviations: the mean of all features."""
+    states = [layer.state_dict() for layer in exact if isinstance(layer, BatchNorm)]
+    apart = [
+        abs(stats.mean - state["running_mean"]) / np.sqrt(state["running_var"])
+        for stats, state in zip(averages, states, strict=True)
+    ]
+    return float(np.mean(np.concatenate(apart)))
+
+
+def accuracy(model: nn.Sequential, pair: Pair) -> float:
+    result = training.evaluate(model, pair, losses.softmax_cross_entropy)[1]
+    assert result is not None
+    return result

@@ -1,0 +1,253 @@
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fastbn import nn, plots
+from fastbn.__main__ import main
+from fastbn.data import Dataset
+from fastbn.experiments import common, paper, speed
+
+for package in ("joblib", "matplotlib", "sklearn", "tqdm"):
+    pytest.importorskip(package)
+
+
+def run(capsys, *arguments):
+    status = main(["experiment", *map(str, arguments)])
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+def refused(capsys, *arguments):
+    """The one sentence on standard error of a command that fails."""
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("fastbn: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def blobs(n=300, classes=3, features=5):
+    """Points about one corner of the unit cube for each class: easy to learn."""
+    rng = np.random.default_rng(0)
+    y = np.arange(n) % classes
+    X = np.clip(0.8 * np.eye(classes, features)[y] + rng.uniform(0, 0.2, (n, features)), 0, 1)
+    return Dataset(X.astype(np.float32), y, np.arange(classes), "blobs")
+
+
+def text(cell, form, missing):
+    """A cell of the JSON file as the table should print it."""
+    if isinstance(cell, list):
+        ordered = sorted(np.inf if value is None else value for value in cell)
+        middle = (ordered[(len(cell) - 1) // 2] + ordered[len(cell) // 2]) / 2
+        low, median, high = (missing if np.isinf(v) else format(v, form) for v in (ordered[0], middle, ordered[-1]))
+        return median if low == high else f"{median} ({low} to {high})"
+    return missing if cell is None else cell if isinstance(cell, str) else format(cell, form)
+
+
+def check_files(folder, name, out):
+    """The picture has a size to look at, and the table's numbers are those of the JSON file, which is returned."""
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.png"]
+    picture = (folder / f"{name}.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", picture[16:24])
+    assert 400 <= height < width <= 2000
+    assert len(picture) < 150_000
+    found = json.loads((folder / f"{name}.json").read_text(), parse_constant=pytest.fail)
+    lines = out.splitlines()
+    rule = next(i for i, line in enumerate(lines) if line and set(line) == {"-"})
+    assert re.split("  +", lines[rule - 1]) == list(found["columns"])
+    for row, line in zip(found["rows"], lines[rule + 1 :], strict=False):
+        cells = zip(row, found["columns"].values(), strict=True)
+        assert re.split("  +", line) == [text(cell, form, found["missing"]) for cell, form in cells]
+    assert lines[rule + 1 + len(found["rows"])] == ""
+    return found
+
+
+def test_speed_end_to_end(tmp_path, capsys):
+    status, out, err = run(capsys, "speed", "--quick", "--seeds", 2, "--out", tmp_path / "out")
+    assert (status, err) == (0, "")
+    found = check_files(tmp_path / "out", "speed", out)
+    assert found["settings"]["seeds"] == 2
+    assert found["settings"]["data"] == "digits"
+    rows = {(network, rate): rest for network, rate, *rest in found["rows"]}
+    assert len(rows) == len(found["rows"]) == 9
+    for needed, reached, diverged, best in rows.values():
+        assert len(needed) == len(best) == 2
+        assert reached == 2 - needed.count(None)
+        assert 0 <= diverged <= 2 - reached or diverged == 0
+        assert all(n is None or (0 < n <= 200 and n % 20 == 0) for n in needed)
+        assert all(0 <= accuracy <= 1 for accuracy in best)
+    # the claim, where it is plain even after 200 steps
+    assert rows["batch normalization", 0.1][1] == 2
+    assert rows["neither", 0.1][1] == 0
+
+
+def test_paper_end_to_end(tmp_path, capsys):
+    status, out, err = run(capsys, "speed", "--paper", "--quick", "--out", tmp_path)
+    assert (status, err) == (0, "")
+    found = check_files(tmp_path, "paper", out)
+    assert [panel["title"][:3] for panel in found["panels"]] == ["(a)", "(b)", "(c)"]
+    accuracies = {c["name"]: c["y"] for c in found["panels"][0]["curves"]}
+    assert accuracies["with batch normalization"][-1] > accuracies["without batch normalization"][-1]
+    for panel in found["panels"][1:]:
+        (curve,) = panel["curves"]
+        assert curve["x"] == [50, 100, 150, 200, 250, 300]
+        assert np.all(np.diff([curve["low"], curve["y"], curve["high"]], axis=0) > 0)
+        *_, first, last = found["rows"][0 if "without" in curve["name"] else 1]
+        assert first == [pytest.approx(curve["high"][0] - curve["low"][0])]
+        assert last == [pytest.approx(curve["high"][-1] - curve["low"][-1])]
+
+
+def test_steps_to_an_accuracy():
+    assert speed.steps_to(0.5, [0.5], every=10) == 0
+    assert speed.steps_to(0.5, [0.1, 0.4, 0.6, 0.3, 0.9], every=7) == 14
+    assert speed.steps_to(0.95, [0.1, 0.9], every=7) is None
+
+
+def test_a_network_that_diverges_stops_there():
+    dataset = blobs()
+    pair = dataset.X, dataset.y
+    accuracies = speed.learn(pair, pair, "neither", 1e30, 0, 40, 10)
+    assert len(accuracies) < 5
+    assert len(speed.learn(pair, pair, "batch normalization", 0.1, 0, 40, 10)) == 5
+
+
+def test_the_networks_of_speed_start_alike():
+    dataset = blobs()
+    dense = {
+        name: [layer for layer in speed.build(name, (dataset.X, dataset.y), 3) if isinstance(layer, nn.Dense)]
+        for name in speed.NETWORKS
+    }
+    for a, b, c in zip(*dense.values(), strict=True):
+        assert np.array_equal(a.params["weight"], b.params["weight"])
+        assert np.array_equal(a.params["weight"], c.params["weight"])
+    assert [d.n_out for d in dense["neither"]] == [100, 100, 100, 3]
+
+
+def test_the_papers_percentiles_are_those_of_the_last_sigmoids_input():
+    """Beside a network evaluated by hand after the same steps, without batch normalization."""
+    dataset = blobs()
+    pair = paper.black_and_white((dataset.X, dataset.y))
+    accuracies, percentiles = paper.learn(pair, pair, "without", 5, 12, 6, False)
+    assert percentiles.shape == (2, 3, 100)
+
+    model = paper.build(False, pair, 5)
+    start = [layer.params for part in model for layer in part if isinstance(layer, nn.Dense)]
+    assert [p["weight"].shape for p in start] == [(100, 5), (100, 100), (100, 100), (3, 100)]
+    assert abs(start[1]["weight"].std() - paper.START) < 0.003
+    assert not any(p["bias"].any() for p in start)
+    order = np.concatenate([np.random.default_rng([5, epoch]).permutation(300) for epoch in range(1, 4)])
+    W, b = zip(*((p["weight"].astype(float), np.zeros(len(p["weight"]))) for p in start), strict=True)
+    for step in range(12):
+        rows = order[60 * step : 60 * (step + 1)]
+        a = [pair[0][rows].astype(float)]
+        for w, c in zip(W, b, strict=True):
+            z = a[-1] @ w.T + c
+            a.append(1 / (1 + np.exp(-z)))
+        e = np.exp(z - z.max(axis=1, keepdims=True))
+        dz = (e / e.sum(axis=1, keepdims=True) - np.eye(3)[pair[1][rows]]) / 60
+        for i in (3, 2, 1, 0):
+            dw, dc, da = dz.T @ a[i], dz.sum(axis=0), dz @ W[i]
+            W[i][...] -= paper.RATE * dw
+            b[i][...] -= paper.RATE * dc
+            dz = da * a[i] * (1 - a[i])
+        if step in (5, 11):
+            h = pair[0].astype(float)
+            for w, c in zip(W[:2], b[:2], strict=True):
+                h = 1 / (1 + np.exp(-(h @ w.T + c)))
+            z = np.sort(h @ W[2].T + b[2], axis=0)
+            for k, share in enumerate((0.15, 0.5, 0.85)):
+                at = share * 299
+                expected = z[int(at)] + (at - int(at)) * (z[int(at) + 1] - z[int(at)])
+                np.testing.assert_allclose(percentiles[step // 6, k], expected, atol=1e-4)
+    right = np.argmax(1 / (1 + np.exp(-(h @ W[2].T + b[2]))) @ W[3].T + b[3], axis=1) == pair[1]
+    assert accuracies[-1] == right.mean()
+
+
+def test_the_papers_images_are_black_and_white():
+    X, _ = paper.black_and_white((np.float32([[0, 0.49, 0.5, 1]]), np.array([0])))
+    assert X.tolist() == [[0, 0, 1, 1]]
+    assert X.dtype == np.float32
+
+
+def test_medians_and_ranges():
+    assert common.spread([3, 1, 2]) == (1, 2, 3)
+    assert common.spread([4, 1, 2, 3]) == (1, 2.5, 4)
+    assert common.spread([None, 1, 2]) == (1, 2, None)
+    assert common.spread([None, 1]) == (1, None, None)
+    drawn = common.curve("a", [0.1, 1], [[1, 2, 9], [None, None, 5]], style="o")
+    assert drawn == plots.Curve("a", [0.1, 1], [2, None], [1, 5], [9, None], "o")
+
+
+def where(i):
+    return os.getpid(), os.environ.get("OMP_NUM_THREADS"), i * i
+
+
+def test_calls_in_parallel_have_one_thread_each_and_keep_their_order():
+    pids, threads, squares = zip(*common.in_parallel(where, [(i,) for i in range(6)], progress=False), strict=True)
+    assert os.getpid() not in pids
+    assert set(threads) == {"1"}
+    assert squares == (0, 1, 4, 9, 16, 25)
+
+
+def test_examples_are_drawn_by_seed():
+    dataset = blobs()
+    (X, y), (held_X, held_y) = common.prepare(dataset, 1, train=50, held_out=20)
+    assert (X.shape, y.shape, held_X.shape, held_y.shape) == ((50, 5), (50,), (20, 5), (20,))
+    assert not {row.tobytes() for row in X} & {row.tobytes() for row in held_X}
+    assert np.array_equal(common.prepare(dataset, 1, train=50)[0][0], X)
+    assert not np.array_equal(common.prepare(dataset, 2, train=50)[0][0], X)
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "in_parallel", lambda *_, **__: pytest.fail("training began"))
+    out, file = tmp_path / "out", tmp_path / "file"
+    file.write_text("here before")
+    assert "--seeds must be at least 1, got 0" in refused(capsys, "speed", "--seeds", 0, "--out", out)
+    assert "no such file or folder" in refused(capsys, "speed", "--data", tmp_path / "none.npz", "--out", out)
+    assert "not a folder that can be written to" in refused(capsys, "all", "--out", file / "deeper")
+    assert "--paper is for the experiment speed, got noise" in refused(capsys, "noise", "--paper", "--out", out)
+    X = np.full((4, 2), np.nan)
+    np.savez(tmp_path / "nan.npz", X=X, y=np.arange(4) % 2)
+    assert "X[0, 0] is nan" in refused(capsys, "speed", "--data", tmp_path / "nan.npz", "--out", out)
+    np.savez(tmp_path / "no-y.npz", X=np.ones((4, 2)))
+    assert "no labels to learn" in refused(capsys, "all", "--data", tmp_path / "no-y.npz", "--out", out)
+    np.savez(tmp_path / "grey.npz", X=np.full((40, 2), 255.0), y=np.arange(40) % 2)
+    assert "pixels from 0 to 1, got 255 to 255" in refused(
+        capsys, "speed", "--paper", "--data", tmp_path / "grey.npz", "--out", out
+    )
+    assert not out.exists()
+    assert file.read_text() == "here before"
+
+
+def living(group):
+    """The processes of a group, without those that are dead and not yet reaped."""
+    listed = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    return sum(int(pgid) == group and "Z" not in stat for pgid, stat in map(str.split, listed.splitlines()))
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
+    command = [sys.executable, "-m", "fastbn", "experiment", "speed", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, start_new_session=True, stdout=-1, stderr=-1, text=True) as process:
+        while living(process.pid) < 3 and process.poll() is None:  # the workers are there
+            time.sleep(0.2)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err == "fastbn: interrupted in speed, which is not written\n"
+    assert not (tmp_path / "out").exists()
+    deadline = time.monotonic() + 20
+    while living(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert living(process.pid) == 0
