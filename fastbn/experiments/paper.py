@@ -165,7 +165,7 @@ def _result(
                           ylim=(min(ends) - 0.2, max(ends) + 0.2)) for letter, drawn in zip("bc", inputs, strict=True)),
         ],
         remarks=[
-            f"Learning rate {RATE:g} for both. The paper names none: of 0.1, 0.3, 1 and 3 this looks most like its figure.",
+            f"Learning rate {RATE:g} for both: the paper names none, and of 0.1, 0.3, 1 and 3 this looks most like it.",
             "The typical sigmoid is the one whose median moves as far as is usual in the layer.",
         ],
     )  # fmt: skip
