@@ -175,6 +175,14 @@ def test_prediction_uses_the_running_averages_and_goes_in_pieces():
     np.testing.assert_allclose(np.exp(classifier.predict_log_proba(X)), expected, rtol=1e-9)
 
 
+def test_fit_ends_with_the_exact_statistics_of_the_data():
+    X, y = blobs(300)
+    dense, norm, *_ = BatchNormClassifier(max_iter=3).fit(X, y).model_
+    h = X @ dense.params["weight"].T
+    np.testing.assert_allclose(norm.running_mean, h.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(norm.running_var, h.var(axis=0, ddof=1), rtol=1e-12)
+
+
 def test_log_probabilities_do_not_end_where_probabilities_do():
     for classes, weight, expected in ((2, [[1000.0]], [[-1000, 0]]), (3, [[0.0], [1000], [0]], [[-1000, 0, -1000]])):
         _, y = blobs(classes=classes)
