@@ -89,7 +89,7 @@ def test_noise_end_to_end(tmp_path, capsys):
 def test_only_the_normalisation_is_cut_into_ghost_batches():
     dataset = blobs(64)
     pair = dataset.X, dataset.y
-    model = noise.build("both", pair, 16, 0)
+    model = noise.build("both", 5, 3, 16, 0)
     assert [type(layer).__name__ for layer in model] == ["Dense", "BatchNorm", "Dropout"] * 2 + ["Dense"]
     assert [layer.config()["ghost_size"] for layer in model if isinstance(layer, BatchNorm)] == [16, 16]
     norm = model[1]
@@ -122,7 +122,7 @@ def test_the_averages_are_those_that_the_layer_keeps_itself():
     pair = dataset.X, dataset.y
     found = testtime.learn(pair, pair, 4, [3, 7])
     for momentum in (0.5, 0.1, 0.002):
-        model = testtime.build(pair, 4)
+        model = testtime.build(5, 3, 4)
         layers = [
             BatchNorm(layer.num_features, momentum=momentum, activation="relu")
             if isinstance(layer, BatchNorm)

@@ -28,7 +28,7 @@ import numpy as np
 import fastbn
 from fastbn import data, plots
 
-__all__ = ["Pair", "Result", "curve", "in_parallel", "prepare", "spread"]
+__all__ = ["Pair", "Result", "count_classes", "curve", "in_parallel", "prepare", "spread"]
 
 Pair = tuple[np.ndarray, np.ndarray]  # X, y
 
@@ -175,6 +175,17 @@ def _drawn(part: data.Dataset, most: int | None, seed: int) -> Pair:
         return part.X, part.y
     rows = np.sort(np.random.default_rng(seed).permutation(len(part.y))[:most])
     return part.X[rows], part.y[rows]
+
+
+def count_classes(*pairs: Pair) -> int:
+    """How many outputs a network for these labels needs."""
+    return 1 + max(int(y.max()) for _, y in pairs)
+
+
+def check_pixels(X: np.ndarray) -> None:
+    """ValueError unless X is from 0 to 1."""
+    if X.min() < 0 or X.max() > 1:
+        raise ValueError(f"this experiment expects pixels from 0 to 1, got {X.min():g} to {X.max():g}")
 
 
 def _versions() -> dict[str, str]:

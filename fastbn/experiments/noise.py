@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, schedules, training
 
-from .common import Pair, Result, curve, in_parallel, prepare, spread
+from .common import Pair, Result, count_classes, curve, in_parallel, prepare, spread
 
 __all__ = ["run"]
 
@@ -94,7 +94,7 @@ def learn(
     train: Pair, held_out: Pair, network: str, size: int, ghost: int, seed: int, steps: int
 ) -> tuple[float, float, float, float]:
     """Train for so many steps; loss on training and held-out examples, then accuracy on both."""
-    model = build(network, train, ghost, seed)
+    model = build(network, train[0].shape[1], count_classes(train, held_out), ghost, seed)
     training.fit(
         model, train, losses.softmax_cross_entropy, optim.SGD(model, RATE, momentum=MOMENTUM),
         epochs=math.ceil(steps / math.ceil(len(train[0]) / size)), batch_size=size, seed=seed,
@@ -108,10 +108,9 @@ def learn(
     return a, b, right_a, right_b
 
 
-def build(network: str, train: Pair, ghost: int, seed: int) -> nn.Sequential:
+def build(network: str, n_inputs: int, n_classes: int, ghost: int, seed: int) -> nn.Sequential:
     """Dense and ReLU, with batch normalization before and dropout after the activation, as the name says."""
-    X, y = train
-    widths = [X.shape[1], *HIDDEN]
+    widths = [n_inputs, *HIDDEN]
     seeds = np.random.default_rng(seed).integers(2**31, size=2 * len(HIDDEN) + 1).tolist()
     layers: list[Any] = []
     for n_in, n_out in itertools.pairwise(widths):
@@ -122,4 +121,4 @@ def build(network: str, train: Pair, ghost: int, seed: int) -> nn.Sequential:
             layers += [nn.Dense(n_in, n_out, activation="relu", seed=seeds.pop())]
         if network in ("dropout", "both"):
             layers.append(nn.Dropout(DROPPED, seed=seeds[-1] + 1))
-    return nn.Sequential(*layers, nn.Dense(widths[-1], int(y.max()) + 1, seed=seeds.pop()))
+    return nn.Sequential(*layers, nn.Dense(widths[-1], n_classes, seed=seeds.pop()))

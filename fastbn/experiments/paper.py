@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, curve, in_parallel, prepare
+from .common import Pair, Result, check_pixels, count_classes, curve, in_parallel, prepare
 
 __all__ = ["run", "typical"]
 
@@ -67,8 +67,7 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 1, quick: bool = Fa
 def black_and_white(pair: Pair) -> Pair:
     """Pixels of 0 and 1, white from one half on."""
     X, y = pair
-    if X.min() < 0 or X.max() > 1:
-        raise ValueError(f"the paper's experiment expects pixels from 0 to 1, got {X.min():g} to {X.max():g}")
+    check_pixels(X)
     return (X >= 0.5).astype(np.float32), y
 
 
@@ -82,7 +81,7 @@ def learn(
         tqdm.set_lock(
             threading.RLock()
         )  # its own, for processes, would be reported as leaked when Ctrl-C ends this one
-    model = build(network == "with", train, seed)
+    model = build(network == "with", train[0].shape[1], count_classes(train, held_out), seed)
     below, above = model  # the last sigmoids stand first in the upper part
     accuracies, percentiles = [], []
 
@@ -103,15 +102,12 @@ def learn(
     return accuracies, np.array(percentiles)
 
 
-def build(batch_norm: bool, train: Pair, seed: int) -> nn.Sequential:
+def build(batch_norm: bool, features: int, classes: int, seed: int) -> nn.Sequential:
     """The network in two parts: all up to the last hidden sigmoids' inputs, and the rest."""
-    X, y = train
     layers: list[Any] = []
-    for n_in, n_out in itertools.pairwise([X.shape[1], *HIDDEN]):
+    for n_in, n_out in itertools.pairwise([features, *HIDDEN]):
         layers += [nn.Dense(n_in, n_out, bias=not batch_norm), *[BatchNorm(n_out)] * batch_norm, nn.Sigmoid()]
-    model = nn.Sequential(
-        nn.Sequential(*layers[:-1]), nn.Sequential(layers[-1], nn.Dense(HIDDEN[-1], int(y.max()) + 1))
-    )
+    model = nn.Sequential(nn.Sequential(*layers[:-1]), nn.Sequential(layers[-1], nn.Dense(HIDDEN[-1], classes)))
     rng = np.random.default_rng(seed)
     for part in model:
         for layer in part:

@@ -19,11 +19,11 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, curve, in_parallel, prepare
+from .common import Pair, Result, check_pixels, count_classes, curve, in_parallel, prepare
 
 __all__ = ["RECOLOURED", "Jittered", "moved", "recolour", "run"]
 
-NETWORKS = ("plain", "inputs normalised", "batch normalization", "batch normalization, then jitter")
+NETWORKS = ("neither", "inputs normalised", "batch normalization", "with jitter")
 HIDDEN = (100, 100, 100)
 RATE, BATCH_SIZE, JITTER = 0.1, 60, 0.5
 # Paper and ink, which are 0 and 1 in the images as they are; a pair is the range that each image draws its own from.
@@ -47,10 +47,20 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
         40 steps, to try the machinery.
     progress : bool
         Show a bar.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    ValueError
+        Features that are not from 0 to 1.
     """
     steps, every = (40, 20) if quick else (1000, 50)
     at = range(every, steps + 1, every)
     parts = [prepare(dataset, seed, train=10_000, held_out=1000) for seed in range(seeds)]
+    check_pixels(parts[0][0][0])
     calls = [(*parts[seed], network, seed, steps, every) for network in NETWORKS for seed in range(seeds)]
     runs = iter(in_parallel(learn, calls, progress=progress))
     found = {network: [next(runs) for _ in range(seeds)] for network in NETWORKS}
@@ -92,13 +102,20 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
         "held out": len(parts[0][1][0]), "hidden": HIDDEN, "activation": "relu", "optimizer": f"SGD {RATE}",
         "batch size": BATCH_SIZE, "steps": steps, "seeds": seeds,
     }  # fmt: skip
-    return Result("shift", __doc__.split("\n")[0], settings, dict.fromkeys(("", *NETWORKS), ".3f"), rows, panels)
+    return Result(
+        "shift",
+        "How far the last hidden layer's inputs move, and accuracy on recoloured images",
+        settings,
+        dict.fromkeys(("", *NETWORKS), ".3f"),
+        rows,
+        panels,
+    )
 
 
 def learn(train: Pair, held_out: Pair, network: str, seed: int, steps: int, every: int) -> dict[Any, float]:
     """One run: ("moved", step) and ("accuracy", step) of the checkpoints; (domain, "frozen" or "re-estimated")."""
-    (X, y), probe = train, train[0][:500]
-    model = build(network, X, int(y.max()) + 1, seed)
+    X, probe = train[0], train[0][:500]
+    model = build(network, X, count_classes(train, held_out), seed)
     found: dict[Any, float] = {}
     before = last_inputs(model, probe)
 
@@ -119,7 +136,7 @@ def learn(train: Pair, held_out: Pair, network: str, seed: int, steps: int, ever
     for name, (paper, ink) in RECOLOURED.items():
         images = recolour(held_out[0], paper, ink, seed)
         found[name, "frozen"] = accuracy(trained, (images, held_out[1]))
-        if network != "plain":
+        if network != "neither":
             found[name, "re-estimated"] = accuracy(re_estimated(trained, network, images), (images, held_out[1]))
     return found
 
@@ -127,11 +144,11 @@ def learn(train: Pair, held_out: Pair, network: str, seed: int, steps: int, ever
 def build(network: str, X: np.ndarray, n_classes: int, seed: int) -> nn.Sequential:
     """Three hidden layers, each z = Wa, normalised or not, and max(z, 0)."""
     layers: list[Any] = [nn.Standardize(X.shape[1]).fit(X)] if network == "inputs normalised" else []
-    normalised = network.startswith("batch normalization")
+    normalised = network in ("batch normalization", "with jitter")
     for k, (n_in, n_out) in enumerate(itertools.pairwise((X.shape[1], *HIDDEN)), 10 * seed):
         layers.append(nn.Dense(n_in, n_out, bias=not normalised, seed=k))
         if normalised:
-            layers.append(Jittered(n_out, seed=k) if network.endswith("jitter") else BatchNorm(n_out))
+            layers.append(Jittered(n_out, seed=k) if network == "with jitter" else BatchNorm(n_out))
         layers.append(nn.ReLU())
     return nn.Sequential(*layers, nn.Dense(HIDDEN[-1], n_classes, seed=10 * seed + 9))
 
@@ -163,7 +180,7 @@ def re_estimated(model: nn.Sequential, network: str, X: np.ndarray) -> nn.Sequen
     twin = copy.deepcopy(model)
     if network == "inputs normalised":
         twin[0].fit(X)
-    elif network != "plain":
+    elif network != "neither":
         training.recalibrate(twin, X)
     return twin
 

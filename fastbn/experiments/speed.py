@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, curve, in_parallel, prepare, spread
+from .common import Pair, Result, count_classes, curve, in_parallel, prepare, spread
 
 __all__ = ["run", "steps_to"]
 
@@ -63,7 +63,7 @@ def learn(train: Pair, held_out: Pair, network: str, rate: float, seed: int, ste
 
     Shorter where the loss stopped being finite on the way.
     """
-    model = build(network, train, seed)
+    model = build(network, train[0], count_classes(train, held_out), seed)
     accuracies: list[Any] = []
 
     def look(step: int, loss: float) -> bool:
@@ -80,10 +80,9 @@ def learn(train: Pair, held_out: Pair, network: str, rate: float, seed: int, ste
     return accuracies
 
 
-def build(network: str, train: Pair, seed: int) -> nn.Sequential:
+def build(network: str, X: np.ndarray, classes: int, seed: int) -> nn.Sequential:
     """Dense layers that start alike for one seed, with what the network's name says between them."""
-    X, y = train
-    widths = [X.shape[1], *HIDDEN, int(y.max()) + 1]
+    widths = [X.shape[1], *HIDDEN, classes]
     layers: list[Any] = [nn.Standardize(X.shape[1]).fit(X)] if network == "inputs normalised" else []
     *seeds, last = np.random.default_rng(seed).integers(2**31, size=len(HIDDEN) + 1)
     for s, n_in, n_out in zip(seeds, widths, HIDDEN, strict=False):

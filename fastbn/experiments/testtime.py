@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbn import BatchNorm, BatchStats, RunningStats, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, curve, in_parallel, prepare
+from .common import Pair, Result, count_classes, curve, in_parallel, prepare
 
 __all__ = ["distance", "run"]
 
@@ -89,7 +89,7 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
 
 def learn(train: Pair, held_out: Pair, seed: int, looks: list[int]) -> dict[Any, tuple[float, float]]:
     """One training under all averages at once: they change nothing in it. (accuracy, distance) of each at each look."""
-    model = build(train, seed)
+    model = build(train[0].shape[1], count_classes(train, held_out), seed)
     norms = [layer for layer in model if isinstance(layer, BatchNorm)]
     kept = {
         (m, debias): [RunningStats(n.num_features, m, unbiased=False, debias=debias) for n in norms]
@@ -122,15 +122,14 @@ def learn(train: Pair, held_out: Pair, seed: int, looks: list[int]) -> dict[Any,
     return found
 
 
-def build(train: Pair, seed: int) -> nn.Sequential:
+def build(n_inputs: int, n_classes: int, seed: int) -> nn.Sequential:
     """Hidden layers z = Wa, normalised, max(z, 0)."""
-    X, y = train
-    widths = [X.shape[1], *HIDDEN]
+    widths = [n_inputs, *HIDDEN]
     *seeds, last = np.random.default_rng(seed).integers(2**31, size=len(HIDDEN) + 1)
     layers: list[Any] = []
     for s, (n_in, n_out) in zip(seeds, itertools.pairwise(widths), strict=True):
         layers += [nn.Dense(n_in, n_out, bias=False, seed=s), BatchNorm(n_out, momentum=1, activation="relu")]
-    return nn.Sequential(*layers, nn.Dense(widths[-1], int(y.max()) + 1, seed=last))
+    return nn.Sequential(*layers, nn.Dense(widths[-1], n_classes, seed=last))
 
 
 def having(model: nn.Sequential, averages: list[RunningStats]) -> nn.Sequential:
