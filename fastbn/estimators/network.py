@@ -151,7 +151,12 @@ class Network(BaseEstimator):
                 raise ValueError(f"expected more samples to hold some of them out, got n_samples={len(x)}")
             held_out = x[held], labels[held]
             x, targets = x[~held], targets[~held]
-        if not self._train(x, targets, held_out, self.max_iter):
+        converged = self._train(x, targets, held_out, self.max_iter)
+        if self.batch_norm and self._hidden() and held_out is None:
+            # The averages over the last mini-batches lag behind the weights: 0.4 to 1 point less on Fashion-MNIST.
+            # Those of the best epoch stay: they are what was scored.
+            training.recalibrate(self.model_, x)
+        if not converged:
             message = f"max_iter={self.max_iter} epochs are done, and the optimization has not converged yet"
             warnings.warn(message, ConvergenceWarning, stacklevel=2)
         return self

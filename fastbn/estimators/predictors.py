@@ -77,6 +77,8 @@ class BatchNormClassifier(ClassifierMixin, Network):
     ----------
     model_ : nn.Sequential
         The network, in inference mode: what it returns is before the softmax or sigmoid. `checkpoint.save` takes it.
+        The running averages are at the end of `fit` the exact statistics of X (`training.recalibrate`), but for early
+        stopping, where they are those of the best epoch.
     classes_ : numpy.ndarray of shape (n_classes,)
         Where y has several labels, their numbers.
     loss_curve_ : list of float
