@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 __all__ = ["Curve", "Panel", "learning_curves", "panels"]
 
-# Two hues that stay apart for colour-blind eyes and in grey, then two more (Okabe and Ito's palette).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+# Two hues that stay apart for colour-blind eyes and in grey, then three more (Okabe and Ito's palette).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 
 
 class Curves(Protocol):
@@ -89,7 +89,8 @@ class Curve:
     """A line through the points (x, y), with a range from low to high: bars where the points are marked, else a band.
 
     y may hold None: such a point is a cross at the panel's upper edge; so may high: its bar ends at ylim's upper end.
-    x may be texts. Curves of one name have one colour, in all panels of a picture.
+    x may be texts: evenly spaced, and the curves a little beside each other, so that all bars are seen. Curves of one
+    name have one colour, in all panels of a picture.
     """
 
     name: str
@@ -149,16 +150,21 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
         if panel.ylim:
             axes.set_ylim(panel.ylim)
         top = panel.ylim[1] if panel.ylim else math.nan
+        texts = list(dict.fromkeys(x for curve in panel.curves for x in curve.x if isinstance(x, str)))
+        if texts:
+            axes.set_xticks(range(len(texts)), texts)
         for i, curve in enumerate(panel.curves):
             colour = colours[curve.name]
-            axes.plot(curve.x, _floats(curve.y), curve.style, color=colour, markersize=5, label=curve.name)
+            beside = 0.05 * (i - (len(panel.curves) - 1) / 2)
+            places = [texts.index(x) + beside for x in curve.x] if texts else list(curve.x)
+            axes.plot(places, _floats(curve.y), curve.style, color=colour, markersize=5, label=curve.name)
             if curve.low is not None and curve.high is not None:
                 low, high = _floats(curve.low), _floats(curve.high, top)
                 if "o" in curve.style:
-                    axes.vlines(curve.x, low, high, color=colour, linewidth=1)
+                    axes.vlines(places, low, high, color=colour, linewidth=1)
                 else:
-                    axes.fill_between(curve.x, low, high, color=colour, alpha=0.2, linewidth=0)
-            gone = [x for x, y in zip(curve.x, curve.y, strict=True) if y is None]
+                    axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+            gone = [x for x, y in zip(places, curve.y, strict=True) if y is None]
             if gone:  # one below the other, so that all are seen
                 axes.plot(gone, [0.97 - 0.04 * i] * len(gone), "x", color=colour, transform=axes.get_xaxis_transform())
         if any(y is None for curve in panel.curves for y in curve.y):

@@ -81,9 +81,16 @@ def test_the_jitter_is_gone_at_test_time_and_its_gradient_is_right():
 def test_noise_end_to_end(tmp_path, capsys):
     found = end_to_end("noise", tmp_path, capsys)
     assert len(found["rows"]) == len(noise.NETWORKS) * len(noise.SIZES) + len(noise.SIZES) - 1
-    for *_, train, held_out, right, held_out_right, gap in found["rows"]:
-        assert gap == [b - a for a, b in zip(train, held_out, strict=True)]
+    rows = {(network, size): cells for network, size, *cells in found["rows"]}
+    for network, size in rows:
+        noise_seen, right, held_out_right, loss, gap = rows[network, size]
         assert all(0 <= share <= 1 for share in right + held_out_right)
+        assert all(b > g for b, g in zip(loss, gap, strict=True))  # the training loss is the difference
+        assert (max(noise_seen) < 1e-6) == (network == "neither")  # the BLAS rounds by mini-batch size
+    # noise falls as mini-batches or ghost batches grow, and that of dropout does not
+    for network, factor in (("batch normalization", 3), (noise.GHOSTS, 3), ("dropout", 0)):
+        assert min(rows[network, 4][0]) > factor * max(rows[network, 64][0])
+    assert min(rows["dropout", 64][0]) > max(rows["batch normalization", 4][0])
 
 
 def test_only_the_normalisation_is_cut_into_ghost_batches():
@@ -97,10 +104,26 @@ def test_only_the_normalisation_is_cut_into_ghost_batches():
     y = norm(z).reshape(4, 16, -1)
     alone = [BatchNorm(100, activation="relu")(part) for part in z.reshape(4, 16, -1)]
     assert np.array_equal(y, np.stack(alone))
-    # of one size, they are the mini-batch itself
-    same, whole = (noise.learn(pair, pair, "batch normalization", 16, ghost, 0, 6) for ghost in (16, 64))
-    assert same == whole
-    assert noise.learn(pair, pair, "batch normalization", 16, 8, 0, 6) != whole
+    # as large as the mini-batch of 64, they are the mini-batch itself
+    whole, same, smaller = (
+        noise.learn(pair, pair, network, size, 0, 6)
+        for network, size in (("batch normalization", 256), (noise.GHOSTS, 64), (noise.GHOSTS, 16))
+    )
+    assert whole == same
+    assert smaller["held-out loss"] != whole["held-out loss"]
+    assert whole["gap"] == 0  # of a pair beside itself
+
+
+def test_noise_beside_what_it_must_be():
+    X = np.random.default_rng(0).normal(size=(4096, 100)).astype(np.float32)
+    # dropout at 1/2: an output is 0 or 2x, of deviation |x| about x, and mean x^2 is the variance among examples;
+    # to which the mean of 10 passes adds a tenth of the noise
+    assert noise.noise_to_signal([nn.Dropout(0.5, seed=0)], X, 512, 0) == pytest.approx(1.1**-0.5, abs=0.01)
+    # a normal x among m others: the mean's noise is 1/m, the deviation's x^2/(2m)
+    for size in (32, 128):
+        assert noise.noise_to_signal([BatchNorm(100)], X, size, 0) == pytest.approx(np.sqrt(1.5 / size), rel=0.05)
+    assert noise.noise_to_signal([BatchNorm(100)], X, 4096, 0) < 1e-6
+    assert noise.noise_to_signal([nn.ReLU()], X[:513], 512, 0) == 0  # an example is left over in every pass
 
 
 # --- test time
@@ -109,9 +132,9 @@ def test_only_the_normalisation_is_cut_into_ghost_batches():
 def test_testtime_end_to_end(tmp_path, capsys):
     found = end_to_end("testtime", tmp_path, capsys)
     rows = {name: cells for name, *cells in found["rows"]}
-    assert rows["exact statistics"][2:] == [[0, 0], [0, 0]]
+    assert rows["exact statistics, recalibrated"][:2] == [[0, 0], [0, 0]]
     # of few steps, a small momentum remembers nothing but the start, unless that is divided out
-    (slow, debiased) = (rows[f"momentum 0.001, {kind}"][2] for kind in ("from 0 and 1", "debiased"))
+    (slow, debiased) = (rows[f"momentum 0.001, {kind}"][0] for kind in ("from 0 and 1", "debiased"))
     assert min(slow) > 2 * max(debiased)
     assert "0 of 718 predictions differ" in found["remarks"][0]
 
@@ -121,7 +144,7 @@ def test_the_averages_are_those_that_the_layer_keeps_itself():
     dataset = blobs(70)
     pair = dataset.X, dataset.y
     found = testtime.learn(pair, pair, 4, [3, 7])
-    for momentum in (0.5, 0.1, 0.002):
+    for momentum in (0.5, 0.1, 0.001, None):
         model = testtime.build(5, 3, 4)
         layers = [
             BatchNorm(layer.num_features, momentum=momentum, activation="relu")
@@ -135,16 +158,26 @@ def test_the_averages_are_those_that_the_layer_keeps_itself():
             batch_size=testtime.BATCH_SIZE, seed=4, on_step=lambda step, loss: step == 7, progress=False,
         )  # fmt: skip
         exact = training.recalibrate(copy.deepcopy(model), dataset.X)
-        apart = [np.abs(model[i].running_mean - exact[i].running_mean) / np.sqrt(exact[i].running_var) for i in (1, 3)]
+        # the mean square over values with the exact mean and deviation: mu - sigma and mu + sigma, half of each
+        off = []
+        for norm, true in ((model[i], exact[i]) for i in (1, 3)):
+            for z in (-1, 1):
+                x = true.running_mean + z * np.sqrt(true.running_var + 1e-5)
+                off.append((x - norm.running_mean) / np.sqrt(norm.running_var + 1e-5) - z)
         accuracy, distance = found[(momentum, False), 7]
-        assert distance == pytest.approx(np.mean(apart))
+        assert distance == pytest.approx(np.sqrt(np.mean(np.square(off))))
         assert accuracy == training.evaluate(model, pair, losses.softmax_cross_entropy)[1]
 
 
 def test_the_distance_is_in_deviations():
-    norm = BatchNorm(2)
+    norm = BatchNorm(2, eps=1e-12)
     norm.running_mean, norm.running_var = [5, -3], [4, 0.25]
     stats = RunningStats(2, 1.0, unbiased=False)
-    for mean, expected in (([5, -3], 0), ([7, -3.5], 1), ([5, -2], 1)):
-        stats.mean[...] = mean
-        assert testtime.distance([stats], nn.Sequential(norm)) == expected
+    for mean, var, expected in (
+        ([5, -3], [4, 0.25], 0),
+        ([7, -3.5], [4, 0.25], 1),  # one deviation
+        ([5, -3], [1, 1 / 16], 1),  # half the deviation: every normalised value is twice what it should be
+        ([5, -3], [16, 0.25], np.sqrt((0.5**2 + 0) / 2)),
+    ):
+        stats.mean[...], stats.var[...] = mean, var
+        assert testtime.distance([stats], nn.Sequential(norm)) == pytest.approx(expected, abs=1e-9)
