@@ -142,7 +142,7 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
 
     rows = 1 if len(drawn) <= 3 else 2
     columns = math.ceil(len(drawn) / rows)
-    figure = Figure(figsize=(4.8 * columns, 4.2 * rows), dpi=100, layout="constrained")
+    figure = Figure(figsize=(4.8 * columns, 4.2 if rows == 1 else 7.2), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
@@ -174,7 +174,7 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small")
-    canvas.print_png(os.fspath(path))
+    canvas.print_png(os.fspath(path), pil_kwargs={"optimize": True})
 
 
 def _floats(values: Sequence[float | None], missing: float = math.nan) -> list[float]:

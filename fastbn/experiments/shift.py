@@ -81,16 +81,17 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
     names, still = [*RECOLOURED], NETWORKS[:3]
     panels = [
         plots.Panel(
-            f"Last hidden layer's inputs, every {every} steps", "step", "moved by, in standard deviations",
+            f"Last hidden layer's inputs, every {every} steps", "Step", "Moved by, in standard deviations",
             curves(NETWORKS, [("moved", t) for t in at], at, style="-"), yscale="log",
         ),
         plots.Panel(
-            "What is learnt meanwhile", "step", "accuracy, held-out",
-            curves(NETWORKS, [("accuracy", t) for t in at], at, style="-"), percent=True, ylim=(0, 1),
+            "What is learnt meanwhile", "Step", "Held-out images right",
+            curves(NETWORKS, [("accuracy", t) for t in at], at, style="-"), percent=True, ylim=(-0.02, 1.02),
         ),
         *(
-            plots.Panel(title, "held-out images", "accuracy",
-                        curves(which, [(name, how) for name in names], names, style="o"), percent=True, ylim=(0, 1))
+            plots.Panel(title, "Held-out images", "Right",
+                        curves(which, [(name, how) for name in names], names, style="o"), percent=True,
+                        ylim=(-0.02, 1.02))
             for title, how, which in (
                 ("Recoloured images, statistics of training", "frozen", still),
                 ("Recoloured images, statistics re-estimated", "re-estimated", still[1:]),
@@ -98,9 +99,9 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
         ),
     ]  # fmt: skip
     settings = {
-        "data": "digits" if dataset is None else dataset.name, "examples": len(parts[0][0][0]),
-        "held out": len(parts[0][1][0]), "hidden": HIDDEN, "activation": "relu", "optimizer": f"SGD {RATE}",
-        "batch size": BATCH_SIZE, "steps": steps, "seeds": seeds,
+        "data": "digits" if dataset is None else dataset.name, "training examples": len(parts[0][0][0]),
+        "held-out examples": len(parts[0][1][0]), "hidden layers": HIDDEN, "activation": "relu",
+        "optimizer": f"SGD {RATE}", "examples a step": BATCH_SIZE, "jitter": JITTER, "steps": steps, "seeds": seeds,
     }  # fmt: skip
     return Result(
         "shift",
@@ -109,6 +110,10 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
         dict.fromkeys(("", *NETWORKS), ".3f"),
         rows,
         panels,
+        [
+            "moved: earth mover's distance of the last hidden layer's inputs before and after, in standard deviations.",
+            "frozen, re-estimated: normalised with the statistics of the training images, or of the recoloured ones.",
+        ],
     )
 
 

@@ -61,18 +61,20 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
     ]
 
     def curves(debias: bool, what: int) -> list[plots.Curve]:
-        momenta = MOMENTA if debias else (*MOMENTA, None)
-        texts = [str(m) for m in momenta]
-        return [
-            curve(f"after {step} steps", texts, [cells((m, debias), step, what) for m in momenta]) for step in looks
-        ]
+        kinds = [(m, debias) for m in MOMENTA] + [(None, False)] * debias  # to which small momenta come, debiased
+        texts = [str(m) for m, _ in kinds]
+        return [curve(f"after {step} steps", texts, [cells(kind, step, what) for kind in kinds]) for step in looks]
 
-    far, right = "Normalised values off by (rms)", "Held-out examples right"
     panels = [
-        plots.Panel("Averages from 0 and 1, error", "Momentum", far, curves(False, 1), yscale="log"),
-        plots.Panel("Averages from 0 and 1, accuracy", "Momentum", right, curves(False, 0), percent=True, ylim=(0, 1)),
-        plots.Panel("Averages debiased, accuracy", "Momentum", right, curves(True, 0), percent=True, ylim=(0, 1)),
-    ]
+        panel
+        for debias, kind in KINDS.items()
+        for panel in (
+            plots.Panel(f"Averages {kind}, error", "Momentum", "Normalised values off by (rms)", curves(debias, 1),
+                        yscale="log", ylim=(0.01, 1)),
+            plots.Panel(f"Averages {kind}, accuracy", "Momentum", "Held-out examples right", curves(debias, 0),
+                        percent=True, ylim=(-0.02, 1.02)),
+        )
+    ]  # fmt: skip
     apart, other = max(run["alone"][0] for run in runs), sum(run["alone"][1] for run in runs)
     return Result(
         "testtime", "Averages at test time beside the exact statistics, by momentum and number of steps",
