@@ -87,6 +87,7 @@ def test_noise_end_to_end(tmp_path, capsys):
         assert all(0 <= share <= 1 for share in right + held_out_right)
         assert all(b > g for b, g in zip(loss, gap, strict=True))  # the training loss is the difference
         assert (max(noise_seen) < 1e-6) == (network == "neither")  # the BLAS rounds by mini-batch size
+    assert min(rows["batch normalization", 16][4]) > 0  # worse on what it has not seen
     # noise falls as mini-batches or ghost batches grow, and that of dropout does not
     for network, factor in (("batch normalization", 3), (noise.GHOSTS, 3), ("dropout", 0)):
         assert min(rows[network, 4][0]) > factor * max(rows[network, 64][0])
