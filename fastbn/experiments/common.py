@@ -26,9 +26,20 @@ from typing import Any
 import numpy as np
 
 import fastbn
-from fastbn import data, plots
+from fastbn import data, losses, nn, plots, training
 
-__all__ = ["Pair", "Result", "count_classes", "curve", "in_parallel", "prepare", "spread"]
+__all__ = [
+    "Pair",
+    "Result",
+    "about",
+    "accuracy",
+    "check_pixels",
+    "count_classes",
+    "curve",
+    "in_parallel",
+    "prepare",
+    "spread",
+]
 
 Pair = tuple[np.ndarray, np.ndarray]  # X, y
 
@@ -175,6 +186,20 @@ def _drawn(part: data.Dataset, most: int | None, seed: int) -> Pair:
         return part.X, part.y
     rows = np.sort(np.random.default_rng(seed).permutation(len(part.y))[:most])
     return part.X[rows], part.y[rows]
+
+
+def about(dataset: data.Dataset | None, pairs: Sequence[tuple[Pair, Pair]]) -> dict[str, Any]:
+    """The settings that every experiment has: its data, and the seeds, which are as many as pairs."""
+    (X, _), (held_out, _) = pairs[0]
+    name = "digits" if dataset is None else dataset.name
+    return {"data": name, "training examples": len(X), "held-out examples": len(held_out), "seeds": len(pairs)}
+
+
+def accuracy(model: nn.Sequential, pair: Pair) -> float:
+    """Part of the examples that are right, with the running averages."""
+    right = training.evaluate(model, pair, losses.softmax_cross_entropy)[1]
+    assert right is not None
+    return right
 
 
 def count_classes(*pairs: Pair) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, schedules, training
 
-from .common import Pair, Result, count_classes, curve, in_parallel, prepare, spread
+from .common import Pair, Result, about, count_classes, curve, in_parallel, prepare, spread
 
 __all__ = ["noise_to_signal", "run"]
 
@@ -78,9 +78,8 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
         name="noise",
         title="Gap between training and held-out examples, by how many are normalised together",
         settings={
-            "data": "digits" if dataset is None else dataset.name, "training examples": len(pairs[0][0][0]),
-            "held-out examples": len(pairs[0][1][0]), "hidden layers": HIDDEN, "activation": "relu",
-            "dropout": DROPPED, "optimizer": f"SGD {RATE}, momentum {MOMENTUM}, cosine", "steps": steps, "seeds": seeds,
+            **about(dataset, pairs), "hidden layers": HIDDEN, "activation": "relu", "dropout": DROPPED,
+            "optimizer": f"SGD {RATE}, momentum {MOMENTUM}, cosine", "steps": steps,
         },
         columns={"network": "", "examples": "d", **columns},
         rows=rows,

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, check_pixels, count_classes, curve, in_parallel, prepare
+from .common import Pair, Result, about, check_pixels, count_classes, curve, in_parallel, prepare
 
 __all__ = ["run", "typical"]
 
@@ -57,10 +57,9 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 1, quick: bool = Fa
     ]  # fmt: skip
     learnt = iter(in_parallel(learn, calls, progress=progress and seeds > 1))
     return _result({network: [next(learnt) for _ in range(seeds)] for network in NETWORKS}, steps, every, {
-        "data": "digits" if dataset is None else dataset.name, "training examples": len(pairs[0][0][0]),
-        "held-out examples": len(pairs[0][1][0]), "hidden layers": HIDDEN, "activation": "sigmoid",
+        **about(dataset, pairs), "hidden layers": HIDDEN, "activation": "sigmoid",
         "start weights": f"N(0, {START}^2)", "learning rate": RATE, "examples a step": BATCH_SIZE, "steps": steps,
-        "looked at every": every, "seeds": seeds,
+        "looked at every": every,
     })  # fmt: skip
 
 
@@ -78,9 +77,8 @@ def learn(
     if progress:
         from tqdm import tqdm
 
-        tqdm.set_lock(
-            threading.RLock()
-        )  # its own, for processes, would be reported as leaked when Ctrl-C ends this one
+        # Its own lock, for processes, would be reported as leaked when Ctrl-C ends this one.
+        tqdm.set_lock(threading.RLock())
     model = build(network == "with", train[0].shape[1], count_classes(train, held_out), seed)
     below, above = model  # the last sigmoids stand first in the upper part
     accuracies, percentiles = [], []

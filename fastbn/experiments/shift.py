@@ -19,7 +19,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, check_pixels, count_classes, curve, in_parallel, prepare
+from .common import Pair, Result, about, accuracy, check_pixels, count_classes, curve, in_parallel, prepare
 
 __all__ = ["RECOLOURED", "Jittered", "moved", "recolour", "run"]
 
@@ -59,9 +59,9 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
     """
     steps, every = (40, 20) if quick else (1000, 50)
     at = range(every, steps + 1, every)
-    parts = [prepare(dataset, seed, train=10_000, held_out=1000) for seed in range(seeds)]
-    check_pixels(parts[0][0][0])
-    calls = [(*parts[seed], network, seed, steps, every) for network in NETWORKS for seed in range(seeds)]
+    pairs = [prepare(dataset, seed, train=10_000, held_out=1000) for seed in range(seeds)]
+    check_pixels(pairs[0][0][0])
+    calls = [(*pairs[seed], network, seed, steps, every) for network in NETWORKS for seed in range(seeds)]
     runs = iter(in_parallel(learn, calls, progress=progress))
     found = {network: [next(runs) for _ in range(seeds)] for network in NETWORKS}
 
@@ -99,9 +99,8 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
         ),
     ]  # fmt: skip
     settings = {
-        "data": "digits" if dataset is None else dataset.name, "training examples": len(parts[0][0][0]),
-        "held-out examples": len(parts[0][1][0]), "hidden layers": HIDDEN, "activation": "relu",
-        "optimizer": f"SGD {RATE}", "examples a step": BATCH_SIZE, "jitter": JITTER, "steps": steps, "seeds": seeds,
+        **about(dataset, pairs), "hidden layers": HIDDEN, "activation": "relu", "optimizer": f"SGD {RATE}",
+        "examples a step": BATCH_SIZE, "jitter": JITTER, "steps": steps,
     }  # fmt: skip
     return Result(
         "shift",
@@ -213,9 +212,3 @@ def recolour(X: np.ndarray, paper: Any, ink: Any, seed: int) -> np.ndarray:
     ranges = [value if isinstance(value, tuple) else (value, value) for value in (paper, ink)]
     background, pen = (rng.uniform(low, high, (len(X), 1)) for low, high in ranges)
     return (background + (pen - background) * X).astype(X.dtype)
-
-
-def accuracy(model: nn.Sequential, pair: Pair) -> float:
-    result = training.evaluate(model, pair, losses.softmax_cross_entropy)[1]
-    assert result is not None
-    return result

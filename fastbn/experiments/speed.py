@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, count_classes, curve, in_parallel, prepare, spread
+from .common import Pair, Result, about, accuracy, count_classes, curve, in_parallel, prepare, spread
 
 __all__ = ["run", "steps_to"]
 
@@ -52,9 +52,8 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
     learnt = iter(in_parallel(learn, calls, progress=progress))
     curves = {setting: [next(learnt) for _ in range(seeds)] for setting in settings}
     return _result(curves, rates, every, {
-        "data": "digits" if dataset is None else dataset.name, "training examples": len(pairs[0][0][0]),
-        "held-out examples": len(pairs[0][1][0]), "hidden layers": HIDDEN, "activation": "relu",
-        "examples a step": BATCH_SIZE, "steps": steps, "accuracy measured every": every, "seeds": seeds,
+        **about(dataset, pairs), "hidden layers": HIDDEN, "activation": "relu", "examples a step": BATCH_SIZE,
+        "steps": steps, "accuracy measured every": every,
     })  # fmt: skip
 
 
@@ -64,11 +63,11 @@ def learn(train: Pair, held_out: Pair, network: str, rate: float, seed: int, ste
     Shorter where the loss stopped being finite on the way.
     """
     model = build(network, train[0], count_classes(train, held_out), seed)
-    accuracies: list[Any] = []
+    accuracies: list[float] = []
 
     def look(step: int, loss: float) -> bool:
         if step % every == 0:
-            accuracies.append(training.evaluate(model, held_out, losses.softmax_cross_entropy)[1])
+            accuracies.append(accuracy(model, held_out))
         return step == steps
 
     look(0, math.nan)

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbn import BatchNorm, BatchStats, RunningStats, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, count_classes, curve, in_parallel, prepare
+from .common import Pair, Result, about, accuracy, count_classes, curve, in_parallel, prepare
 
 __all__ = ["distance", "run"]
 
@@ -79,9 +79,8 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
     return Result(
         "testtime", "Averages at test time beside the exact statistics, by momentum and number of steps",
         {
-            "data": "digits" if dataset is None else dataset.name, "training examples": len(pairs[0][0][0]),
-            "held-out examples": len(pairs[0][1][0]), "hidden layers": HIDDEN, "activation": "relu",
-            "optimizer": f"SGD {RATE}", "examples a step": BATCH_SIZE, "seeds": seeds,
+            **about(dataset, pairs), "hidden layers": HIDDEN, "activation": "relu", "optimizer": f"SGD {RATE}",
+            "examples a step": BATCH_SIZE,
         },
         {"averages": "", **{f"off after {step}": ".3f" for step in shown},
          **{f"right after {step}": ".1%" for step in shown}},
@@ -160,9 +159,3 @@ def distance(averages: list[RunningStats], exact: nn.Sequential) -> float:
         s = np.sqrt(stats.var + norm.eps)
         squares.append(((mean - stats.mean) ** 2 + (deviation - s) ** 2) / s**2)
     return float(np.sqrt(np.mean(squares)))
-
-
-def accuracy(model: nn.Sequential, pair: Pair) -> float:
-    result = training.evaluate(model, pair, losses.softmax_cross_entropy)[1]
-    assert result is not None
-    return result
