@@ -1,6 +1,6 @@
 """A call of the layer as several batches, or as a part of one: ghost batches and masks.
 
-# Design: a batch is what functional takes: a slice of x along the batch axis, written into the same slice of y, or the
+# Design: a batch is what one call takes: a slice of x along the batch axis, written into the same slice of y, or the
 # valid positions of one, gathered as rows (m, C) and scattered afterwards. Everything about the whole call is checked
 # before the first batch is computed, which works with copies of the running averages: an error changes nothing.
 """
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import functional
+from . import calls
 from .arguments import checked_mask
+from .batchstats import BatchStats
 from .state import Array
 
 _Part = tuple[tuple[slice, ...] | EllipsisType, Array | None]
@@ -26,11 +27,11 @@ class Batch(NamedTuple):
 
     where: tuple[slice, ...] | EllipsisType  # in x
     valid: Array | None  # the mask of that part of x; None where all of it is valid
-    stats: functional.BatchStats
+    stats: BatchStats
 
 
 def forward(
-    constants: functional.Constants,
+    constants: calls.Constants,
     x: ArrayLike,
     out: Array | None,
     mask: ArrayLike | None,
@@ -42,7 +43,7 @@ def forward(
 
     `averaging` is momentum and the number of batches that the averages hold.
     """
-    x, y, out, kept = functional.arrays_of_forward(constants, x, out, training)
+    x, y, out, kept = calls.arrays_of_forward(constants, x, out, training)
     axis = constants.axis % x.ndim
     parts = list(_parts(x.shape, axis, ghost_size, None if mask is None else checked_mask(mask, x, axis)))
     if training:
@@ -58,10 +59,10 @@ def forward(
         by, to = (whole, y[where]) if valid is None else (rows, None)
         if training:
             factor = 1 / (tracked + 1) if momentum is None else momentum
-            done, stats, _ = functional.forward(by, given, to, factor)
+            done, stats, _ = calls.forward(by, given, to, factor)
             tracked += stats.count > 0
         else:
-            done, stats, _ = functional.infer(by, given, to)
+            done, stats, _ = calls.infer(by, given, to)
         if valid is not None:
             _scatter(done, y[where], axis, valid)
         batches.append(Batch(where, valid, stats))
@@ -75,7 +76,7 @@ def forward(
 
 
 def backward(
-    constants: functional.Constants,
+    constants: calls.Constants,
     dy: ArrayLike,
     x: ArrayLike,
     batches: list[Batch],
@@ -85,7 +86,7 @@ def backward(
     dbias: Array | None,
 ) -> Array:
     """dx; the gradients of weight and bias are the batches' float64 ones, added up in order."""
-    dy, x, dx, out = functional.arrays_of_backward(constants, dy, x, out, dweight, dbias)
+    dy, x, dx, out = calls.arrays_of_backward(constants, dy, x, out, dweight, dbias)
     axis = constants.axis % x.ndim
     rows = constants.like(constants.mean, constants.var, 1)
     total, part = np.zeros((2, x.shape[axis])), np.zeros((2, x.shape[axis]))
@@ -93,10 +94,10 @@ def backward(
         for where, valid, stats in batches:
             if valid is None:
                 given = dy[where], x[where], stats
-                functional.backward_into(constants, *given, training, dx[where], part[0], part[1])
+                calls.backward_into(constants, *given, training, dx[where], part[0], part[1])
             else:
                 given = _gather(dy[where], axis, valid), _gather(x[where], axis, valid), stats
-                done = functional.backward_into(rows, *given, training, None, part[0], part[1])
+                done = calls.backward_into(rows, *given, training, None, part[0], part[1])
                 _scatter(done, dx[where], axis, valid)
             total += part
         if dweight is not None and dbias is not None:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import batches, functional
+from . import batches, calls
 from .state import FLOATS, Array, Arrays, Held, check_state
 
 
@@ -141,7 +141,7 @@ class BatchNorm:
     def _connect(self) -> None:
         self._weight = self.params.get("weight")
         self._bias = self.params.get("bias")
-        self._constants = functional.Constants(
+        self._constants = calls.Constants(
             self._num_features,
             self._weight,
             self._bias,
@@ -195,12 +195,12 @@ class BatchNorm:
             factor = self._momentum
             if factor is None:
                 factor = 1 / (self.num_batches_tracked + 1)
-            y, stats, kept = functional.forward(self._constants, x, out, factor)
+            y, stats, kept = calls.forward(self._constants, x, out, factor)
             if self._running_mean is not None and stats.count:
                 self.num_batches_tracked += 1
         else:
-            y, stats, kept = functional.infer(self._constants, x, out)
-        self._saved = (functional.backward_into, x, stats, training) if kept else None
+            y, stats, kept = calls.infer(self._constants, x, out)
+        self._saved = (calls.backward_into, x, stats, training) if kept else None
         return y
 
     __call__ = forward

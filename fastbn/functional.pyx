@@ -1,363 +1,15 @@
-# cython: boundscheck=False, wraparound=False, cdivision=True
-"""Batch normalization as functions of arrays.
-
-Design: the one place that chooses the view, allocates and calls the kernels. Every function reads as: check everything (arguments.pyx),
-run the kernels without the GIL, and only then change what the caller holds (running averages). An array whose memory is
-some transpose of a C-contiguous one is worked on as it lies, through the view (M, C, S); anything else is copied once.
-"""
+"""Batch normalization as functions of arrays: the arguments of each become the constants of one call (calls.pyx)."""
 import operator
 
 import numpy as np
 
-cimport cython
-cimport numpy as cnp
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.math cimport NAN
-from libc.string cimport memcpy
+from fastbn.arguments cimport checked_mask, feature_axis, floating, updatable
 
-from fastbn.arguments cimport (
-    activation_of,
-    checked_eps,
-    checked_mask,
-    checked_out,
-    dense,
-    feature_axis,
-    floating,
-    identical,
-    load,
-    overlap,
-    shape_of,
-    store,
-    updatable,
-    usable_as,
-    writable,
-)
-from fastbn.kernels cimport cpu, memory
-from fastbn.kernels.table cimport THREADED, Activation, Job, Kernel, Table
-from fastbn.renorm cimport correct_gradients, correct_parameters, corrections
+from fastbn import calls
+from fastbn.batchstats import BatchStats
+from fastbn.calls import Constants
 
-from fastbn import kernels
-
-cnp.import_array()
-
-cdef Table *KERNELS = <Table *>PyCapsule_GetPointer(kernels.table, "fastbn.kernels.Table")
-
-
-@cython.freelist(8)
-cdef class BatchStats:
-    """Mean and variance of each feature over one batch; immutable.
-
-    Parameters
-    ----------
-    mean, var : array_like of shape (C,)
-        Kept as float64. var is the one of 1/m.
-    count : int
-        Values per feature, m.
-    mean_low : array_like of shape (C,), optional
-        What rounding took from the mean: the mean is ``mean + mean_low``.
-
-    Examples
-    --------
-    >>> import fastbn
-    >>> stats = fastbn.moments([[1.0, 10.0], [3.0, 10.0]])
-    >>> stats.mean, stats.var, stats.count
-    (array([ 2., 10.]), array([1., 0.]), 2)
-    """
-    cdef double *data      # (3, C): mean, mean_low, var; (5, C) where renormalised: r, d
-    cdef Py_ssize_t C
-    cdef bint renormalised
-    cdef readonly Py_ssize_t count
-
-    def __init__(self, mean, var, count, mean_low=None):
-        mean = np.asarray(mean, dtype=np.float64)
-        var = np.asarray(var, dtype=np.float64)
-        low = np.zeros_like(mean) if mean_low is None else np.asarray(mean_low, dtype=np.float64)
-        if mean.ndim != 1 or var.shape != mean.shape or low.shape != mean.shape:
-            raise ValueError(f"expected mean, var and mean_low of one shape (C,), got {mean.shape}, {var.shape} and {low.shape}")
-        if operator.index(count) < 0:
-            raise ValueError(f"expected count to be at least 0, got {count}")
-        if self.data != NULL:
-            raise TypeError("expected BatchStats to be made once: it is immutable")
-        self.reserve(len(mean), count, False)
-        load(mean, self.data, self.C, 0, "mean")
-        load(low, self.data + self.C, self.C, 0, "mean_low")
-        load(var, self.data + 2 * self.C, self.C, 0, "var")
-
-    def __dealloc__(self):
-        PyMem_Free(self.data)
-
-    cdef int reserve(self, Py_ssize_t C, Py_ssize_t count, bint renormalised) except -1:
-        self.data = <double *>PyMem_Malloc(max((5 if renormalised else 3) * C, 1) * sizeof(double))
-        if self.data == NULL:
-            raise MemoryError()
-        self.C = C
-        self.count = count
-        self.renormalised = renormalised
-        return 0
-
-    cdef double *correction(self) noexcept:
-        """(2, C): r and d, of renormalised statistics."""
-        return self.data + 3 * self.C
-
-    cdef cnp.ndarray row(self, Py_ssize_t i):
-        cdef cnp.npy_intp shape[1]
-        shape[0] = self.C
-        cdef cnp.ndarray copy = cnp.PyArray_SimpleNew(1, shape, cnp.NPY_FLOAT64)
-        memcpy(cnp.PyArray_DATA(copy), self.data + i * self.C, self.C * sizeof(double))
-        cnp.PyArray_CLEARFLAGS(copy, cnp.NPY_ARRAY_WRITEABLE)
-        return copy
-
-    @property
-    def mean(self):
-        """The mean's high part, (C,) float64, a read-only copy."""
-        return self.row(0)
-
-    @property
-    def mean_low(self):
-        """The mean's low part, (C,) float64, a read-only copy: below half a unit in the last place of the high part."""
-        return self.row(1)
-
-    @property
-    def var(self):
-        """The variance of 1/m, (C,) float64, a read-only copy."""
-        return self.row(2)
-
-    def __repr__(self):
-        return f"BatchStats(mean={self.mean!r}, var={self.var!r}, count={self.count})"
-
-    def __reduce__(self):
-        return BatchStats, (self.mean, self.var, self.count, self.mean_low)
-
-
-cdef BatchStats new_stats(Py_ssize_t C, Py_ssize_t count, bint renormalised=False):
-    """Statistics whose values are still to be written."""
-    cdef BatchStats stats = BatchStats.__new__(BatchStats)
-    stats.reserve(C, count, renormalised)
-    return stats
-
-
-# --- one call ------------------------------------------------------------------------------------------------------------
-
-cdef class Constants:
-    """What is the same in every call of a layer, checked and in C types: a short call spends most of its time on arguments.
-
-    features: the expected number, or -1.  weight, bias, mean, var: (C,) or None; a training forward updates the running averages mean
-    and var in place, which then must be contiguous float64.  renorm: None, or (r_max, d_max), which needs mean and var.
-    """
-    cdef Py_ssize_t features
-    cdef object weight
-    cdef object bias
-    cdef double eps
-    cdef readonly object mean
-    cdef readonly object var
-    cdef bint unbiased
-    cdef readonly object axis
-    cdef Activation activation
-    cdef int num_threads
-    cdef public tuple renorm
-
-    def __init__(self, features=-1, weight=None, bias=None, eps=1e-5, *, mean=None, var=None, unbiased=True, axis=1, activation=None,
-                 num_threads=None, renorm=None):
-        self.features = features
-        self.weight = weight
-        self.bias = bias
-        self.eps = checked_eps(eps)
-        self.mean = mean
-        self.var = var
-        self.unbiased = unbiased
-        self.axis = operator.index(axis)
-        self.activation = activation_of(activation)
-        self.num_threads = 0 if num_threads is None else cpu.checked_threads(num_threads)
-        self.renorm = renorm
-
-    def like(self, mean, var, axis):
-        """The same with other averages and another feature axis."""
-        cdef Constants other = Constants.__new__(Constants)
-        other.features = self.features
-        other.weight = self.weight
-        other.bias = self.bias
-        other.eps = self.eps
-        other.mean = mean
-        other.var = var
-        other.unbiased = self.unbiased
-        other.axis = axis
-        other.activation = self.activation
-        other.num_threads = self.num_threads
-        other.renorm = self.renorm
-        return other
-
-
-@cython.freelist(8)
-cdef class Call:
-    """The arrays of one call and the job made of them. All arguments are checked before anything is computed."""
-    cdef Job job
-    cdef cnp.ndarray x          # as the kernels read it: dense
-    cdef cnp.ndarray dy
-    cdef cnp.ndarray y          # as the kernels write it: laid out as x
-    cdef object out             # what the caller gets
-    cdef bint inplace           # out is the input itself
-    cdef double *room           # (2, C) or (4, C): weight, bias, and in backward their gradients
-    cdef double small[256]      # room for them in most layers, without a malloc; it is zeroed in each call
-
-    def __dealloc__(self):
-        if self.room != self.small:
-            PyMem_Free(self.room)
-
-    cdef int begin(self, Constants constants, cnp.ndarray x, int reads) except -1:
-        """`reads`: of arrays of x's size."""
-        cdef int k = feature_axis(x, constants.axis)
-        cdef Job *job = &self.job
-        if not dense(x, k, &job.M, &job.S):
-            # In the order of x's memory, as far as a dense array can have it.
-            x = np.array(x, order="K", copy=True, subok=False)
-            dense(x, k, &job.M, &job.S)
-        self.x = x
-        job.C = cnp.PyArray_DIM(x, k)
-        job.x = cnp.PyArray_DATA(x)
-        job.is_float64 = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
-        job.activation = constants.activation
-        job.eps = constants.eps
-        job.num_threads = cpu.threads(constants.num_threads) if reads * job.M * job.C * job.S >= THREADED else 1
-        if constants.features >= 0 and constants.features != job.C:
-            raise ValueError(f"expected x with {constants.features} features along axis {constants.axis}, got shape {shape_of(x)}")
-        return 0
-
-    cdef int parameters(self, Constants constants, int rows) except -1:
-        cdef Py_ssize_t C = self.job.C
-        self.room = &self.small[0] if rows * C <= 256 else <double *>PyMem_Malloc(rows * C * sizeof(double))
-        if self.room == NULL:
-            raise MemoryError()
-        self.job.weight = self.room
-        self.job.bias = self.room + C
-        if rows == 4:
-            self.job.dweight = self.room + 2 * C
-            self.job.dbias = self.room + 3 * C
-        load(constants.weight, self.job.weight, C, 1, "weight")
-        load(constants.bias, self.job.bias, C, 0, "bias")
-        return 0
-
-    cdef int statistics(self, BatchStats stats) except -1:
-        if stats.C != self.job.C:
-            raise ValueError(f"expected statistics of shape ({self.job.C},), got ({stats.C},)")
-        self.job.mean = stats.data
-        self.job.mean_low = stats.data + stats.C
-        self.job.var = stats.data + 2 * stats.C
-        return 0
-
-    cdef int output(self, object out, cnp.ndarray over, object keep) except -1:
-        """Where the result goes: `out`, or a new array laid out as x. `over` is the input that out may be, `keep` one that it must not touch."""
-        cdef cnp.ndarray target
-        if out is None:
-            target = memory.empty_like(self.x)
-            self.out = target
-        else:
-            target = checked_out(out, self.x)
-            self.out = out
-            if keep is not None and overlap(target, keep):
-                raise ValueError("expected out to share no memory with x, whose values the gradients need")
-            self.inplace = identical(target, over)
-            if not self.inplace and overlap(target, over):
-                raise ValueError("expected out to be the input itself or to share no memory with it, got a partly overlapping array")
-        self.y = target if usable_as(self.x, target) else memory.empty_like(self.x)
-        self.job.y = cnp.PyArray_DATA(self.y)
-        self.job.cache = cpu.cache_bytes()
-        return 0
-
-    cdef bint kept(self, object x, cnp.ndarray given) except -1:
-        """Whether x, which `given` was made of, still holds its values."""
-        if self.inplace:
-            return False
-        return x is given or not isinstance(x, np.ndarray) or not isinstance(self.out, np.ndarray) or not overlap(self.out, x)
-
-    cdef int finish(self) except -1:
-        if self.y is not self.out:
-            np.copyto(self.out, self.y)
-        return 0
-
-
-cdef int call(Kernel kernel, Job *job) except -1:
-    """Run a kernel, unless there is nothing to work on."""
-    cdef int status
-    cdef Py_ssize_t c
-    if job.M * job.C * job.S == 0:
-        if kernel == KERNELS.moments or kernel == KERNELS.forward:
-            for c in range(job.C):
-                job.mean[c] = job.mean_low[c] = job.var[c] = NAN
-        return 0
-    with nogil:
-        status = kernel(job)
-    if status:
-        raise MemoryError()
-    return 0
-
-
-cdef Call forward_call(Constants constants, cnp.ndarray given, object out, bint training):
-    """The arrays of a forward, checked."""
-    cdef Call c = Call.__new__(Call)
-    c.begin(constants, given, 2 if training else 1)
-    c.parameters(constants, 2)
-    c.output(out, given, None)
-    if training and constants.mean is not None:
-        writable(constants.mean, c.job.C, True, "running_mean")
-        writable(constants.var, c.job.C, True, "running_var")
-    return c
-
-
-def forward(Constants constants, x, out, double factor):
-    """Training forward: (y, BatchStats, whether x is still there). Averages are updated as ``(1 - factor)*old + factor*batch``."""
-    cdef cnp.ndarray given = floating(x, "x")
-    cdef Call c = forward_call(constants, given, out, True)
-    cdef BatchStats stats
-    cdef double *running_mean = NULL
-    cdef double *running_var = NULL
-    cdef double correction
-    cdef Py_ssize_t i
-    cdef Job *job = &c.job
-    cdef Py_ssize_t m = job.M * job.S
-    if m == 1 and job.C:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(c.x)}")
-    if constants.mean is not None:
-        running_mean = <double *>cnp.PyArray_DATA(constants.mean)
-        running_var = <double *>cnp.PyArray_DATA(constants.var)
-    stats = new_stats(job.C, m, constants.renorm is not None)
-    c.statistics(stats)
-    if stats.renormalised:
-        renormalized(job, stats, running_mean, running_var, constants.renorm)
-    else:
-        call(KERNELS.forward, job)
-    c.finish()
-    if running_mean != NULL and m:
-        correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
-        for i in range(job.C):
-            running_mean[i] = (1 - factor) * running_mean[i] + factor * job.mean[i]
-            running_var[i] = (1 - factor) * running_var[i] + factor * (job.var[i] * correction)
-    return c.out, stats, c.kept(x, given)
-
-
-cdef int renormalized(Job *job, BatchStats stats, double *running_mean, double *running_var, tuple limits) except -1:
-    cdef void *y = job.y
-    cdef double *r = stats.correction()
-    job.y = NULL
-    call(KERNELS.moments, job)
-    job.y = y
-    corrections(job, running_mean, running_var, limits[0], limits[1], r, r + job.C)
-    correct_parameters(job, r, r + job.C)
-    return call(KERNELS.normalize, job)
-
-
-def infer(Constants constants, x, out):
-    """Inference with the running statistics: (y, BatchStats, whether x is still there), the statistics as they were at the call."""
-    cdef cnp.ndarray given = floating(x, "x")
-    cdef Call c = forward_call(constants, given, out, False)
-    cdef BatchStats stats = new_stats(c.job.C, 0)
-    c.statistics(stats)
-    load(constants.mean, c.job.mean, c.job.C, 0, "running_mean")
-    load(None, c.job.mean_low, c.job.C, 0, "mean_low")
-    load(constants.var, c.job.var, c.job.C, 1, "running_var")
-    call(KERNELS.normalize, &c.job)
-    c.finish()
-    return c.out, stats, c.kept(x, given)
+__all__ = ["BatchStats", "batch_norm", "batch_norm_backward", "batch_norm_forward", "moments"]
 
 
 def moments(x, axis=1, *, mask=None):
@@ -401,18 +53,12 @@ def moments(x, axis=1, *, mask=None):
     >>> fastbn.moments([[1.0, 10.0], [3.0, 30.0]], mask=[True, False]).mean
     array([ 1., 10.])
     """
-    cdef Call c = Call.__new__(Call)
-    cdef cnp.ndarray given = floating(x, "x")
-    cdef BatchStats stats
     if mask is not None:
-        k = feature_axis(given, operator.index(axis))
-        given = np.moveaxis(given, k, -1)[checked_mask(mask, given, k)]
+        x = floating(x, "x")
+        k = feature_axis(x, operator.index(axis))
+        x = np.moveaxis(x, k, -1)[checked_mask(mask, x, k)]
         axis = 1
-    c.begin(Constants(axis=axis), given, 1)
-    stats = new_stats(c.job.C, c.job.M * c.job.S)
-    c.statistics(stats)
-    call(KERNELS.moments, &c.job)
-    return stats
+    return calls.moments(Constants(axis=axis), x)
 
 
 def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axis=1, activation=None, out=None, num_threads=None):
@@ -469,7 +115,7 @@ def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axi
         -1 if running is None else running.num_features, weight, bias, eps, mean=running.mean if direct else None,
         var=running.var if direct else None, unbiased=running is None or running.unbiased, axis=axis, activation=activation,
         num_threads=num_threads)
-    y, stats, _ = forward(constants, x, out, running.momentum if direct else 0)
+    y, stats, _ = calls.forward(constants, x, out, running.momentum if direct else 0)
     if direct:
         running._counted(stats)
     elif running is not None:
@@ -526,13 +172,13 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
             raise ValueError("expected running_mean and running_var where training=False, got None")
         constants = Constants(-1, weight, bias, eps, mean=running_mean, var=running_var, axis=axis, activation=activation,
                               num_threads=num_threads)
-        return infer(constants, x, out)[0]
+        return calls.infer(constants, x, out)[0]
     if momentum is None or not np.isfinite(momentum):
         raise ValueError(f"expected momentum to be a finite number, got {momentum!r}")
     mean, var = updatable(running_mean, "running_mean"), updatable(running_var, "running_var")
     constants = Constants(-1, weight, bias, eps, mean=mean, var=var, unbiased=unbiased, axis=axis, activation=activation,
                           num_threads=num_threads)
-    y = forward(constants, x, out, momentum)[0]
+    y = calls.forward(constants, x, out, momentum)[0]
     for given, used in ((running_mean, mean), (running_var, var)):
         if used is not given:
             np.copyto(given, used, casting="same_kind")
@@ -584,90 +230,5 @@ def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, train
     >>> bool(abs(dx).max() < 1e-15), dbias.tolist()
     (True, [3.0])
     """
-    cdef cnp.npy_intp shape[1]
     constants = Constants(-1, weight, bias, eps, axis=axis, activation=activation, num_threads=num_threads)
-    cdef Call c = backward_call(constants, dy, x, stats, training, out)
-    shape[0] = c.job.C
-    dweight = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
-    dbias = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
-    store(c.job.dweight, dweight, c.job.C)
-    store(c.job.dbias, dbias, c.job.C)
-    return c.out, dweight, dbias
-
-
-def backward_into(Constants constants, dy, x, stats, bint training, out, dweight, dbias):
-    """As batch_norm_backward, with the gradients of weight and bias written into given arrays (or None); returns dx."""
-    cdef Call c
-    writable_gradients(constants, dweight, dbias)
-    c = backward_call(constants, dy, x, stats, training, out)
-    if constants.weight is not None:
-        store(c.job.dweight, dweight, c.job.C)
-        store(c.job.dbias, dbias, c.job.C)
-    return c.out
-
-
-cdef int writable_gradients(Constants constants, object dweight, object dbias) except -1:
-    """Before anything is computed: a caller can reach these arrays and may have changed their flags."""
-    if constants.weight is not None:
-        writable(dweight, constants.features, False, "the gradient of weight")
-        writable(dbias, constants.features, False, "the gradient of bias")
-    return 0
-
-
-cdef Call backward_arrays(Constants constants, object dy, object x, object out):
-    """The arrays of a backward, checked."""
-    cdef Call c = Call.__new__(Call)
-    cdef cnp.ndarray given = floating(x, "x")
-    cdef cnp.ndarray gradient = floating(dy, "dy")
-    c.begin(constants, given, 4)
-    if not cnp.PyArray_SAMESHAPE(gradient, given):
-        raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
-    c.parameters(constants, 4)
-    c.output(out, gradient, x if isinstance(x, np.ndarray) else None)
-    if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not usable_as(c.x, gradient):
-        c.dy = memory.empty_like(c.x)
-        np.copyto(c.dy, gradient, casting="same_kind")
-    else:
-        c.dy = gradient
-    return c
-
-
-cdef Call backward_call(Constants constants, object dy, object x, object stats, bint training, object out):
-    cdef Py_ssize_t i
-    cdef double *r
-    if not isinstance(stats, BatchStats):
-        raise TypeError(f"expected stats to be a BatchStats, as batch_norm_forward returns, got {type(stats).__name__}")
-    cdef Call c = backward_arrays(constants, dy, x, out)
-    cdef Job *job = &c.job
-    c.statistics(stats)
-    if training and (<BatchStats>stats).count != job.M * job.S:
-        raise ValueError(f"expected statistics of the {job.M * job.S} values per feature of x, got those of {(<BatchStats>stats).count}")
-    if (<BatchStats>stats).renormalised:
-        r = (<BatchStats>stats).correction()
-        correct_parameters(job, r, r + job.C)
-    job.dy = cnp.PyArray_DATA(c.dy)
-    job.training = training
-    for i in range(job.C):
-        job.dweight[i] = 0
-        job.dbias[i] = 0
-    call(KERNELS.backward, job)
-    c.finish()
-    if (<BatchStats>stats).renormalised:
-        correct_gradients(job, r, r + job.C)
-    return c
-
-
-# --- calls made in parts (batches.py): everything about the whole is checked before the first part is computed -------------
-
-def arrays_of_forward(Constants constants, x, out, bint training):
-    """(x, y, out, whether x will still be there): x and y as the kernels take them; y is what out becomes a copy of, where it is another array."""
-    cdef cnp.ndarray given = floating(x, "x")
-    cdef Call c = forward_call(constants, given, out, training)
-    return c.x, c.y, c.out, c.kept(x, given)
-
-
-def arrays_of_backward(Constants constants, dy, x, out, dweight, dbias):
-    """(dy, x, dx, out), likewise."""
-    writable_gradients(constants, dweight, dbias)
-    cdef Call c = backward_arrays(constants, dy, x, out)
-    return c.dy, c.x, c.y, c.out
+    return calls.backward(constants, dy, x, stats, training, out)

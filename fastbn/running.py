@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .functional import BatchStats
+from .batchstats import BatchStats
 
 Array = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .. import functional
+from .. import calls
 from ..state import FLOATS, Array, Arrays, as_float
 from .activations import relu_gradient, slopes
 from .layer import Layer
@@ -80,7 +80,7 @@ class Dense(Layer):
     def _connect(self) -> None:
         # Bias and activation as batch normalization with mean 0 and variance 1: one compiled pass in place, where NumPy
         # makes two or three. On one thread: more would find those of the matrix product still spinning.
-        self._finish = functional.Constants(
+        self._finish = calls.Constants(
             self.n_out,
             None,
             self.params.get("bias"),
@@ -101,7 +101,7 @@ class Dense(Layer):
         y = np.empty((len(rows), self.n_out), a.dtype)
         np.matmul(rows, self.params["weight"].T, out=y)
         if self.bias or self.activation is not None:
-            functional.infer(self._finish, y, y)
+            calls.infer(self._finish, y, y)
         if a.ndim != 2:
             y = y.reshape(*a.shape[:-1], self.n_out)
         self._saved = (a, y.shape) if self.activation is None else (a, y.shape, y)

@@ -10,13 +10,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .. import functional
+from .. import calls
+from ..functional import moments
 from ..state import Array, as_float, check_state
 from .layer import Layer
 
 __all__ = ["Standardize"]
 
-# functional wants a positive one; added to any variance of normal size, this one changes nothing.
+# A call wants a positive one; added to any variance of normal size, this one changes nothing.
 _EPS = math.ulp(0.0)
 
 
@@ -79,7 +80,7 @@ class Standardize(Layer):
             Where X has no such axis.
         """
         a = as_float(X)
-        stats = functional.moments(a, self.axis)
+        stats = moments(a, self.axis)
         if stats.mean.shape != self.mean.shape:
             raise ValueError(f"expected X with {self.num_features} features along axis {self.axis}, got {a.shape}")
         if stats.count == 0:
@@ -106,8 +107,8 @@ class Standardize(Layer):
         """(x - centre + rest) / sqrt(var)."""
         var = np.where(self.var == 0, 1, self.var)
         shift = rest / np.sqrt(var)
-        constants = functional.Constants(self.num_features, None, shift, _EPS, mean=centre, var=var, axis=self.axis)
-        return functional.infer(constants, x, None)[0]
+        constants = calls.Constants(self.num_features, None, shift, _EPS, mean=centre, var=var, axis=self.axis)
+        return calls.infer(constants, x, None)[0]
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the statistics."""

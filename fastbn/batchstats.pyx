@@ -1,0 +1,101 @@
+"""BatchStats: what a batch's forward hands to its backward."""
+import operator
+
+import numpy as np
+
+cimport cython
+cimport numpy as cnp
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.string cimport memcpy
+
+from fastbn.arguments cimport load
+
+cnp.import_array()
+
+
+@cython.freelist(8)
+cdef class BatchStats:
+    """Mean and variance of each feature over one batch; immutable.
+
+    Parameters
+    ----------
+    mean, var : array_like of shape (C,)
+        Kept as float64. var is the one of 1/m.
+    count : int
+        Values per feature, m.
+    mean_low : array_like of shape (C,), optional
+        What rounding took from the mean: the mean is ``mean + mean_low``.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> stats = fastbn.moments([[1.0, 10.0], [3.0, 10.0]])
+    >>> stats.mean, stats.var, stats.count
+    (array([ 2., 10.]), array([1., 0.]), 2)
+    """
+    def __init__(self, mean, var, count, mean_low=None):
+        mean = np.asarray(mean, dtype=np.float64)
+        var = np.asarray(var, dtype=np.float64)
+        low = np.zeros_like(mean) if mean_low is None else np.asarray(mean_low, dtype=np.float64)
+        if mean.ndim != 1 or var.shape != mean.shape or low.shape != mean.shape:
+            raise ValueError(f"expected mean, var and mean_low of one shape (C,), got {mean.shape}, {var.shape} and {low.shape}")
+        if operator.index(count) < 0:
+            raise ValueError(f"expected count to be at least 0, got {count}")
+        if self.data != NULL:
+            raise TypeError("expected BatchStats to be made once: it is immutable")
+        self.reserve(len(mean), count, False)
+        load(mean, self.data, self.C, 0, "mean")
+        load(low, self.data + self.C, self.C, 0, "mean_low")
+        load(var, self.data + 2 * self.C, self.C, 0, "var")
+
+    def __dealloc__(self):
+        PyMem_Free(self.data)
+
+    cdef int reserve(self, Py_ssize_t C, Py_ssize_t count, bint renormalised) except -1:
+        self.data = <double *>PyMem_Malloc(max((5 if renormalised else 3) * C, 1) * sizeof(double))
+        if self.data == NULL:
+            raise MemoryError()
+        self.C = C
+        self.count = count
+        self.renormalised = renormalised
+        return 0
+
+    cdef double *correction(self) noexcept:
+        """(2, C): r and d, of renormalised statistics."""
+        return self.data + 3 * self.C
+
+    cdef cnp.ndarray row(self, Py_ssize_t i):
+        cdef cnp.npy_intp shape[1]
+        shape[0] = self.C
+        cdef cnp.ndarray copy = cnp.PyArray_SimpleNew(1, shape, cnp.NPY_FLOAT64)
+        memcpy(cnp.PyArray_DATA(copy), self.data + i * self.C, self.C * sizeof(double))
+        cnp.PyArray_CLEARFLAGS(copy, cnp.NPY_ARRAY_WRITEABLE)
+        return copy
+
+    @property
+    def mean(self):
+        """The mean's high part, (C,) float64, a read-only copy."""
+        return self.row(0)
+
+    @property
+    def mean_low(self):
+        """The mean's low part, (C,) float64, a read-only copy: below half a unit in the last place of the high part."""
+        return self.row(1)
+
+    @property
+    def var(self):
+        """The variance of 1/m, (C,) float64, a read-only copy."""
+        return self.row(2)
+
+    def __repr__(self):
+        return f"BatchStats(mean={self.mean!r}, var={self.var!r}, count={self.count})"
+
+    def __reduce__(self):
+        return BatchStats, (self.mean, self.var, self.count, self.mean_low)
+
+
+cdef BatchStats new_stats(Py_ssize_t C, Py_ssize_t count, bint renormalised=False):
+    """Statistics whose values are still to be written."""
+    cdef BatchStats stats = BatchStats.__new__(BatchStats)
+    stats.reserve(C, count, renormalised)
+    return stats
