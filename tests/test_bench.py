@@ -4,12 +4,13 @@ import itertools
 import json
 import os
 import time
+import warnings
 
 import numpy as np
 import pytest
 
 import fastbn
-from bench import curves, pictures, report, results, step, workers
+from bench import curves, folded, pictures, report, results, step, training, workers
 from bench.cases import OPERATIONS, Arrays, Case, arrays
 from bench.peers import PASSES, PEERS, Peer, prepare, prepare_pass
 
@@ -163,6 +164,36 @@ def test_a_training_step_runs(monkeypatch):
     before = fastbn.get_num_threads()
     step.prepare("tiny", before)()
     assert fastbn.get_num_threads() == before
+
+
+@pytest.mark.parametrize("name", folded.NETWORKS)
+def test_a_network_and_its_folded_one_are_timed(name):
+    with fastbn.threads(1):
+        before, after, ratio = folded.compare(name, 4, 1, 2)
+    assert min(before, after, ratio) > 0
+    shapes = [[p.shape for p in layer.params.values()] for layer in folded.NETWORKS[name](*folded.WIDTHS).folded()]
+    assert [weight for weight, _ in shapes] == [(256, 784), (128, 256), (10, 128)]
+
+
+def test_whole_trainings_are_timed_and_tested(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 600), ("t10k", 60)):
+        y = rng.integers(0, 3, n, dtype=np.uint8)
+        images = rng.integers(0, 60, (n, 2, 3), dtype=np.uint8)
+        images[np.arange(n), 0, y] += 180
+        for name, array in (("images-idx3", images), ("labels-idx1", y)):
+            head = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
+            (tmp_path / f"{part}-{name}-ubyte").write_bytes(head + array.tobytes())
+    monkeypatch.setattr(training, "alone", lambda threads, function, *rest: training._quietly(function, *rest))
+    contestants = {name: (training.images, (str(tmp_path), 4)) for name in ("fastbn", "MLPClassifier")}
+    with warnings.catch_warnings():
+        training.compare("made up", 1, 2, contestants)
+    title, _, *lines = capsys.readouterr().out.strip().splitlines()
+    assert title == "made up, threads: 1, rounds: 2"
+    assert [line.split()[0] for line in lines] == list(contestants)
+    assert lines[0].split()[2:4] == ["1.00", "x"]
+    assert all(0.9 <= float(line.split()[-2].rstrip("%")) / 100 <= 1 for line in lines)
 
 
 # --- processes

@@ -1,6 +1,8 @@
 """CONTRIBUTING.md's list of files: complete, in an order that imports follow, from a file to what stands below it."""
 
 import ast
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -80,3 +82,10 @@ def test_imports_run_one_way(path):
             assert path.parent in other.parents
         else:
             assert place(other) > place(path), f"{path} imports {other}, which stands above it"
+
+
+@pytest.mark.parametrize("name", ["batchstats", "functional", "kernels.memory"])
+def test_examples_of_compiled_modules(name):
+    """pytest collects those of .py files alone."""
+    failed, tried = doctest.testmod(importlib.import_module(f"fastbn.{name}"))
+    assert failed == 0 < tried
