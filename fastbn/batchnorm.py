@@ -142,18 +142,10 @@ class BatchNorm:
         self._weight = self.params.get("weight")
         self._bias = self.params.get("bias")
         self._constants = calls.Constants(
-            self._num_features,
-            self._weight,
-            self._bias,
-            self._eps,
-            mean=self._running_mean,
-            var=self._running_var,
-            unbiased=self._unbiased,
-            axis=self._axis,
-            activation=self._activation,
-            num_threads=self._num_threads,
+            self._num_features, self._weight, self._bias, self._eps, mean=self._running_mean, var=self._running_var,
+            unbiased=self._unbiased, axis=self._axis, activation=self._activation, num_threads=self._num_threads,
             renorm=self._renorm,
-        )
+        )  # fmt: skip
         # The function that goes back, x, the statistics that it was normalised with, and whether they are its own.
         self._saved: tuple[Callable[..., Array], ArrayLike, Any, bool] | None = None
 
@@ -269,7 +261,6 @@ class BatchNorm:
         return scale, shift - self._running_mean * scale
 
     # --- mode and state
-    # ------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or with False to inference; returns the layer."""
@@ -345,7 +336,6 @@ class BatchNorm:
         self._connect()
 
     # --- what it is
-    # ----------------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: ``BatchNorm(**bn.config())`` is a fresh layer of the same kind."""

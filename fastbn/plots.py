@@ -52,15 +52,15 @@ def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str
         from matplotlib.ticker import MaxNLocator, PercentFormatter
     except ImportError as error:
         raise ImportError('learning curves need matplotlib: pip install "fastbn[train]"') from error
-    panels = [("loss", "Loss (log scale)")]
+    quantities = [("loss", "Loss (log scale)")]
     if any(history.accuracy for history in histories.values()):
-        panels.append(("accuracy", "Accuracy"))
+        quantities.append(("accuracy", "Accuracy"))
     if not any(history.loss for history in histories.values()):
         raise ValueError("no epochs to draw")
 
-    figure = Figure(figsize=(4.8 * len(panels), 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.8 * len(quantities), 4.2), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axes, (quantity, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (quantity, label) in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
         for i, (name, history) in enumerate(histories.items()):
             for part, style, prefix in (("held-out", "-", "val_"), ("training", "--", "")):
                 values = getattr(history, prefix + quantity)
