@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+from test_data import write_idx
 
 import fastbn
 from bench import curves, folded, pictures, report, results, step, training, workers
@@ -183,8 +184,7 @@ def test_whole_trainings_are_timed_and_tested(tmp_path, monkeypatch, capsys):
         images = rng.integers(0, 60, (n, 2, 3), dtype=np.uint8)
         images[np.arange(n), 0, y] += 180
         for name, array in (("images-idx3", images), ("labels-idx1", y)):
-            head = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
-            (tmp_path / f"{part}-{name}-ubyte").write_bytes(head + array.tobytes())
+            write_idx(tmp_path / f"{part}-{name}-ubyte", array)
     monkeypatch.setattr(training, "alone", lambda threads, function, *rest: training._quietly(function, *rest))
     contestants = {name: (training.images, (str(tmp_path), 4)) for name in ("fastbn", "MLPClassifier")}
     with warnings.catch_warnings():

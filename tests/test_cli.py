@@ -1,4 +1,3 @@
-import gzip
 import json
 import signal
 import struct
@@ -8,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from test_data import write_idx
 
 import fastbn
 from fastbn import checkpoint, nn, optim, plots, training
@@ -312,9 +312,8 @@ def test_idx_folder_is_judged_by_its_own_test_part(tmp_path, capsys):
         y = (np.arange(n) % 3 + 5).astype(np.uint8)
         images = rng.integers(0, 60, (n, 3, 3), dtype=np.uint8)
         images[np.arange(n), 0, y - 5] += 180
-        for name, array, magic in (("images-idx3", images, 0x803), ("labels-idx1", y, 0x801)):
-            content = struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
-            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+        for name, array in (("images-idx3", images), ("labels-idx1", y)):
+            write_idx(folder / f"{part}-{name}-ubyte.gz", array)
     command = ("train", "--data", folder, "--out", tmp_path / "run", "--epochs", "30", "--batch-size", "16")
     status, out, _ = run(capsys, *command)
     assert status == 0
