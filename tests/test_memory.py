@@ -20,6 +20,14 @@ import fastbn
 SHAPE = (500, 128)  # 250 KB of float32
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_new_garbage():
+    """gc.collect() need not go through all that the other tests have left: that took most of these tests' time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def empty_pool():
     before = fastbn.get_pool_limit()
