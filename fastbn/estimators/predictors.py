@@ -10,7 +10,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.preprocessing import LabelBinarizer
-from sklearn.utils.multiclass import type_of_target, unique_labels
+from sklearn.utils.multiclass import check_classification_targets, type_of_target, unique_labels
 
 from .. import losses, training
 from ..state import Array
@@ -112,6 +112,7 @@ class BatchNormClassifier(ClassifierMixin, Network):
     _score = staticmethod(accuracy_score)
 
     def _targets(self, y: Any, dtype: np.dtype[Any], first: bool, classes: Any) -> Array:
+        check_classification_targets(y)
         if first:
             given = y if classes is None or type_of_target(y).startswith("multilabel") else classes
             self._encoder = LabelBinarizer().fit(given)
@@ -120,6 +121,9 @@ class BatchNormClassifier(ClassifierMixin, Network):
                 raise ValueError(f"expected at least 2 classes to tell apart, got one class: {self.classes_.tolist()}")
         elif classes is not None and not np.array_equal(unique_labels(classes), self.classes_):
             raise ValueError(f"expected classes as in the first call, {self.classes_.tolist()}, got {classes}")
+        if type_of_target(y).startswith("multilabel") != self._encoder.y_type_.startswith("multilabel"):
+            kind = self._encoder.y_type_
+            raise ValueError(f"expected {kind} y, as the classes or the first call had it, got {type_of_target(y)} y")
         unseen = np.setdiff1d(unique_labels(y), self.classes_).tolist()
         if unseen:
             raise ValueError(f"expected labels among the classes {self.classes_.tolist()}, got {unseen}")
