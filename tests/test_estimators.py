@@ -221,6 +221,17 @@ def test_one_class():
         BatchNormClassifier().fit(np.eye(3), ["a"] * 3)
 
 
+def test_labels_that_are_refused_leave_the_old_ones():
+    X, y = blobs()
+    fitted = BatchNormClassifier(max_iter=2, random_state=0).fit(X, y)
+    before = state(fitted)
+    for wrong in (np.full(len(X), 7), X[:, 0], np.stack([y, y], axis=1)):
+        with pytest.raises(ValueError, match=r"class|label"):
+            fitted.fit(X, wrong)
+    assert state(fitted) == before
+    assert set(fitted.predict(X)) <= set(y)
+
+
 @pytest.mark.parametrize("wrong", [
     {"activation": "softplus"}, {"solver": "lbfgs"}, {"hidden_layer_sizes": (5, 0)}, {"hidden_layer_sizes": -1},
     {"alpha": -1.0}, {"batch_size": 1}, {"learning_rate_init": 0.0}, {"max_iter": 0}, {"tol": -1.0},

@@ -110,25 +110,28 @@ class BatchNormClassifier(ClassifierMixin, Network):
 
     _y_numeric = False
     _score = staticmethod(accuracy_score)
+    _encoder: Any
 
     def _targets(self, y: Any, dtype: np.dtype[Any], first: bool, classes: Any) -> Array:
         check_classification_targets(y)
         if first:
             given = y if classes is None or type_of_target(y).startswith("multilabel") else classes
-            self._encoder = LabelBinarizer().fit(given)
-            self.classes_ = self._encoder.classes_
-            if len(self.classes_) < 2:
-                raise ValueError(f"expected at least 2 classes to tell apart, got one class: {self.classes_.tolist()}")
-        elif classes is not None and not np.array_equal(unique_labels(classes), self.classes_):
-            raise ValueError(f"expected classes as in the first call, {self.classes_.tolist()}, got {classes}")
-        if type_of_target(y).startswith("multilabel") != self._encoder.y_type_.startswith("multilabel"):
-            kind = self._encoder.y_type_
-            raise ValueError(f"expected {kind} y, as the classes or the first call had it, got {type_of_target(y)} y")
-        unseen = np.setdiff1d(unique_labels(y), self.classes_).tolist()
+            encoder = LabelBinarizer().fit(given)
+        else:
+            encoder = self._encoder
+        known = encoder.classes_.tolist()
+        if len(known) < 2:
+            raise ValueError(f"expected at least 2 classes to tell apart, got one class: {known}")
+        if not first and classes is not None and not np.array_equal(unique_labels(classes), encoder.classes_):
+            raise ValueError(f"expected classes as in the first call, {known}, got {classes}")
+        if type_of_target(y).startswith("multilabel") != encoder.y_type_.startswith("multilabel"):
+            raise ValueError(f"expected {encoder.y_type_} y, as in the first call, got {type_of_target(y)} y")
+        unseen = np.setdiff1d(unique_labels(y), encoder.classes_).tolist()
         if unseen:
-            raise ValueError(f"expected labels among the classes {self.classes_.tolist()}, got {unseen}")
-        encoded = self._encoder.transform(y)
-        return encoded.argmax(axis=1) if self._encoder.y_type_ == "multiclass" else encoded.astype(dtype)
+            raise ValueError(f"expected labels among the classes {known}, got {unseen}")
+        encoded = encoder.transform(y)
+        self._encoder, self.classes_ = encoder, encoder.classes_
+        return encoded.argmax(axis=1) if encoder.y_type_ == "multiclass" else encoded.astype(dtype)
 
     def _loss_and_outputs(self, targets: Array) -> tuple[training.Loss, int]:
         if targets.ndim == 1:
