@@ -88,7 +88,7 @@ class Sequential:
         What is folded is the inference forward, with the running averages as they are now, in whatever mode the model
         is. Weights are computed in float64 and rounded once: each output of a folded Dense, before its activation, is
         within ``4 n_in u (sum |W' x| + |b'|)`` of the exact one, u the unit roundoff of its dtype, or of x's where that
-        is the coarser.
+        is the coarser, as long as nothing underflows.
 
         Returns
         -------
