@@ -22,8 +22,9 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
     """Replace the running averages of every BatchNorm by the exact statistics of a data set.
 
     The cure for averages that lag behind the weights, or that are those of other data. They become what one training
-    forward of all of X with momentum 1 would make them, at the memory of a mini-batch: layer after layer, from the
-    first, X goes through those before it, which normalise with the statistics of X that they have just got.
+    forward of all of X with momentum 1 would make them (ghost batches, renormalisation and freezing apart), at the
+    memory of a mini-batch: layer after layer, from the first, X goes through those before it, which normalise with the
+    statistics of X that they have just got.
 
     Parameters
     ----------
