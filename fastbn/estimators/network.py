@@ -207,7 +207,15 @@ class Network(BaseEstimator):
         return [*sizes] if np.iterable(sizes) and not isinstance(sizes, str) else [sizes]
 
     def _check_data(self, X: Any, y: Any, first: bool, classes: Any = None) -> tuple[Array, Any, Array]:
-        """X, y and y as the loss takes it."""
+        """X, y and y as the loss takes it; an error leaves names, widths and classes as they were."""
+        before = self.__dict__.copy()
+        try:
+            return self._checked(X, y, first, classes)
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+    def _checked(self, X: Any, y: Any, first: bool, classes: Any) -> tuple[Array, Any, Array]:
         X, y = validate_data(
             self, X, y, reset=first, dtype=(np.float64, np.float32), multi_output=True, y_numeric=self._y_numeric
         )
