@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -358,7 +359,8 @@ class BatchNorm:
         config = self.config()
         plain = BatchNorm(config.pop("num_features")).config()
         changed = "".join(f", {name}={value!r}" for name, value in config.items() if value != plain[name])
-        return f"BatchNorm({self._num_features}{changed})"
+        # Only renorm can be infinite, and Python knows no name for that.
+        return f"BatchNorm({self._num_features}{changed})".replace("inf", "float('inf')")
 
     @property
     def num_features(self) -> int:
@@ -389,7 +391,8 @@ class BatchNorm:
             return None
         if self._running_mean is None:
             raise ValueError("expected running statistics for renorm, got a layer with track_running_stats=False")
-        if np.shape(limits) != (2,) or not (limits[0] >= 1 and limits[1] >= 0):
+        numbers = np.shape(limits) == (2,) and all(isinstance(limit, Real) for limit in limits)
+        if not (numbers and limits[0] >= 1 and limits[1] >= 0):
             raise ValueError(f"expected renorm to be (r_max, d_max), at least (1, 0), or None, got {limits!r}")
         return float(limits[0]), float(limits[1])
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from .batchnorm import BatchNorm
 from .functional import moments
-from .nn import Sequential, walk
+from .nn import Sequential, leaves, walk
 from .running import RunningStats
 from .state import Array, as_float
 
@@ -22,8 +22,9 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
     """Replace the running averages of every BatchNorm by the exact statistics of a data set.
 
     The cure for averages that lag behind the weights, or that are those of other data. They become what one training
-    forward of all of X with momentum 1 would make them, at the memory of a mini-batch: layer after layer, from the
-    first, X goes through those before it, which normalise with the statistics of X that they have just got.
+    forward of all of X with momentum 1 would make them (ghost batches, renormalisation and freezing apart), at the
+    memory of a mini-batch: layer after layer, from the first, X goes through those before it, which normalise with the
+    statistics of X that they have just got.
 
     Parameters
     ----------
@@ -43,7 +44,8 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
     ------
     ValueError
         The model has no BatchNorm with running averages; X does not fit it, is empty, or holds one value per feature;
-        a statistic is not finite. Nothing has been changed then.
+        a statistic is not finite; a subclass of Sequential with a forward of its own has a BatchNorm within. Nothing
+        has been changed then.
     TypeError
         X is of another dtype, or masked.
 
@@ -68,8 +70,11 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
         raise ValueError(f"expected X with at least 1 example, got shape {X.shape}")
     twin = copy.deepcopy(model)  # so that an error, or Ctrl-C, leaves the model as it was
     twin.train(False)
-    layers, originals = _leaves(twin), _leaves(model)
+    layers, originals = [*leaves([twin])], [*leaves([model])]
     found = [i for i, layer in enumerate(layers) if isinstance(layer, BatchNorm) and layer.running_mean is not None]
+    for own in (layer for layer in layers if isinstance(layer, Sequential)):
+        if any(isinstance(layer, BatchNorm) for layer in walk(own)):
+            raise ValueError(f"expected no BatchNorm within a forward of one's own, got one in {type(own).__name__}")
     if not found:
         raise ValueError("expected a model with a BatchNorm that has running averages, got one without")
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error below
@@ -81,10 +86,6 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
         norm.running_mean, norm.running_var = stats.mean, stats.var * unbiased
         norm.num_batches_tracked = stats.num_batches
     return model
-
-
-def _leaves(model: Any) -> list[Any]:
-    return [layer for layer in walk([model]) if not isinstance(layer, Sequential)]
 
 
 def _statistics(before: list[Any], norm: BatchNorm, X: Array, batch_size: int) -> RunningStats:

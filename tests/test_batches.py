@@ -389,6 +389,9 @@ def test_renorm_can_be_relaxed_during_training():
     bn.renorm = None
     assert run(bn, x, dy) == run(plain, x, dy)
     assert "renorm" not in repr(bn)
+    for limits in ((3, 5), (INF, 0.5), (INF, INF)):
+        bn.renorm = limits
+        assert eval(repr(bn), {"BatchNorm": fastbn.BatchNorm}).renorm == limits
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -446,6 +449,8 @@ def test_checkpoints_keep_all_of_it(tmp_path, layers):
         ({"renorm": (2, np.nan)}, "renorm"),
         ({"renorm": 3}, "renorm.*got 3"),
         ({"renorm": (1, 2, 3)}, "renorm"),
+        ({"renorm": (None, 1)}, r"renorm to be .*got \(None, 1\)"),
+        ({"renorm": ("3", "5")}, "renorm to be"),
         ({"renorm": (2, 1), "track_running_stats": False}, "expected running statistics for renorm"),
     ],
     ids=str,

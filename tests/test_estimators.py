@@ -221,10 +221,27 @@ def test_one_class():
         BatchNormClassifier().fit(np.eye(3), ["a"] * 3)
 
 
+def test_labels_that_are_refused_leave_the_old_ones():
+    X, y = blobs()
+    fitted = BatchNormClassifier(max_iter=2, random_state=0).fit(X, y)
+    before = state(fitted)
+    for wrong in (np.full(len(X), 7), X[:, 0], np.stack([y, y], axis=1)):
+        with pytest.raises(ValueError, match=r"class|label"):
+            fitted.fit(X[:, :2], wrong)
+    assert state(fitted) == before
+    assert set(fitted.predict(X)) <= set(y)
+
+
 @pytest.mark.parametrize("wrong", [
     {"activation": "softplus"}, {"solver": "lbfgs"}, {"hidden_layer_sizes": (5, 0)}, {"hidden_layer_sizes": -1},
     {"alpha": -1.0}, {"batch_size": 1}, {"learning_rate_init": 0.0}, {"max_iter": 0}, {"tol": -1.0},
     {"momentum": -0.1}, {"validation_fraction": 1.0}, {"beta_1": 1.0}, {"beta_2": -0.1}, {"n_iter_no_change": -1},
+    {"hidden_layer_sizes": "100"}, {"hidden_layer_sizes": None}, {"hidden_layer_sizes": (5.5,)}, {"alpha": np.nan},
+    {"alpha": np.inf}, {"alpha": "1"}, {"tol": np.nan}, {"tol": None}, {"momentum": 1.5}, {"momentum": np.nan},
+    {"validation_fraction": np.nan}, {"beta_1": np.nan}, {"beta_2": "0.9"}, {"learning_rate_init": np.nan},
+    {"max_iter": 2.0}, {"batch_size": 20.0}, {"batch_size": None}, {"n_iter_no_change": 0}, {"n_iter_no_change": 2.5},
+    {"n_iter_no_change": np.nan}, {"early_stopping": "no"}, {"batch_norm": None}, {"nesterovs_momentum": 2},
+    {"verbose": -1}, {"verbose": "yes"}, {"activation": None}, {"solver": ["adam"]},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_wrong_parameter_is_named(estimator, wrong):
@@ -235,6 +252,23 @@ def test_a_wrong_parameter_is_named(estimator, wrong):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             method(X, y)
     assert state(fitted) == before
+
+
+def test_parameters_of_numpys_types():
+    X, y = blobs()
+    numbers = {"alpha": np.float32(0.1), "max_iter": np.int64(2), "hidden_layer_sizes": np.array([3, 4])}
+    BatchNormClassifier(**numbers, early_stopping=np.True_, verbose=0, n_iter_no_change=np.inf).fit(X, y)
+
+
+def test_targets_of_another_kind():
+    X, y = blobs()
+    with pytest.raises(ValueError, match=r"^Unknown label type: continuous"):
+        BatchNormClassifier().fit(X, X[:, 0])
+    several = np.stack([y == 0, y == 1, y == 2], axis=1).astype(int)
+    for one, other, first in ((several, y, "multilabel-indicator"), (y, several, "multiclass")):
+        classifier = BatchNormClassifier(random_state=0).partial_fit(X, one, classes=[0, 1, 2])
+        with pytest.raises(ValueError, match=f"^expected {first} y, .* got multi"):
+            classifier.partial_fit(X, other)
 
 
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, BatchNormTransformer])

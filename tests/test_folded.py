@@ -168,6 +168,28 @@ class Doubled(nn.Dense):
         return 2 * super().forward(x)
 
 
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Block(nn.Sequential):
+    """Only made otherwise."""
+
+    def __init__(self, n):
+        super().__init__(nn.Dense(n, n), BatchNorm(n))
+
+
+def test_a_forward_of_ones_own_stays_what_it_is():
+    x = np.random.default_rng(0).normal(size=(7, 4))
+    residual = Residual(nn.Dense(4, 4, bias=False, seed=0), BatchNorm(4))
+    for model in (nn.Sequential(nn.Dense(4, 4), nn.Sequential(residual), nn.ReLU(), *Block(4)), residual):
+        folded = model.folded()
+        np.testing.assert_allclose(folded(x), model.eval()(x), rtol=1e-6, atol=1e-6)
+        assert not any(layer.training for layer in nn.walk(folded))
+        assert residual not in [*folded]
+
+
 @pytest.mark.parametrize(
     ("layers", "classes"),
     [
@@ -182,6 +204,7 @@ class Doubled(nn.Dense):
         ([nn.Dense(4, 4), BatchNorm(4), BatchNorm(4)], ["Dense", "BatchNorm"]),  # the second would be a second rounding
         ([nn.Dense(4, 4), BatchNorm(4), nn.Dense(4, 4), BatchNorm(4)], ["Dense", "Dense"]),
         ([nn.Standardize(4), nn.Dense(4, 4), BatchNorm(4)], ["Standardize", "Dense"]),
+        ([Block(4), nn.ReLU()], ["Dense"]),
         ([], []),
     ],
 )

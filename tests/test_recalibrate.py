@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 
+import fastbn
 from fastbn import BatchNorm, losses, nn, optim, training
 
 
@@ -148,6 +149,21 @@ def test_errors_change_nothing(change, error, match):
         training.recalibrate(model, **({"X": data(), "batch_size": 8} | change()))
     assert {k: a.tobytes() for k, a in model.state_dict().items()} == before
     assert all(layer.training for layer in nn.walk([model]))
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def test_a_forward_of_ones_own():
+    X = data()
+    model = nn.Sequential(Residual(nn.Dense(5, 5, seed=0)), BatchNorm(5))
+    expected = fastbn.moments(model[0](X)).mean
+    np.testing.assert_allclose(training.recalibrate(model, X)[1].running_mean, expected, rtol=1e-12)
+    inside = Residual(nn.Dense(5, 5), BatchNorm(5))
+    with pytest.raises(ValueError, match="forward of one's own, got one in Residual"):
+        training.recalibrate(nn.Sequential(inside, BatchNorm(5)), X)
 
 
 @pytest.mark.parametrize(

@@ -66,3 +66,9 @@ def test_transformer_follows_a_drifting_stream():
 def test_transformer_names_a_wrong_momentum(momentum):
     with pytest.raises(ValueError, match="momentum"):
         BatchNormTransformer(momentum=momentum).fit(np.eye(3))
+
+
+def test_transformer_names_a_wrong_number_of_features():
+    scaler = BatchNormTransformer().fit(np.eye(4))
+    with pytest.raises(ValueError, match=r"^expected X with 4 features, got 3$"):
+        scaler.inverse_transform(np.eye(3))

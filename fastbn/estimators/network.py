@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state, check_scalar, column_or_1d
+from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .. import nn, optim, training
@@ -26,6 +26,40 @@ from ..state import Array
 
 # The layers that follow Dense or BatchNorm, which apply relu themselves.
 _ACTIVATIONS: dict[str, Any] = {"identity": (), "logistic": (nn.Sigmoid,), "relu": (), "tanh": (nn.Tanh,)}
+_SOLVERS = ("adam", "rmsprop", "sgd")
+
+_Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _whole(v: Any, low: int) -> bool:
+    return isinstance(v, Integral) and int(v) >= low
+
+
+def _number(expected: str, within: Callable[[Any], bool]) -> _Rule:
+    return expected, lambda v: isinstance(v, Real) and within(v)
+
+
+_FLAG: _Rule = "True or False", lambda v: isinstance(v, bool | np.bool_)
+# What each may be, and whether a value is that. NaN is nowhere within.
+_PARAMETERS: dict[str, _Rule] = {
+    "hidden_layer_sizes": ("integers of at least 1", lambda v: _whole(v, 1)),
+    "activation": (f"one of {[*_ACTIVATIONS]}", lambda v: v in [*_ACTIVATIONS]),
+    "batch_norm": _FLAG,
+    "solver": (f"one of {[*_SOLVERS]}", lambda v: v in _SOLVERS),
+    "batch_size": ('"auto" or an integer of at least 2', lambda v: v == "auto" or _whole(v, 2)),
+    "max_iter": ("an integer of at least 1", lambda v: _whole(v, 1)),
+    "alpha": _number("a finite number of at least 0", lambda v: 0 <= v < np.inf),
+    "tol": _number("a finite number of at least 0", lambda v: 0 <= v < np.inf),
+    "learning_rate_init": _number("a finite number above 0", lambda v: 0 < v < np.inf),
+    "momentum": _number("a number within [0, 1]", lambda v: 0 <= v <= 1),
+    "validation_fraction": _number("a number within (0, 1)", lambda v: 0 < v < 1),
+    "beta_1": _number("a number within [0, 1)", lambda v: 0 <= v < 1),
+    "beta_2": _number("a number within [0, 1)", lambda v: 0 <= v < 1),
+    "n_iter_no_change": ("an integer of at least 1, or inf", lambda v: _whole(v, 1) or v == np.inf),
+    "verbose": ("True, False or an integer of at least 0", lambda v: _FLAG[1](v) or _whole(v, 0)),
+    "nesterovs_momentum": _FLAG,
+    "early_stopping": _FLAG,
+}
 _CHUNK = 1024  # examples that go through the network at once in predict: a matter of memory
 
 
@@ -162,29 +196,26 @@ class Network(BaseEstimator):
         return self
 
     def _check_parameters(self) -> None:
-        for name, known in (("activation", [*_ACTIVATIONS]), ("solver", ["adam", "rmsprop", "sgd"])):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} to be one of {known}, got {getattr(self, name)!r}")
-        for size in self._hidden():
-            check_scalar(size, "hidden_layer_sizes", Integral, min_val=1)
-        if self.batch_size != "auto":
-            check_scalar(self.batch_size, "batch_size", Integral, min_val=2)
-        check_scalar(self.max_iter, "max_iter", Integral, min_val=1)
-        for name in ("alpha", "tol", "momentum", "n_iter_no_change"):
-            check_scalar(getattr(self, name), name, Real, min_val=0)
-        check_scalar(self.learning_rate_init, "learning_rate_init", Real, min_val=0, include_boundaries="neither")
-        check_scalar(
-            self.validation_fraction, "validation_fraction", Real, min_val=0, max_val=1, include_boundaries="neither"
-        )
-        for name in ("beta_1", "beta_2"):
-            check_scalar(getattr(self, name), name, Real, min_val=0, max_val=1, include_boundaries="left")
+        for name, (expected, fits) in _PARAMETERS.items():
+            value = getattr(self, name)
+            for one in self._hidden() if name == "hidden_layer_sizes" else [value]:
+                if not fits(one):
+                    raise ValueError(f"expected {name} to be {expected}, got {value!r}")
 
     def _hidden(self) -> list[Any]:
         sizes = self.hidden_layer_sizes
-        return [*sizes] if np.iterable(sizes) else [sizes]
+        return [*sizes] if np.iterable(sizes) and not isinstance(sizes, str) else [sizes]
 
     def _check_data(self, X: Any, y: Any, first: bool, classes: Any = None) -> tuple[Array, Any, Array]:
-        """X, y and y as the loss takes it."""
+        """X, y and y as the loss takes it; an error leaves names, widths and classes as they were."""
+        before = self.__dict__.copy()
+        try:
+            return self._checked(X, y, first, classes)
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+    def _checked(self, X: Any, y: Any, first: bool, classes: Any) -> tuple[Array, Any, Array]:
         X, y = validate_data(
             self, X, y, reset=first, dtype=(np.float64, np.float32), multi_output=True, y_numeric=self._y_numeric
         )

@@ -10,7 +10,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.preprocessing import LabelBinarizer
-from sklearn.utils.multiclass import type_of_target, unique_labels
+from sklearn.utils.multiclass import check_classification_targets, type_of_target, unique_labels
 
 from .. import losses, training
 from ..state import Array
@@ -110,21 +110,28 @@ class BatchNormClassifier(ClassifierMixin, Network):
 
     _y_numeric = False
     _score = staticmethod(accuracy_score)
+    _encoder: Any
 
     def _targets(self, y: Any, dtype: np.dtype[Any], first: bool, classes: Any) -> Array:
+        check_classification_targets(y)
         if first:
             given = y if classes is None or type_of_target(y).startswith("multilabel") else classes
-            self._encoder = LabelBinarizer().fit(given)
-            self.classes_ = self._encoder.classes_
-            if len(self.classes_) < 2:
-                raise ValueError(f"expected at least 2 classes to tell apart, got one class: {self.classes_.tolist()}")
-        elif classes is not None and not np.array_equal(unique_labels(classes), self.classes_):
-            raise ValueError(f"expected classes as in the first call, {self.classes_.tolist()}, got {classes}")
-        unseen = np.setdiff1d(unique_labels(y), self.classes_).tolist()
+            encoder = LabelBinarizer().fit(given)
+        else:
+            encoder = self._encoder
+        known = encoder.classes_.tolist()
+        if len(known) < 2:
+            raise ValueError(f"expected at least 2 classes to tell apart, got one class: {known}")
+        if not first and classes is not None and not np.array_equal(unique_labels(classes), encoder.classes_):
+            raise ValueError(f"expected classes as in the first call, {known}, got {classes}")
+        if type_of_target(y).startswith("multilabel") != encoder.y_type_.startswith("multilabel"):
+            raise ValueError(f"expected {encoder.y_type_} y, as in the first call, got {type_of_target(y)} y")
+        unseen = np.setdiff1d(unique_labels(y), encoder.classes_).tolist()
         if unseen:
-            raise ValueError(f"expected labels among the classes {self.classes_.tolist()}, got {unseen}")
-        encoded = self._encoder.transform(y)
-        return encoded.argmax(axis=1) if self._encoder.y_type_ == "multiclass" else encoded.astype(dtype)
+            raise ValueError(f"expected labels among the classes {known}, got {unseen}")
+        encoded = encoder.transform(y)
+        self._encoder, self.classes_ = encoder, encoder.classes_
+        return encoded.argmax(axis=1) if encoder.y_type_ == "multiclass" else encoded.astype(dtype)
 
     def _loss_and_outputs(self, targets: Array) -> tuple[training.Loss, int]:
         if targets.ndim == 1:

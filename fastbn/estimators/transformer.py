@@ -122,9 +122,11 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         numpy.ndarray of X's shape and dtype (float64 where that is not float32)
         """
         check_is_fitted(self)
-        X = check_array(X, dtype=(np.float64, np.float32))
+        x: Array = check_array(X, dtype=(np.float64, np.float32))
+        if x.shape[1] != self.n_features_in_:
+            raise ValueError(f"expected X with {self.n_features_in_} features, got {x.shape[1]}")
         zeros, ones = np.zeros_like(self.mean_), np.ones_like(self.mean_)
-        return batch_norm(X, zeros, ones, self.scale_, self.mean_, eps=_EPS)
+        return batch_norm(x, zeros, ones, self.scale_, self.mean_, eps=_EPS)
 
     def _checked(self, X: Any, reset: bool) -> Array:
         return validate_data(self, X, dtype=(np.float64, np.float32), reset=reset)

@@ -9,6 +9,7 @@
 from .activations import Dropout, LeakyReLU, ReLU, Sigmoid, Tanh
 from .dense import Dense
 from .sequential import Sequential
+from .sequential import leaves as leaves
 from .sequential import walk as walk
 from .standardize import Standardize
 

@@ -31,7 +31,7 @@ def slopes(y: Array, negative_slope: float) -> Array:
 
 
 class ReLU(Elementwise):
-    """y = max(x, 0); dx = dy where y > 0, else 0.
+    """y = max(x, 0); dx = dy where y > 0, else 0. Change y before backward, and the gradients are wrong.
 
     Examples
     --------
@@ -75,6 +75,8 @@ class LeakyReLU(Elementwise):
 class Sigmoid(Elementwise):
     """y = 1 / (1 + exp(-x)), for x of any size, with a small relative error in both tails; dx = dy y (1 - y).
 
+    Change y before backward, and the gradients are wrong.
+
     Examples
     --------
     >>> from fastbn import nn
@@ -97,7 +99,7 @@ class Sigmoid(Elementwise):
 
 
 class Tanh(Elementwise):
-    """y = tanh(x); dx = dy (1 - y^2).
+    """y = tanh(x); dx = dy (1 - y^2). Change y before backward, and the gradients are wrong.
 
     Examples
     --------

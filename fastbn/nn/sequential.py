@@ -11,7 +11,7 @@ from ..state import Array, Arrays, check_state
 from . import folding
 from .dense import Dense
 
-__all__ = ["Sequential", "walk"]
+__all__ = ["Sequential", "leaves", "walk"]
 
 
 class Sequential:
@@ -88,7 +88,7 @@ class Sequential:
         What is folded is the inference forward, with the running averages as they are now, in whatever mode the model
         is. Weights are computed in float64 and rounded once: each output of a folded Dense, before its activation, is
         within ``4 n_in u (sum |W' x| + |b'|)`` of the exact one, u the unit roundoff of its dtype, or of x's where that
-        is the coarser.
+        is the coarser, as long as nothing underflows.
 
         Returns
         -------
@@ -97,7 +97,8 @@ class Sequential:
             it is. Copied as they are, in inference mode: a BatchNorm without a Dense before it, or with
             another number of features, an axis that is neither 1 nor -1 (1 is taken for the last one, as it is of
             (N, C)), no running averages, or values that would take the weights out of their dtype's range; an
-            activation that is not ReLU or LeakyReLU(0.01); and any other layer.
+            activation that is not ReLU or LeakyReLU(0.01); a subclass of Sequential with a forward of its own; and any
+            other layer.
 
         Examples
         --------
@@ -109,8 +110,7 @@ class Sequential:
             Dense(n_in=8, n_out=3),
         )
         """
-        leaves = (layer for layer in walk(self) if not isinstance(layer, Sequential))
-        return Sequential(*folding.folded(leaves)).eval()
+        return Sequential(*folding.folded(leaves([self]))).eval()
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode (or inference, with False) for every layer; returns the model."""
@@ -164,3 +164,12 @@ def walk(layers: Any) -> Iterator[Any]:
         yield layer
         if isinstance(layer, Sequential):
             yield from walk(layer)
+
+
+def leaves(layers: Any) -> Iterator[Any]:
+    """The layers that x goes through; a subclass of Sequential with a forward of its own is one of them."""
+    for layer in layers:
+        if isinstance(layer, Sequential) and type(layer).forward is Sequential.forward:
+            yield from leaves(layer)
+        else:
+            yield layer
