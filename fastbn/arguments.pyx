@@ -46,6 +46,8 @@ cdef int feature_axis(cnp.ndarray x, object axis) except -1:
 
 cpdef cnp.ndarray checked_mask(object mask, cnp.ndarray x, int axis):
     """mask as an array, of x's shape without the feature axis (which counts from 0)."""
+    if isinstance(mask, MaskedArray):
+        raise TypeError("expected mask to be a plain array, got a masked array: its own mask would be lost")
     cdef cnp.ndarray array = np.asarray(mask)
     rest = shape_of(x)[:axis] + shape_of(x)[axis + 1:]
     if array.dtype != np.bool_:

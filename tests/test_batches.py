@@ -486,6 +486,7 @@ SINGLE[4:], SINGLE[7, 1] = False, True
         ({"mask": MASK[:7]}, ValueError, r"mask of shape \(8, 4\), x's without the feature axis, got \(7, 4\)"),
         ({"mask": MASK[:, None]}, ValueError, r"got \(8, 1, 4\)"),
         ({"mask": MASK.astype(int)}, TypeError, "mask of dtype bool, got int64"),
+        ({"mask": np.ma.array(MASK, mask=~MASK)}, TypeError, "plain array, got a masked array"),
         ({"mask": None, "out": X[:, :, :2]}, ValueError, r"out of shape \(8, 3, 4\)"),
         ({"mask": MASK, "out": X[:, :, :2]}, ValueError, r"out of shape \(8, 3, 4\)"),
         ({"mask": MASK, "out": X.astype("float64")}, TypeError, "out of dtype float32"),
