@@ -146,6 +146,18 @@ def test_predict_prints_the_original_labels(flowers, model, capsys):
     assert err.startswith(f"accuracy {right / 90:.2%}, {right} of 90")
 
 
+def test_labels_that_are_numbers_in_one_file_and_texts_in_another(tmp_path, capsys):
+    rows = [f"{k + i / 100},{kind}\n" for i in range(30) for k, kind in enumerate(["10", "x"])]
+    (tmp_path / "both.csv").write_text("a,kind\n" + "".join(rows))
+    (tmp_path / "one.csv").write_text("a,kind\n" + "".join(rows[::2]))
+    target = ("--target", "kind")
+    assert run(capsys, "train", "--data", tmp_path / "both.csv", *target, "--out", tmp_path / "run", "--hidden", "8",
+               "--epochs", "15", "--lr", "0.02")[0] == 0  # fmt: skip
+    status, out, err = run(capsys, "predict", tmp_path / "run" / "model.safetensors", tmp_path / "one.csv", *target)
+    assert (status, out) == (0, "10\n" * 30)
+    assert err.startswith("accuracy 100.00%, 30 of 30")
+
+
 def test_predict_refuses(flowers, model, capsys, tmp_path):
     folder, _ = flowers
     (folder / "swapped.csv").write_text("b,a,c,d\n1,2,3,4\n")

@@ -42,17 +42,22 @@ def run(args: argparse.Namespace) -> None:
     _check_columns(args, dataset, trained)
     if dataset.y is not None and dataset.classes is not None:
         there = dataset.classes[np.unique(dataset.y)].tolist()
-        if unseen := [label for label in there if label not in trained["classes"]]:
+        if unseen := [label for label in there if not any(_same(label, known) for known in trained["classes"])]:
             known = ", ".join(map(str, trained["classes"]))
             raise ValueError(f"{args.data}: label {unseen[0]!r} was not seen in training, expected one of {known}")
     chosen = np.concatenate([model(dataset.X[i : i + 1024]).argmax(axis=1) for i in range(0, len(dataset.X), 1024)])
     labels = [trained["classes"][k] for k in chosen]
     sys.stdout.write("".join(f"{label}\n" for label in labels))
     if dataset.y is not None and dataset.classes is not None:
-        right = sum(a == b for a, b in zip(labels, dataset.classes[dataset.y].tolist(), strict=True))
+        right = sum(map(_same, labels, dataset.classes[dataset.y].tolist()))
         seen = dataset.name == trained["data"] and not is_test_part
         known = ", examples it was trained on among them" if seen else ""
         print(f"accuracy {right / len(labels):.2%}, {right} of {len(labels)}{known}", file=sys.stderr)
+
+
+def _same(label: Any, other: Any) -> bool:
+    """Whether they are one label: a file's are numbers where all of them look like numbers, and texts elsewhere."""
+    return bool(label == other) or str(label) == str(other)
 
 
 def _check_columns(args: argparse.Namespace, dataset: data.Dataset, trained: dict[str, Any]) -> None:
