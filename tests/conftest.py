@@ -6,6 +6,7 @@ A test that takes the fixture `case` runs on each. Layouts are named for how x l
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import zlib
@@ -18,6 +19,9 @@ import twin
 from hypothesis import settings
 
 import fastbn
+
+# A shell that starts the tests in the background has Ctrl-C ignored, by them and by every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("fastbn", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.load_profile("fastbn")

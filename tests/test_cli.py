@@ -297,7 +297,10 @@ def test_ctrl_c_from_outside(flowers):
         while not (folder / "run" / "unfinished-with.safetensors").exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        err = process.communicate()[1]
+        try:
+            err = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err == "fastbn: interrupted: the same command with --resume goes on where it stopped\n"
 
