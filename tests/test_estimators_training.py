@@ -10,22 +10,12 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
+from test_estimators import ESTIMATORS, blobs, state
 
 from fastbn import BatchNorm, nn
 from fastbn.estimators import BatchNormClassifier, BatchNormRegressor
 
-ESTIMATORS = [BatchNormClassifier, BatchNormRegressor]
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-
-
-def blobs(n=90, classes=3, dtype=np.float64, seed=0):
-    rng = np.random.default_rng(seed)
-    y = np.arange(n) % classes
-    return (rng.normal(size=(n, 5)) + 2 * np.eye(classes, 5)[y]).astype(dtype), y
-
-
-def state(estimator):
-    return {key: array.tobytes() for key, array in estimator.model_.state_dict().items()}
 
 
 # --- the network and its training
