@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, say `head`, has seen enough; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if isinstance(error, OSError) and error.errno and not error.filename and "out" in args:
+            error.filename = os.fspath(args.out)  # a full disk is an error without a name
         print(f"fastbn: error: {error}", file=sys.stderr)
         return 2
     except MemoryError as error:

@@ -98,6 +98,9 @@ def write(path: _Path, tensors: dict[str, Array], texts: dict[str, str]) -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:  # a full disk is an error without a name
+        error.filename = error.filename or os.fspath(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
     with contextlib.suppress(OSError, AttributeError):  # the new name too outlasts a loss of power, where a system can

@@ -52,7 +52,9 @@ def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str
         from matplotlib.ticker import MaxNLocator, PercentFormatter
     except ImportError as error:
         raise ImportError('learning curves need matplotlib: pip install "fastbn[train]"') from error
-    quantities = [("loss", "Loss (log scale)")]
+    losses = [loss for history in histories.values() for loss in (*history.loss, *history.val_loss)]
+    log = min(losses, default=0) > 0  # a likelihood's can be negative
+    quantities = [("loss", "Loss (log scale)" if log else "Loss")]
     if any(history.accuracy for history in histories.values()):
         quantities.append(("accuracy", "Accuracy"))
     if not any(history.loss for history in histories.values()):
@@ -76,7 +78,7 @@ def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if quantity == "loss":
-            axes.set_yscale("log")
+            axes.set_yscale("log" if log else "linear")
         else:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     handles, names = axes.get_legend_handles_labels()

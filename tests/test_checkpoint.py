@@ -1,6 +1,8 @@
+import errno
 import json
 import os
 import random
+import re
 import stat
 import struct
 import subprocess
@@ -327,11 +329,11 @@ def test_only_known_layers_are_saved_and_a_failed_save_leaves_the_old_file(tmp_p
         checkpoint.save(path, network(), metadata={"array": np.ones(1)})
 
     def full(descriptor):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(OSError, match=f"{re.escape(os.strerror(errno.ENOSPC))}.*{re.escape(repr(str(path)))}"):
             checkpoint.save(path, network(), metadata={"which": "new"})
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["m"]

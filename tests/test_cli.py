@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -385,6 +387,27 @@ def test_a_reader_that_stops_early_is_no_error(model, tmp_path):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_place(flowers, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder, _ = flowers
+    options = ["--data", folder / "flowers.csv", "--target", "kind", "--out", folder / "run", "--epochs", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "learning_curves", full)
+        assert refused(capsys, "train", *options).endswith(f"{os.strerror(errno.ENOSPC)}: {str(folder / 'run')!r}\n")
+    assert run(capsys, "train", *options, "--resume")[0] == 0
+
+
+def test_an_empty_out_is_no_folder(flowers, capsys, monkeypatch):
+    folder, _ = flowers
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--data", "flowers.csv", "--target", "kind", "--out", ""])
+    assert stopped.value.code == 2
+    assert "expected a folder, got ''" in capsys.readouterr().err
 
 
 def test_learning_curves_of_a_regression_and_of_nothing(tmp_path, monkeypatch):

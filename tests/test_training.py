@@ -376,6 +376,14 @@ def test_the_history_draws_itself(tmp_path):
         training.History().plot(tmp_path / "none")
 
 
+def test_a_loss_below_zero_is_drawn_too(tmp_path):
+    """A logarithmic axis would show nothing of either."""
+    pytest.importorskip("matplotlib")
+    for name, loss in (("falling", [-1.0, -2.0, -3.0]), ("rising", [-3.0, -2.0, -1.0])):
+        training.History(loss=loss).plot(tmp_path / name)
+    assert (tmp_path / "falling").read_bytes() != (tmp_path / "rising").read_bytes()
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

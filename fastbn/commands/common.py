@@ -19,6 +19,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="the column of labels in a .csv")
 
 
+def folder(text: str) -> Path:
+    """What --out names. Of an empty text, as from a variable that is not set, Path makes the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
+
+
 def load(args: argparse.Namespace) -> data.Dataset:
     """What --data and --target name."""
     digits = args.data == "digits" and not Path(args.data).exists()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from pathlib import Path
 from typing import Any
 
-from .common import add_data, check_out, load, need
+from fastbn.experiments.common import check_pixels
+
+from .common import add_data, check_out, folder, load, need
 
 EXPERIMENTS = ("speed", "shift", "noise", "testtime")
 
@@ -26,7 +27,7 @@ def add_to(commands: Any) -> None:
     add("name", metavar="NAME", choices=(*EXPERIMENTS, "all"), help=f"{', '.join(EXPERIMENTS)} or all")
     add_data(parser)
     add("--seeds", type=int, help="runs with another split, start and order (default: the experiment's own number)")
-    add("--out", type=Path, default=Path("fastbn-experiments"), help="the folder to write into (default: %(default)s)")
+    add("--out", type=folder, default="fastbn-experiments", help="the folder to write into (default: %(default)s)")
     add("--quick", action="store_true", help="the same code in seconds, on too little to conclude from")
     add("--paper", action="store_true", help="of speed: section 4.1 of Ioffe and Szegedy, 2015, at full length")
     parser.set_defaults(run=run)
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.data}: no labels to learn" + (" (--target names their column)" * bool(dataset.features))
         )
+    if {"shift", "paper"} & {*names}:
+        check_pixels(dataset.X, args.data)
     options = {} if args.seeds is None else {"seeds": args.seeds}
     for name in names:
         module = importlib.import_module(f"fastbn.experiments.{name}")

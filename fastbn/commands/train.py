@@ -17,7 +17,7 @@ import numpy as np
 import fastbn
 from fastbn import checkpoint, data, losses, nn, optim, plots, schedules, training
 
-from .common import add_data, check_out, load, need
+from .common import add_data, check_out, folder, load, need
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 FUSED = ("relu", "leaky_relu")  # what BatchNorm does in the same pass
@@ -42,7 +42,7 @@ def add_to(commands: Any) -> None:
     add_data(parser)
     add = parser.add_argument
     rates = ", ".join(f"{rate} for {name}" for name, rate in RATES.items())
-    add("--out", type=Path, default=Path("fastbn-run"), help="the folder to write into (default: %(default)s)")
+    add("--out", type=folder, default="fastbn-run", help="the folder to write into (default: %(default)s)")
     add("--hidden", type=hidden_widths, default="100,100", help="widths of the hidden layers (default: %(default)s)")
     add("--activation", choices=ACTIVATIONS, default="relu", help="of the hidden layers (default: %(default)s)")
     add("--optimizer", choices=RATES, default="adam", help="how steps are taken (default: %(default)s)")

@@ -207,10 +207,10 @@ def count_classes(*pairs: Pair) -> int:
     return 1 + max(int(y.max()) for _, y in pairs)
 
 
-def check_pixels(X: np.ndarray) -> None:
+def check_pixels(X: np.ndarray, name: str = "X") -> None:
     """ValueError unless X is from 0 to 1."""
     if X.min() < 0 or X.max() > 1:
-        raise ValueError(f"this experiment expects pixels from 0 to 1, got {X.min():g} to {X.max():g}")
+        raise ValueError(f"{name}: this experiment expects pixels from 0 to 1, got {X.min():g} to {X.max():g}")
 
 
 def _versions() -> dict[str, str]:

@@ -98,9 +98,10 @@ def learn(train: Pair, held_out: Pair, network: str, size: int, seed: int, steps
     """Train for so many steps; what the columns are called, each with its figure."""
     model = build(network, train[0].shape[1], count_classes(train, held_out), size, seed)
     batch_size = SIZES[-1] if network == GHOSTS else size
+    steps_an_epoch = len(train[0]) // batch_size + (len(train[0]) % batch_size > 1)
     training.fit(
         model, train, losses.softmax_cross_entropy, optim.SGD(model, RATE, momentum=MOMENTUM),
-        epochs=math.ceil(steps / math.ceil(len(train[0]) / batch_size)), batch_size=batch_size, seed=seed,
+        epochs=math.ceil(steps / steps_an_epoch), batch_size=batch_size, seed=seed,
         schedule=schedules.cosine(), on_step=lambda step, loss: step == steps, progress=False,
     )  # fmt: skip
     noise = noise_to_signal(list(model)[:-1], train[0], batch_size, seed)
