@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 
-from fastbn import nn, plots
+from fastbn import nn, optim, plots
 from fastbn.__main__ import main
 from fastbn.data import Dataset
-from fastbn.experiments import common, paper, speed
+from fastbn.experiments import common, noise, paper, speed
 
 for package in ("joblib", "matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(package)
@@ -87,7 +87,7 @@ def test_speed_end_to_end(tmp_path, capsys):
     assert found["settings"]["seeds"] == 2
     assert found["settings"]["data"] == "digits"
     rows = {(network, rate): rest for network, rate, *rest in found["rows"]}
-    assert len(rows) == len(found["rows"]) == 9
+    assert len(rows) == len(found["rows"]) == 12
     for needed, reached, diverged, best in rows.values():
         assert len(needed) == len(best) == 2
         assert reached == 2 - needed.count(None)
@@ -142,9 +142,11 @@ def test_the_networks_of_speed_start_alike():
         name: [layer for layer in speed.build(name, dataset.X, 3, 7) if isinstance(layer, nn.Dense)]
         for name in speed.NETWORKS
     }
-    for a, b, c in zip(*dense.values(), strict=True):
+    for a, b, he, c in zip(*dense.values(), strict=True):
         assert np.array_equal(a.params["weight"], b.params["weight"])
         assert np.array_equal(a.params["weight"], c.params["weight"])
+        assert np.allclose(he.params["weight"], a.params["weight"] * np.sqrt(6), rtol=1e-6)
+        assert not he.params["bias"].any()
     assert [d.n_out for d in dense["neither"]] == [100, 100, 100, 3]
 
 
@@ -221,6 +223,23 @@ def test_calls_in_parallel_have_one_thread_each_and_keep_their_order():
     assert common.in_parallel(pow, [(i, 2) for i in range(6)], progress=False) == [0, 1, 4, 9, 16, 25]
 
 
+def test_noise_takes_as_many_steps_with_every_mini_batch(monkeypatch):
+    """Also where one example is left over, which makes no step."""
+    steps = []
+
+    class Counting(optim.SGD):
+        def step(self):
+            steps[-1] += 1
+            super().step()
+
+    monkeypatch.setattr(noise.optim, "SGD", Counting)
+    dataset = blobs(257)
+    for size in (4, 256):
+        steps.append(0)
+        noise.learn((dataset.X, dataset.y), (dataset.X, dataset.y), "neither", size, 0, 20)
+    assert steps == [20, 20]
+
+
 def test_examples_are_drawn_by_seed():
     dataset = blobs()
     (X, y), (held_X, held_y) = common.prepare(dataset, 1, train=50, held_out=20)
@@ -247,7 +266,11 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
     assert "pixels from 0 to 1, got 255 to 255" in refused(
         capsys, "speed", "--paper", "--data", tmp_path / "grey.npz", "--out", out
     )
-    assert "pixels from 0 to 1" in refused(capsys, "shift", "--data", tmp_path / "grey.npz", "--out", out)
+    for name in ("shift", "all"):  # before the first of all
+        assert "grey.npz: this experiment" in refused(capsys, name, "--data", tmp_path / "grey.npz", "--out", out)
+    with pytest.raises(SystemExit):  # a variable that is not set
+        run(capsys, "speed", "--out", "")
+    assert "expected a folder, got ''" in capsys.readouterr().err
     assert not out.exists()
     assert file.read_text() == "here before"
 

@@ -118,15 +118,15 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
 
 def learn(train: Pair, held_out: Pair, network: str, seed: int, steps: int, every: int) -> dict[Any, float]:
     """One run: ("moved", step) and ("accuracy", step) of the checkpoints; (domain, "frozen" or "re-estimated")."""
-    X, probe = train[0], train[0][:500]
+    X = train[0]
     model = build(network, X, count_classes(train, held_out), seed)
     found: dict[Any, float] = {}
-    before = last_inputs(model, probe)
+    before = last_inputs(model, X)
 
     def on_step(step: int, loss: float) -> bool:
         nonlocal before
         if step % every == 0:
-            after = last_inputs(model, probe)
+            after = last_inputs(model, X)
             found["moved", step] = moved(before, after)
             found["accuracy", step] = accuracy(re_estimated(model, network, X), held_out)
             before = after
