@@ -347,3 +347,36 @@ def test_contract_on_generated_data(dtype, data):
     y, stats = fastbn.batch_norm_forward(x)
     truth = check_stats(stats, x, 1, dtype)
     within(y, *bounded(5 * twin.unit(dtype), twin.forward(x, truth)))
+
+
+def all_results(x, dy, mean, var, activation):
+    """Everything that these statistics are used for, features last, by name."""
+    found = {"y": np.moveaxis(fastbn.batch_norm(x, mean, var, activation=activation), 1, -1)}
+    for training in (True, False):
+        stats = fastbn.BatchStats(mean, var, x.size // x.shape[1])
+        dx, *sums = fastbn.batch_norm_backward(dy, x, stats, training=training, activation=activation)
+        found |= {f"dx {training}": np.moveaxis(dx, 1, -1), f"sums {training}": np.array(sums)}
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 300), (5, 6), (3, 20, 7), (2, 9, 500), (700, 900)], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@pytest.mark.parametrize("bad", [-1e-5, -1.0, np.nan])
+def test_a_feature_without_a_scale_harms_itself_alone(dtype, shape, activation, bad, capfd):
+    """Where var + eps is no positive number, y and dx of that feature are infinities and NaN; the others stay."""
+    rng = np.random.default_rng(3)
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    mean, var = rng.standard_normal(shape[1]), rng.uniform(0.5, 2, shape[1])
+    expected = all_results(x, dy, mean, var, activation)
+    var[3] = bad
+    found = all_results(x, dy, mean, var, activation)
+    others = np.arange(shape[1]) != 3
+    for name, value in found.items():
+        size = abs(expected[name]).max()
+        np.testing.assert_allclose(
+            value[..., others], expected[name][..., others], 0, 20 * twin.unit(dtype) * size, err_msg=name
+        )
+    assert not np.isfinite(found["dx True"][..., 3]).any()
+    assert activation == "relu" or not np.isfinite(found["y"][..., 3]).any()
+    assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-# cython: infer_types=True
+# cython: cdivision=True, infer_types=True
 """The arithmetic: loops over the lanes of a strip, inlined into each build of batchnorm.pyx.
 
 Design: a lane is a column of a strip and belongs to one feature, so that the compiler vectorises across lanes and no sum ever crosses

@@ -1,3 +1,4 @@
+# cython: cdivision=True
 """float32 with the arithmetic of float64, for data whose scales float32 cannot hold: serial, plain loops, since it is rare."""
 from libc.math cimport sqrt
 
