@@ -1,253 +1,313 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, infer_types=True
-"""The loops over x, compiled once for each instruction set.
+"""The kernels: their steps and their threads; compiled, with the loops over x, once for each instruction set.
 
-Design: plan.pxd cuts the work into tasks: a chunk of the units of a block of the lanes. lanes.pxd has the arithmetic on a strip, rows of
-lanes. A task owns its lanes' partial sums, and merge.pxd adds them up in the order of the chunks, so the bits do not depend on the number of
-threads. A call is a few steps, each a loop over tasks or blocks, within one parallel region.
-
-Where a block stays in cache from one pass to the next, all passes over it come before the next block (`fused`), and it is read from memory once.
-Otherwise the last step goes backwards, to what the one before it left in cache. The passes over memory stand beside each kernel, below.
+Design: cut.pxd says how sums are cut, by shape alone; schedule.pxd in what order the work is done. A call is a few steps, one after the other within one
+parallel region, each a loop over tasks (chunks of blocks of features), blocks, or parts of the output. A task owns its partial sums, and those of a
+feature are merged in the order of the chunks, so the bits do not depend on the number of threads.
 """
-from cython.parallel cimport parallel, prange
+from cython.parallel cimport parallel, prange, threadid
 from cpython.pycapsule cimport PyCapsule_New
+from libc.math cimport sqrt
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
-from fastbn.kernels.lanes cimport (
+from fastbn.kernels.activation cimport act, unact
+from fastbn.kernels.cut cimport Cut, count, cut, plane_of
+from fastbn.kernels.intrinsics cimport (
+    WIDTH,
+    add_square,
+    prefetch,
+    square,
+    stream_fence,
+    stream_line,
+    vec,
+    vec_add,
+    vec_load,
+    vec_store,
+    widen,
+)
+from fastbn.kernels.job cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
+from fastbn.kernels.params cimport (
+    HIGH,
+    INVSTD,
     LOW,
     MEAN_DY,
     PARAMETERS,
-    add,
-    add_gradient_rows,
-    add_rows,
-    average_rows,
-    backward_rows,
-    backward_run,
-    f32,
-    f64,
-    normalize_rows,
-    normalize_run,
-    row,
-    stream_rows,
-    tree,
+    SHIFT,
+    SLOPE,
+    WEIGHT,
+    all_held,
+    fill_gradients,
+    fill_table,
+    held,
+    repeat_first,
+    spread,
 )
-from fastbn.kernels.merge cimport merge_gradients, merge_moments, prepare, repeat_first
-from fastbn.kernels.plan cimport (
-    AHEAD,
-    LINE_BYTES,
-    NEAR,
-    PITCH,
-    ROOM,
-    SPREAD,
-    STEP,
-    WIDE,
-    Work,
-    count,
-    features,
-    plan,
-    plane_of,
-)
-from fastbn.kernels.stores cimport stream_fence
-from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Table
-from fastbn.kernels.wide cimport backward_wide, normalize_wide
-
-cdef enum Operation:
-    RAW_MOMENTS   # sums of x and x*x
-    MOMENTS       # sums of d and d*d, d = x - pivot
-    NORMALIZE
-    GRADIENTS     # sums of dy and dy*x_hat
-    BACKWARD      # dx, where the statistics depend on x
-    SCALE         # dx, where they are constants
+from fastbn.kernels.schedule cimport FEATURE_BY_FEATURE, SPREAD, Schedule, schedule
+from fastbn.kernels.types cimport LINE_BYTES, STEP, add, aligned, ceil_div, f32, f64, real, row, summed_exactly, table
 
 cdef enum:
-    SPREAD_PITCH = SPREAD + STEP   # room for the first lanes again (`repeat_first`), and off the multiples of 4 KB, as PITCH
-    STREAM_AHEAD = 2048            # bytes from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
+    MERGED = 128                 # features whose sums are merged at once, on the stack
+    ROOM = 2048                  # float64 values that a call has on its stack: threads may have 64 KB of it
+    STREAM_AHEAD_BYTES = 2048    # from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
+    SCRATCH_ROWS = 6             # of sums_pitch: two sums for each lane and what they lost, pivots for each lane and each feature
 
-
-cdef inline void *aligned(void *room) noexcept nogil:
-    """The first cache line within room."""
-    return <void *>((<uintptr_t>room + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES)
-
+ctypedef struct Work:
+    Job *job
+    Cut cut
+    Schedule plan
+    void *params             # (PARAMETERS, pitch) in the arithmetic's type: a column for each feature
+    void *lanes              # (PARAMETERS, lane_pitch): a column for each lane of a row; params itself where each lane is a feature
+    double *part             # (chunks, 3, C): pivot and the two sums of each chunk
+    double *scratch          # (threads, SCRATCH_ROWS, sums_pitch)
+    unsigned char *beyond    # (blocks,): whether float32 cannot hold the parameters of one of its features
+    Py_ssize_t pitch
+    Py_ssize_t lane_pitch
+    Py_ssize_t sums_pitch
 
 include "sums.pxi"
+include "moments.pxi"
+include "gradients.pxi"
 include "output.pxi"
+include "fallback.pxi"
 
-# --- steps: what a kernel is made of ----------------------------------------------------------------------------------------
+# --- parameters, of block b ---------------------------------------------------------------------------------------------------
+
+cdef inline void spread_rows(Work *w, Py_ssize_t at, Py_ssize_t n, table params, int first, int end) noexcept nogil:
+    """The rows `first` to `end` of the table, of n features from number `at` on, as the loops over lanes read them."""
+    cdef Py_ssize_t S = w.cut.S
+    cdef table lanes = <table>w.lanes
+    cdef int r
+    if w.cut.planes:
+        return
+    for r in range(first, end):
+        if w.lanes != w.params:
+            spread(params + r * w.pitch + at, n, S, w.cut.fold, lanes + r * w.lane_pitch + at * S)
+        if at == 0:
+            repeat_first(lanes + r * w.lane_pitch, w.cut.fold * w.cut.width)
+
+
+cdef void prepare(Work *w, Py_ssize_t b, table params) noexcept nogil:
+    cdef Job *job = w.job
+    cdef Py_ssize_t at = b * w.plan.block
+    cdef Py_ssize_t n = min(w.plan.block, job.C - at)
+    fill_table(job.mean + at, job.mean_low + at, job.var + at, job.weight + at, job.bias + at, job.eps, n, params + at, w.pitch)
+    w.beyond[b] = not all_held(params + at, w.pitch, n, job.weight + at)
+    spread_rows(w, at, n, params, HIGH, SHIFT + 1 if job.dy == NULL else MEAN_DY)
+
+
+cdef void prepare_gradients(Work *w, Py_ssize_t b, table params) noexcept nogil:
+    cdef Job *job = w.job
+    cdef Py_ssize_t at = b * w.plan.block
+    cdef Py_ssize_t n = min(w.plan.block, job.C - at)
+    fill_gradients(job.var + at, job.dweight + at, job.dbias + at, job.eps, job.count, n, params + at, w.pitch)
+    spread_rows(w, at, n, params, MEAN_DY, PARAMETERS)
+
+# --- steps: what a kernel is made of --------------------------------------------------------------------------------------------
 
 cdef enum Step:
-    ADD_MOMENTS        # of each task
-    MERGE_MOMENTS      # of each block, which is then prepared where there is a y to write
-    PREPARE            # of each block
-    WRITE_Y            # of each task
-    ADD_GRADIENTS      # of each task
-    MERGE_GRADIENTS    # of each block
-    WRITE_DX           # of each task
+    SUM_MOMENTS          # of each task
+    MERGE_MOMENTS        # of each block
+    PREPARE              # of each block
+    SUM_GRADIENTS        # of each task
+    MERGE_GRADIENTS      # of each block
+    PREPARE_GRADIENTS    # of each block
+    WRITE                # each part of y or dx
 
 
-cdef inline bint by_task(Step step) noexcept nogil:
-    return step == ADD_MOMENTS or step == WRITE_Y or step == ADD_GRADIENTS or step == WRITE_DX
+cdef inline bint any_beyond(const Work *w) noexcept nogil:
+    cdef Py_ssize_t b
+    for b in range(w.plan.blocks):
+        if w.beyond[b]:
+            return True
+    return False
 
 
-cdef inline bint backwards(Step step) noexcept nogil:
-    return step == WRITE_Y or step == WRITE_DX
+cdef void write_number(Work *w, Py_ssize_t i, row x, table params) noexcept nogil:
+    """Part number i of the output, counted from the end: its part of x is what the sums left in cache."""
+    cdef Py_ssize_t part = w.plan.parts - 1 - i
+    cdef Py_ssize_t first = w.plan.before + part * w.plan.part if part else 0
+    cdef Py_ssize_t end = min(w.plan.before + (part + 1) * w.plan.part, w.cut.M * w.cut.width)
+    if not any_beyond(w):
+        write_range(w, first, end - first, x, params)
 
 
-cdef inline Operation writing(Work *w, Step step) noexcept nogil:
-    """The operation of a step that writes."""
-    if step == WRITE_Y:
-        return NORMALIZE
-    return BACKWARD if w.job.training else SCALE
+cdef void write_feature(Work *w, Py_ssize_t c, row x, table params) noexcept nogil:
+    """The output of one feature's planes, the last one first."""
+    cdef Py_ssize_t m
+    if not w.beyond[c]:
+        for m in range(w.cut.M - 1, -1, -1):
+            write_range(w, (m * w.cut.C + c) * w.cut.S, w.cut.S, x, params)
 
 
-cdef void do(Work *w, Step step, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
-    """A step's work on chunk k of block b, or on all of block b."""
-    cdef Py_ssize_t at = b * features(w, 0)
-    cdef Py_ssize_t n = features(w, b)
-    if step == ADD_MOMENTS:
-        add_up_moments(w, k, b, x)
-    elif step == MERGE_MOMENTS or step == PREPARE:
-        if step == MERGE_MOMENTS:
-            merge_moments(w, at, n)
-        if w.job.y != NULL and not prepare(w, <row>w.params, at, n):
-            w.wide = True
-    elif w.wide:
-        return
-    elif step == ADD_GRADIENTS:
-        add_up_gradients(w, k, b, x)
+cdef inline Py_ssize_t numbers(const Work *w, Step step) noexcept nogil:
+    """How many tasks, blocks or parts a step has."""
+    if step == SUM_MOMENTS or step == SUM_GRADIENTS:
+        return w.cut.chunks * w.plan.blocks
+    return w.plan.parts if step == WRITE else w.plan.blocks
+
+
+cdef void do(Work *w, Step step, Py_ssize_t i, int thread, row x, table params) noexcept nogil:
+    """Number i of a step's tasks, blocks or parts."""
+    cdef double *scratch = w.scratch + thread * SCRATCH_ROWS * w.sums_pitch
+    if step == SUM_MOMENTS:
+        add_up_moments(w, i // w.plan.blocks, i % w.plan.blocks, x, scratch)
+    elif step == MERGE_MOMENTS:
+        merge_moments(w, i * w.plan.block, min(w.plan.block, w.cut.C - i * w.plan.block))
+    elif step == PREPARE:
+        prepare(w, i, params)
+    elif step == SUM_GRADIENTS:
+        add_up_gradients(w, i // w.plan.blocks, i % w.plan.blocks, x, params, scratch)
     elif step == MERGE_GRADIENTS:
-        merge_gradients(w, <row>w.params, at, n)
-    elif w.planes:
-        write_planes(w, writing(w, step), k * w.chunk, min((k + 1) * w.chunk, w.units), b, x)
+        merge_gradients(w, i * w.plan.block, min(w.plan.block, w.cut.C - i * w.plan.block), x)
+    elif step == PREPARE_GRADIENTS:
+        prepare_gradients(w, i, params)
     else:
-        write_block(w, writing(w, step), k, b, x)
+        write_number(w, i, x, params)
 
 
-cdef void do_numbered(Work *w, Step step, Py_ssize_t i, row x) noexcept nogil:
-    """Number i of a step's tasks or blocks."""
-    cdef Py_ssize_t tasks = w.chunks * w.blocks
-    cdef Py_ssize_t all = w.job.M * w.job.C * w.pieces
-    if by_task(step):
-        i = tasks - 1 - i if backwards(step) else i
-        if w.planes and backwards(step):
-            # Nothing stays in cache: a feature's planes need not go together.
-            if not w.wide:
-                write_planes(w, writing(w, step), all * i // tasks, all * (i + 1) // tasks, -1, x)
-        else:
-            do(w, step, i // w.blocks, i % w.blocks, x)
-    else:
-        do(w, step, 0, i, x)
-
-
-cdef void do_block(Work *w, const Step *steps, int n, Py_ssize_t b, row x) noexcept nogil:
-    """All steps of block b."""
+cdef void do_feature(Work *w, const Step *steps, int n, Py_ssize_t c, int thread, row x, table params) noexcept nogil:
+    """All steps of one feature's planes."""
     cdef Py_ssize_t k
     cdef int s = 0
     for s in range(n):
-        if by_task(steps[s]):
-            for k in range(w.chunks):
-                do(w, steps[s], w.chunks - 1 - k if backwards(steps[s]) else k, b, x)
+        if steps[s] == WRITE:
+            write_feature(w, c, x, params)
+        elif steps[s] == SUM_MOMENTS or steps[s] == SUM_GRADIENTS:
+            for k in range(w.cut.chunks):
+                do(w, steps[s], k * w.plan.blocks + c, thread, x, params)
         else:
-            do(w, steps[s], 0, b, x)
+            do(w, steps[s], c, thread, x, params)
 
 
-cdef void run(Work *w, const Step *steps, int n, row x) noexcept nogil:
+cdef void run(Work *w, const Step *steps, int n, row x, table params) noexcept nogil:
     """The steps, one after the other. Only the number of threads is not given by the shape."""
     cdef Py_ssize_t i
     cdef int s = 0
-    if w.fused:
-        if w.threads < 2:
-            for i in range(w.blocks):
-                do_block(w, steps, n, i, x)
+    if w.plan.threads < 2:
+        if w.plan.traversal == FEATURE_BY_FEATURE:
+            for i in range(w.cut.C):
+                do_feature(w, steps, n, i, 0, x, params)
         else:
-            for i in prange(w.blocks, schedule="static", num_threads=w.threads):
-                do_block(w, steps, n, i, x)
-    elif w.threads < 2:
-        for s in range(n):
-            for i in range(w.chunks * w.blocks if by_task(steps[s]) else w.blocks):
-                do_numbered(w, steps[s], i, x)
-    else:
-        with parallel(num_threads=w.threads):
             for s in range(n):
-                for i in prange(w.chunks * w.blocks if by_task(steps[s]) else w.blocks, schedule="static"):
-                    do_numbered(w, steps[s], i, x)
+                for i in range(numbers(w, steps[s])):
+                    do(w, steps[s], i, 0, x, params)
+    elif w.plan.traversal == FEATURE_BY_FEATURE:
+        for i in prange(w.cut.C, schedule="static", num_threads=w.plan.threads):
+            do_feature(w, steps, n, i, threadid(), x, params)
+    else:
+        with parallel(num_threads=w.plan.threads):
+            for s in range(n):
+                for i in prange(numbers(w, steps[s]), schedule="static"):
+                    do(w, steps[s], i, threadid(), x, params)
+
+# --- the kernels ------------------------------------------------------------------------------------------------------------------
+
+cdef inline Py_ssize_t off_4096(Py_ssize_t n, Py_ssize_t size) noexcept nogil:
+    """n elements or a few more, whole lines: rows at a multiple of 4 KB from each other would share the sets of the first-level cache."""
+    n = ceil_div(n, STEP) * STEP
+    return n + STEP if n * size % 4096 == 0 else n
 
 
-# --- the kernels ------------------------------------------------------------------------------------------------------------
+cdef Py_ssize_t lay_out(Work *w, Py_ssize_t size) noexcept nogil:
+    """Sets the pitches; the bytes of the work space."""
+    cdef Job *job = w.job
+    cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
+    # Room for the first lanes again, and for a start where y is within its line, so that lines of y meet lines of parameters.
+    w.pitch = off_4096(job.C + 2 * STEP, size)
+    w.lane_pitch = w.pitch
+    w.lanes = w.params
+    if not w.cut.planes and lanes > job.C and (w.cut.S < SPREAD or job.dy != NULL):
+        w.lane_pitch = off_4096(lanes + 2 * STEP, size)
+        w.lanes = NULL
+    w.sums_pitch = off_4096(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold), 8)
+    return (LINE_BYTES + PARAMETERS * (w.pitch + (w.lane_pitch if w.lanes != w.params else 0)) * size
+            + (3 * w.cut.chunks * job.C + w.plan.threads * SCRATCH_ROWS * w.sums_pitch) * <Py_ssize_t>sizeof(double) + w.plan.blocks)
 
-cdef inline double *workspace(double *room, Py_ssize_t n) noexcept nogil:
-    """n float64 values: `room` where they fit (malloc weighs in a short call), else from malloc; NULL where memory ran out."""
-    if n <= ROOM:
-        return room
-    return <double *>malloc(n * sizeof(double))
 
-
-cdef inline void release(double *taken, double *room) noexcept nogil:
-    if taken != room:
-        free(taken)
-
-
-cdef int kernel(Job *job, const Step *steps, int n, Py_ssize_t inputs, row x) noexcept nogil:
+cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table params) noexcept nogil:
+    """arrays: how many of x's size are summed."""
     cdef double room[ROOM]
-    cdef double *taken
-    cdef Py_ssize_t parameters
+    cdef void *taken = room
+    cdef Py_ssize_t size = sizeof(x[0])
+    cdef Py_ssize_t nbytes
     cdef Work w
     w.job = job
-    plan(&w, inputs)
-    parameters = PARAMETERS * w.pitch * <Py_ssize_t>sizeof(x[0]) // 8
-    taken = workspace(room, 8 + parameters + 3 * w.chunks * job.C)
-    if taken == NULL:
-        return -1
-    w.params = aligned(taken)
-    w.part = <double *>w.params + parameters
-    run(&w, steps, n, x)
-    if w.wide:
-        if job.dy == NULL:
-            normalize_wide(job)
-        else:
-            backward_wide(job)
-    release(taken, room)
+    w.params = NULL
+    cut(&w.cut, job.M, job.C, job.S)
+    schedule(&w.plan, &w.cut, job, arrays, size)
+    nbytes = lay_out(&w, size)
+    if nbytes > <Py_ssize_t>sizeof(room):
+        # malloc weighs in a short call
+        taken = malloc(nbytes)
+        if taken == NULL:
+            return -1
+    params = <table>aligned(taken) + <uintptr_t>job.y % LINE_BYTES // size
+    if w.lanes == w.params:
+        w.lanes = params
+    else:
+        w.lanes = params + PARAMETERS * w.pitch
+    w.params = params
+    w.part = <double *>aligned(taken) + PARAMETERS * (w.pitch + (w.lane_pitch if w.lanes != w.params else 0)) * size // 8
+    w.scratch = w.part + 3 * w.cut.chunks * job.C
+    w.beyond = <unsigned char *>(w.scratch + w.plan.threads * SCRATCH_ROWS * w.sums_pitch)
+    run(&w, steps, n, x, params)
+    if table is f32:
+        if (arrays == 2 or job.y != NULL) and any_beyond(&w):
+            if arrays == 2:
+                sum_beyond(&w, params)
+            if job.y != NULL:
+                write_beyond(&w, params)
+    if taken != room:
+        free(taken)
     return 0
 
 
-cdef inline int kernel_of(Job *job, const Step *steps, int n, Py_ssize_t inputs) noexcept nogil:
+cdef int kernel_of(Job *job, const Step *steps, int n, int arrays) noexcept nogil:
     if job.is_float64:
-        return kernel(job, steps, n, inputs, <f64>job.x)
-    return kernel(job, steps, n, inputs, <f32>job.x)
+        return kernel(job, steps, n, arrays, <f64>job.x, <f64>NULL)
+    return kernel(job, steps, n, arrays, <f32>job.x, <f32>NULL)
 
 
 cdef int moments(Job *job) noexcept nogil:
-    """One read."""
-    cdef Step steps[2]
-    steps[:] = [ADD_MOMENTS, MERGE_MOMENTS]
+    cdef Step[2] steps = [SUM_MOMENTS, MERGE_MOMENTS]
     return kernel_of(job, steps, 2, 1)
 
 
-cdef int forward(Job *job) noexcept nogil:
-    """Two reads and a write; one and one where a block stays in cache."""
-    cdef Step steps[3]
-    steps[:] = [ADD_MOMENTS, MERGE_MOMENTS, WRITE_Y]
-    return kernel_of(job, steps, 3, 1)
-
-
 cdef int normalize(Job *job) noexcept nogil:
-    """One read and a write."""
-    cdef Step steps[2]
-    steps[:] = [PREPARE, WRITE_Y]
+    cdef Step[2] steps = [PREPARE, WRITE]
     return kernel_of(job, steps, 2, 0)
 
 
+cdef int forward(Job *job) noexcept nogil:
+    cdef Step[4] steps = [SUM_MOMENTS, MERGE_MOMENTS, PREPARE, WRITE]
+    return kernel_of(job, steps, 4, 1)
+
+
+cdef int gradients(Job *job) noexcept nogil:
+    cdef Step[3] steps = [PREPARE, SUM_GRADIENTS, MERGE_GRADIENTS]
+    return kernel_of(job, steps, 3, 2)
+
+
+cdef int input_gradient(Job *job) noexcept nogil:
+    cdef Step[3] steps = [PREPARE, PREPARE_GRADIENTS, WRITE]
+    return kernel_of(job, steps, 3, 0)
+
+
 cdef int backward(Job *job) noexcept nogil:
-    """Two reads of x and dy and a write; one of each where a block stays in cache."""
-    cdef Step steps[4]
-    steps[:] = [PREPARE, ADD_GRADIENTS, MERGE_GRADIENTS, WRITE_DX]
-    return kernel_of(job, steps, 4, 2)
+    cdef Step[5] steps = [PREPARE, SUM_GRADIENTS, MERGE_GRADIENTS, PREPARE_GRADIENTS, WRITE]
+    job.count = <double>job.M * job.S
+    return kernel_of(job, steps, 5, 2)
 
 
+# Passes over memory, where nothing stays in a cache: the reads, and a write for y or dx.
 cdef Table TABLE
-TABLE.moments = moments
-TABLE.forward = forward
-TABLE.normalize = normalize
-TABLE.backward = backward
+TABLE.moments.run, TABLE.moments.reads = moments, 1
+TABLE.normalize.run, TABLE.normalize.reads = normalize, 1
+TABLE.forward.run, TABLE.forward.reads = forward, 2
+TABLE.gradients.run, TABLE.gradients.reads = gradients, 2
+TABLE.input_gradient.run, TABLE.input_gradient.reads = input_gradient, 2
+TABLE.backward.run, TABLE.backward.reads = backward, 4
 
-table = PyCapsule_New(&TABLE, "fastbn.kernels.Table", NULL)
+table_of_kernels = PyCapsule_New(&TABLE, "fastbn.kernels.Table", NULL)

@@ -1,174 +1,225 @@
-# Writing y, or dx: into cache, or past it. Included in batchnorm.pyx; strips and their parameters as in sums.pxi.
+# Writing y, or dx, from one element to a stream of cache lines: once for all three operations. Included in batchnorm.pyx.
+#
+# A range of the output, in the order of memory, is written in whole cache lines that start on one, whatever the alignment of x and the number of lanes:
+# a store that touches two lines costs as much as two. So a line may begin at one row's end and end in the next; the parameter table has its first STEP
+# lanes once more behind the last (rows), or a line takes the parameters of two features (runs: planes, and rows of not too short a S).
 
-cdef void write_rows(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n,
-                     row params, Py_ssize_t step) noexcept nogil:
-    """y: the output's first row."""
-    cdef row dy = <row>w.job.dy + at
-    cdef Activation a = w.job.activation
-    x += at
-    if op == NORMALIZE:
-        if a == IDENTITY:
-            normalize_rows(x, y, ld, rows, n, params, step, IDENTITY)
-        elif a == RELU:
-            normalize_rows(x, y, ld, rows, n, params, step, RELU)
-        else:
-            normalize_rows(x, y, ld, rows, n, params, step, LEAKY_RELU)
-    elif op == BACKWARD:
-        if a == IDENTITY:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, IDENTITY)
-        elif a == RELU:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, RELU)
-        else:
-            backward_rows(x, dy, y, ld, rows, n, params, step, True, LEAKY_RELU)
-    elif a == IDENTITY:
-        backward_rows(x, dy, y, ld, rows, n, params, step, False, IDENTITY)
-    elif a == RELU:
-        backward_rows(x, dy, y, ld, rows, n, params, step, False, RELU)
-    else:
-        backward_rows(x, dy, y, ld, rows, n, params, step, False, LEAKY_RELU)
+cdef enum Operation:
+    Y            # activation((x - mean)*weight*invstd + bias)
+    DX           # dx, where the statistics depend on x
+    DX_SCALED    # dx, where they are constants
 
 
-cdef void write_run(Work *w, Operation op, row x, Py_ssize_t at, row y, Py_ssize_t n, row params, Py_ssize_t step) noexcept nogil:
-    """n elements of one feature."""
-    cdef row dy = <row>w.job.dy + at
-    cdef Activation a = w.job.activation
-    x += at
-    if op == NORMALIZE:
-        if a == IDENTITY:
-            normalize_run(x, y, n, params, step, IDENTITY)
-        elif a == RELU:
-            normalize_run(x, y, n, params, step, RELU)
-        else:
-            normalize_run(x, y, n, params, step, LEAKY_RELU)
-    elif op == BACKWARD:
-        if a == IDENTITY:
-            backward_run(x, dy, y, n, params, step, True, IDENTITY)
-        elif a == RELU:
-            backward_run(x, dy, y, n, params, step, True, RELU)
-        else:
-            backward_run(x, dy, y, n, params, step, True, LEAKY_RELU)
-    elif a == IDENTITY:
-        backward_run(x, dy, y, n, params, step, False, IDENTITY)
-    elif a == RELU:
-        backward_run(x, dy, y, n, params, step, False, RELU)
-    else:
-        backward_run(x, dy, y, n, params, step, False, LEAKY_RELU)
+cdef inline Operation operation(const Job *job) noexcept nogil:
+    if job.dy == NULL:
+        return Y
+    return DX if job.training else DX_SCALED
 
 
-cdef inline Py_ssize_t stream_part(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, Py_ssize_t width, row params, Py_ssize_t step,
-                                   const bint run, Py_ssize_t ahead, row waiting, Py_ssize_t left) noexcept nogil:
-    """n elements from element `at` on, past the caches: see stream_rows."""
-    cdef row dy = <row>w.job.dy + at
-    cdef row y = <row>w.job.y + at
-    cdef Activation a = w.job.activation
-    x += at
-    if op == NORMALIZE:
-        if a == IDENTITY:
-            return stream_rows(x, dy, y, n, width, params, step, run, False, True, IDENTITY, ahead, waiting, left)
-        if a == RELU:
-            return stream_rows(x, dy, y, n, width, params, step, run, False, True, RELU, ahead, waiting, left)
-        return stream_rows(x, dy, y, n, width, params, step, run, False, True, LEAKY_RELU, ahead, waiting, left)
-    if op == BACKWARD:
-        if a == IDENTITY:
-            return stream_rows(x, dy, y, n, width, params, step, run, True, True, IDENTITY, ahead, waiting, left)
-        if a == RELU:
-            return stream_rows(x, dy, y, n, width, params, step, run, True, True, RELU, ahead, waiting, left)
-        return stream_rows(x, dy, y, n, width, params, step, run, True, True, LEAKY_RELU, ahead, waiting, left)
-    if a == IDENTITY:
-        return stream_rows(x, dy, y, n, width, params, step, run, True, False, IDENTITY, ahead, waiting, left)
-    if a == RELU:
-        return stream_rows(x, dy, y, n, width, params, step, run, True, False, RELU, ahead, waiting, left)
-    return stream_rows(x, dy, y, n, width, params, step, run, True, False, LEAKY_RELU, ahead, waiting, left)
+cdef inline real element(real x, real dy, real hi, real lo, real w, real b, real m, real slope, const Operation op, const Activation activation) noexcept nogil:
+    """dx is weight*invstd*(g - mean(g) - x_hat*mean(g*x_hat))  (Ioffe & Szegedy 2015, section 3, gathered), or weight*invstd*g."""
+    cdef real d = x - hi
+    cdef real g
+    if op == Y:
+        return act(d * w + b, activation)
+    g = unact(dy, d * w + b, activation)
+    if op == DX_SCALED:
+        return g * w
+    return ((g - m) - (d - lo) * slope) * w
 
 
-cdef Py_ssize_t stream_of_rows(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, Py_ssize_t width, row params, Py_ssize_t step,
-                               Py_ssize_t ahead, row waiting) noexcept nogil:
-    """The loops for one parameter a lane, compiled once."""
-    return stream_part(w, op, x, at, n, width, params, step, False, ahead, waiting, 0)
-
-
-cdef Py_ssize_t stream_of_run(Work *w, Operation op, row x, Py_ssize_t at, Py_ssize_t n, row params, row waiting, Py_ssize_t left) noexcept nogil:
-    """The loops for one feature, compiled once."""
-    return stream_part(w, op, x, at, n, n, params, w.pitch, True, STREAM_AHEAD // <Py_ssize_t>sizeof(x[0]), waiting, left)
-
-
-cdef void write_block(Work *w, Operation op, Py_ssize_t k, Py_ssize_t b, row x) noexcept nogil:
-    """The output of chunk k of block b, of rows; or, past the caches, as large a part of the chunk's rows, whole, in the order of memory."""
-    cdef double lane_room[PARAMETERS * SPREAD_PITCH + 8]
-    cdef double line_room[STEP + 8]
-    cdef row waiting = <row>aligned(line_room)
-    cdef row y = <row>w.job.y
-    cdef Py_ssize_t size = sizeof(x[0])
-    cdef Py_ssize_t first = k * w.chunk
-    cdef Py_ssize_t end = min(first + w.chunk, w.units)
-    cdef Py_ssize_t ld = w.fold * w.width
-    cdef Py_ssize_t at = b * w.block
-    cdef Py_ssize_t n = min(w.block, ld - at)
-    cdef Py_ssize_t left
-    cdef Py_ssize_t step = 0
-    cdef Py_ssize_t rows
-    cdef Py_ssize_t together
-    cdef Py_ssize_t r
-    cdef row params
-    if w.streamed and not w.fused and w.job.S == 1 and n < ld and ld * size <= WIDE:
-        rows = end - first
-        end = first + rows * (b + 1) // w.blocks
-        first += rows * b // w.blocks
-        at = 0
-        b = 0
-        n = ld
-    params = parameters(w, b, PARAMETERS if op == BACKWARD else LOW, <row>aligned(lane_room), &step)
-    at += first * ld
-    rows = min(end, w.job.M // w.fold) - first
-    # There is no whole row in a chunk of less than one of lanes, or where there are more blocks than rows.
-    if w.streamed and rows:
-        together = rows if n == ld else 1
-        for r in range(rows // together):
-            # What is read soon: in the rest of the row and the next ones, or below.
-            left = stream_of_rows(w, op, x, at, together * n, n, params, step, STREAM_AHEAD // size if n == ld else ld, waiting)
-            memcpy(y + at + together * n - left, waiting, left * size)
-            at += together * ld
-        stream_fence()
-    else:
-        write_rows(w, op, x, at, y + at, ld, rows, n, params, step)
-        at += rows * ld
-    if w.job.M // w.fold < end:
-        n = w.job.M % w.fold * w.width
-        write_rows(w, op, x, at, y + at, n, 1, n, params, step)
-
-
-cdef void write_planes(Work *w, Operation op, Py_ssize_t first, Py_ssize_t end, Py_ssize_t b, row x) noexcept nogil:
-    """The output of some pieces of planes: numbers first to end of those of feature b, the last ones first; or, where b is -1, of all
-    planes' pieces in the order of memory.
-    """
-    cdef double line_room[STEP + 8]
-    cdef row waiting = <row>aligned(line_room)
-    cdef row y = <row>w.job.y
-    cdef Py_ssize_t size = sizeof(x[0])
-    cdef Py_ssize_t C = w.job.C
-    cdef Py_ssize_t S = w.job.S
-    cdef Py_ssize_t left = 0
-    cdef Py_ssize_t c = first // w.pieces % C if b < 0 else b
+cdef inline void write(row x, row dy, row y, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Operation op, const Activation activation) noexcept nogil:
+    """n elements. p: (PARAMETERS, step), a column for each, or of a run one for all. Nothing is read of rows that the operation does not need."""
     cdef Py_ssize_t i
-    cdef Py_ssize_t plane
-    cdef Py_ssize_t at = 0
-    cdef Py_ssize_t n = 0
-    cdef row params
-    for i in range(first, end):
-        plane = plane_of(w, i if b < 0 else first + end - 1 - i, &at, &n)
-        params = <row>w.params + c
-        if b >= 0:
-            plane = plane * C + b
-        elif at + n == S:
-            c = c + 1 if c + 1 < C else 0
-        at += plane * S
-        if w.streamed:
-            left = stream_of_run(w, op, x, at, n, params, waiting, left)
-            # Planes that follow each other in memory share the lines between them.
-            if b >= 0 or i == end - 1:
-                memcpy(y + at + n - left, waiting, left * size)
-                left = 0
+    cdef Py_ssize_t k
+    for i in range(n):
+        k = 0 if run else i
+        y[i] = element(x[i], dy[i], p[k], p[LOW * step + k], p[WEIGHT * step + k], p[SHIFT * step + k], p[MEAN_DY * step + k],
+                       p[SLOPE * step + k], op, activation)
+
+
+cdef inline void write_four(row x, row dy, row y0, row y1, row y2, row y3, Py_ssize_t apart, Py_ssize_t n, table p, Py_ssize_t step,
+                            const Operation op, const Activation activation) noexcept nogil:
+    """n lanes of four rows, `apart` elements from each other, which share what is loaded of the parameters."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        hi = p[i]
+        lo = p[LOW * step + i]
+        w = p[WEIGHT * step + i]
+        b = p[SHIFT * step + i]
+        m = p[MEAN_DY * step + i]
+        slope = p[SLOPE * step + i]
+        y0[i] = element(x[i], dy[i], hi, lo, w, b, m, slope, op, activation)
+        y1[i] = element(x[apart + i], dy[apart + i], hi, lo, w, b, m, slope, op, activation)
+        y2[i] = element(x[2 * apart + i], dy[2 * apart + i], hi, lo, w, b, m, slope, op, activation)
+        y3[i] = element(x[3 * apart + i], dy[3 * apart + i], hi, lo, w, b, m, slope, op, activation)
+
+
+cdef inline void write_two_runs(row x, row dy, row y, int left, table p, table q, Py_ssize_t step, const Operation op, const Activation activation) noexcept nogil:
+    """STEP elements: `left` of one feature, the rest of another."""
+    cdef int i
+    for i in range(STEP):
+        y[i] = element(x[i], dy[i], p[0] if i < left else q[0], p[LOW * step] if i < left else q[LOW * step],
+                       p[WEIGHT * step] if i < left else q[WEIGHT * step], p[SHIFT * step] if i < left else q[SHIFT * step],
+                       p[MEAN_DY * step] if i < left else q[MEAN_DY * step], p[SLOPE * step] if i < left else q[SLOPE * step], op, activation)
+
+
+cdef inline void stream_step(row y, row source) noexcept nogil:
+    stream_line(y, source)
+    if sizeof(y[0]) == 8:
+        stream_line(y + 8, source + 8)
+
+
+cdef inline void fetch_step(row x, row dy, row y, const Schedule *plan, const bint streamed, const Operation op) noexcept nogil:
+    cdef int lines = sizeof(x[0]) * STEP // LINE_BYTES
+    if streamed:
+        prefetch(<char *>x + STREAM_AHEAD_BYTES, lines, LINE_BYTES)
+        if op != Y:
+            prefetch(<char *>dy + STREAM_AHEAD_BYTES, lines, LINE_BYTES)
+    elif plan.write_ahead:
+        prefetch(<char *>y + plan.write_ahead, lines, LINE_BYTES)
+
+
+# --- rows: a column of the table for each lane -------------------------------------------------------------------------------------------------
+
+cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const bint streamed, const Operation op,
+                            const Activation activation) noexcept nogil:
+    """n elements from element `first` on."""
+    cdef double room[STEP + LINE_BYTES // 8]
+    cdef row line = <row>aligned(room)
+    cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
+    cdef Py_ssize_t step = w.lane_pitch
+    cdef Py_ssize_t apart = w.plan.apart
+    cdef Py_ssize_t lane = first % lanes
+    cdef Py_ssize_t j = min(<Py_ssize_t>(-<uintptr_t>y % LINE_BYTES) // <Py_ssize_t>sizeof(y[0]), n)
+    cdef Py_ssize_t end
+    write(x, dy, y, j, p + lane, step, False, op, activation)
+    lane += j
+    if not streamed and apart:
+        while n - j >= 4 * apart:
+            end = j + apart
+            while j < end:
+                lane -= lanes if lane >= lanes else 0
+                write_four(x + j, dy + j, y + j, y + apart + j, y + 2 * apart + j, y + 3 * apart + j, apart, STEP, p + lane, step, op, activation)
+                j += STEP
+                lane += STEP
+            j += 3 * apart
+    while j + STEP <= n:
+        lane -= lanes if lane >= lanes else 0
+        fetch_step(x + j, dy + j, y + j, &w.plan, streamed, op)
+        if streamed:
+            write(x + j, dy + j, line, STEP, p + lane, step, False, op, activation)
+            stream_step(y + j, line)
         else:
-            write_run(w, op, x, at, y + at, n, params, w.pitch)
-    if w.streamed:
+            write(x + j, dy + j, y + j, STEP, p + lane, step, False, op, activation)
+        j += STEP
+        lane += STEP
+    lane -= lanes if lane >= lanes else 0
+    write(x + j, dy + j, y + j, n - j, p + lane, step, False, op, activation)
+
+
+# --- runs: S elements of one feature after the other -------------------------------------------------------------------------------------------
+
+ctypedef struct Place:
+    Py_ssize_t c       # the feature
+    Py_ssize_t left    # elements of its run that are still to be written
+
+
+cdef inline void write_part_of_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op, const Activation activation) noexcept nogil:
+    """n elements, less than a line: before the first whole one, or behind the last."""
+    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t k
+    while j < n:
+        if at.left == 0:
+            at.left = w.cut.S
+            at.c = at.c + 1 if at.c + 1 < w.cut.C else 0
+        k = min(at.left, n - j)
+        write(x + j, dy + j, y + j, k, p + at.c, w.pitch, True, op, activation)
+        at.left -= k
+        j += k
+
+
+cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const bint streamed, const Operation op,
+                            const Activation activation) noexcept nogil:
+    """n elements from element `first` on."""
+    cdef double room[STEP + LINE_BYTES // 8]
+    cdef row line = <row>aligned(room)
+    cdef Py_ssize_t step = w.pitch
+    cdef Py_ssize_t plane = first // w.cut.S
+    cdef Py_ssize_t j = min(<Py_ssize_t>(-<uintptr_t>y % LINE_BYTES) // <Py_ssize_t>sizeof(y[0]), n)
+    cdef Py_ssize_t end
+    cdef Py_ssize_t next
+    cdef Place at
+    at.c = plane % w.cut.C
+    at.left = w.cut.S - (first - plane * w.cut.S)
+    write_part_of_runs(w, x, dy, y, j, p, &at, op, activation)
+    while j + STEP <= n:
+        end = j + min(at.left, n - j) // STEP * STEP
+        at.left -= end - j
+        while j < end:
+            fetch_step(x + j, dy + j, y + j, &w.plan, streamed, op)
+            if streamed:
+                write(x + j, dy + j, line, STEP, p + at.c, step, True, op, activation)
+                stream_step(y + j, line)
+            else:
+                write(x + j, dy + j, y + j, STEP, p + at.c, step, True, op, activation)
+            j += STEP
+        if j + STEP <= n:
+            next = at.c + 1 if at.c + 1 < w.cut.C else 0
+            if at.left and streamed:
+                write_two_runs(x + j, dy + j, line, <int>at.left, p + at.c, p + next, step, op, activation)
+                stream_step(y + j, line)
+            elif at.left:
+                write_two_runs(x + j, dy + j, y + j, <int>at.left, p + at.c, p + next, step, op, activation)
+            if at.left:
+                at.left -= STEP
+                j += STEP
+            at.left += w.cut.S
+            at.c = next
+    write_part_of_runs(w, x + j, dy + j, y + j, n - j, p, &at, op, activation)
+
+
+# --- a range: each operation, activation and kind of store is a loop of its own ------------------------------------------------------------------
+
+cdef inline void write_as(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table params, const Operation op,
+                          const Activation activation) noexcept nogil:
+    if w.plan.runs and w.plan.streamed:
+        write_runs(w, x, dy, y, first, n, params, True, op, activation)
+    elif w.plan.runs:
+        write_runs(w, x, dy, y, first, n, params, False, op, activation)
+    elif w.plan.streamed:
+        write_rows(w, x, dy, y, first, n, <table>w.lanes, True, op, activation)
+    else:
+        write_rows(w, x, dy, y, first, n, <table>w.lanes, False, op, activation)
+
+
+cdef void write_range(Work *w, Py_ssize_t first, Py_ssize_t n, row x, table params) noexcept nogil:
+    """n elements of the output, from element `first` on."""
+    cdef Operation op = operation(w.job)
+    cdef Activation a = w.job.activation
+    cdef row y = <row>w.job.y + first
+    x += first
+    # Forwards have no dy: the loops are given x in its place, and do not read it.
+    cdef row dy = x if op == Y else <row>w.job.dy + first
+    if op == Y:
+        if a == IDENTITY:
+            write_as(w, x, dy, y, first, n, params, Y, IDENTITY)
+        elif a == RELU:
+            write_as(w, x, dy, y, first, n, params, Y, RELU)
+        else:
+            write_as(w, x, dy, y, first, n, params, Y, LEAKY_RELU)
+    elif op == DX:
+        if a == IDENTITY:
+            write_as(w, x, dy, y, first, n, params, DX, IDENTITY)
+        elif a == RELU:
+            write_as(w, x, dy, y, first, n, params, DX, RELU)
+        else:
+            write_as(w, x, dy, y, first, n, params, DX, LEAKY_RELU)
+    elif a == IDENTITY:
+        write_as(w, x, dy, y, first, n, params, DX_SCALED, IDENTITY)
+    elif a == RELU:
+        write_as(w, x, dy, y, first, n, params, DX_SCALED, RELU)
+    else:
+        write_as(w, x, dy, y, first, n, params, DX_SCALED, LEAKY_RELU)
+    if w.plan.streamed:
         stream_fence()

@@ -1,12 +1,12 @@
-/* Streaming stores and prefetches, the one thing Cython cannot say.
+/* Streaming stores, prefetches and vectors of float64: what Cython cannot say.
 
    A large output is written past the caches: a plain store first reads the line that it overwrites, and the lines push out
-   the input. Small ones are written faster, and found again sooner, in cache: `plan` in plan.pxd decides.
+   the input. Small ones are written faster, and found again sooner, in cache: schedule.pxd decides.
 
    FASTBN_STREAMS is 0 where there is nothing to gain: 64-bit ARM has only a hint (STNP), which its cores may ignore, and
    they stop allocating by themselves once whole lines are written one after the other. There a line is copied. */
-#ifndef FASTBN_STORES_H
-#define FASTBN_STORES_H
+#ifndef FASTBN_INTRINSICS_H
+#define FASTBN_INTRINSICS_H
 
 #include <stddef.h>
 #include <string.h>
@@ -66,5 +66,55 @@ static inline void fastbn_stream_fence(void) {
         for (line_ = 0; line_ < (ptrdiff_t)(lines); line_++)     \
             FASTBN_PREFETCH((const char *)(p) + line_ * (apart)); \
     } while (0)
+
+/* Vectors of float64, as wide as a register, for the sums of float32 data: compilers widen floats with shuffles, where a load
+   can do it, and may not contract a*a + b into one instruction, which is right where a*a is exact, as a float's square is. */
+#if defined(__AVX512F__)
+typedef __m512d fastbn_vec;
+#define FASTBN_WIDTH 8
+#define fastbn_widen(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))
+#define fastbn_vec_load _mm512_loadu_pd
+#define fastbn_vec_store _mm512_storeu_pd
+#define fastbn_vec_add _mm512_add_pd
+#define fastbn_vec_square(a) _mm512_mul_pd((a), (a))
+#define fastbn_vec_add_square(t, a) _mm512_fmadd_pd((a), (a), (t))
+#elif defined(__AVX2__) && (defined(__FMA__) || defined(_MSC_VER))
+typedef __m256d fastbn_vec;
+#define FASTBN_WIDTH 4
+#define fastbn_widen(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
+#define fastbn_vec_load _mm256_loadu_pd
+#define fastbn_vec_store _mm256_storeu_pd
+#define fastbn_vec_add _mm256_add_pd
+#define fastbn_vec_square(a) _mm256_mul_pd((a), (a))
+#define fastbn_vec_add_square(t, a) _mm256_fmadd_pd((a), (a), (t))
+#elif defined(__SSE2__) || defined(_M_X64)
+typedef __m128d fastbn_vec;
+#define FASTBN_WIDTH 2
+#define fastbn_widen(p) _mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd((const double *)(p))))
+#define fastbn_vec_load _mm_loadu_pd
+#define fastbn_vec_store _mm_storeu_pd
+#define fastbn_vec_add _mm_add_pd
+#define fastbn_vec_square(a) _mm_mul_pd((a), (a))
+#define fastbn_vec_add_square(t, a) _mm_add_pd(_mm_mul_pd((a), (a)), (t))
+#elif defined(__aarch64__) && defined(__GNUC__)
+#include <arm_neon.h>
+typedef float64x2_t fastbn_vec;
+#define FASTBN_WIDTH 2
+#define fastbn_widen(p) vcvt_f64_f32(vld1_f32(p))
+#define fastbn_vec_load vld1q_f64
+#define fastbn_vec_store vst1q_f64
+#define fastbn_vec_add vaddq_f64
+#define fastbn_vec_square(a) vmulq_f64((a), (a))
+#define fastbn_vec_add_square(t, a) vfmaq_f64((t), (a), (a))
+#else
+typedef double fastbn_vec;
+#define FASTBN_WIDTH 1
+#define fastbn_widen(p) ((double)*(p))
+#define fastbn_vec_load(p) (*(p))
+#define fastbn_vec_store(p, a) ((void)(*(p) = (a)))
+#define fastbn_vec_add(a, b) ((a) + (b))
+#define fastbn_vec_square(a) ((a) * (a))
+#define fastbn_vec_add_square(t, a) ((a) * (a) + (t))
+#endif
 
 #endif

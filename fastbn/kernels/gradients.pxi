@@ -1,0 +1,147 @@
+# The gradients of weight and bias, from the loops over x and dy to their sums. Included in batchnorm.pyx.
+#
+# s1 += sum g and s2 += sum g*x_hat (float64: g*(x - mean)), g the gradient before the activation. Trees of four are in the arithmetic's type. p is the
+# parameter table (PARAMETERS, step): a column for each lane, or of a run its one feature's.
+
+cdef inline void four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Activation activation,
+                                f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef Py_ssize_t k
+    for i in range(n):
+        k = 0 if run else i
+        hi = p[k]
+        lo = p[LOW * step + k]
+        w = p[WEIGHT * step + k]
+        b = p[SHIFT * step + k]
+        r = p[INVSTD * step + k]
+        d0 = x[i] - hi
+        d1 = x[ld + i] - hi
+        d2 = x[2 * ld + i] - hi
+        d3 = x[3 * ld + i] - hi
+        g0 = unact(dy[i], d0 * w + b, activation)
+        g1 = unact(dy[ld + i], d1 * w + b, activation)
+        g2 = unact(dy[2 * ld + i], d2 * w + b, activation)
+        g3 = unact(dy[3 * ld + i], d3 * w + b, activation)
+        add(s1, e1, i, (g0 + g1) + (g2 + g3), not summed_exactly(x))
+        add(s2, e2, i, (g0 * ((d0 - lo) * r) + g1 * ((d1 - lo) * r)) + (g2 * ((d2 - lo) * r) + g3 * ((d3 - lo) * r)), not summed_exactly(x))
+
+
+cdef inline void one_gradient(row x, row dy, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Activation activation,
+                              f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef Py_ssize_t k
+    for i in range(n):
+        k = 0 if run else i
+        d = x[i] - p[k]
+        g = unact(dy[i], d * p[WEIGHT * step + k] + p[SHIFT * step + k], activation)
+        add(s1, e1, i, g, not summed_exactly(x))
+        add(s2, e2, i, <double>g * <double>((d - p[LOW * step + k]) * p[INVSTD * step + k]), not summed_exactly(x))
+
+
+cdef inline void add_gradients(row x, row dy, const Strip *s, table p, Py_ssize_t step, const bint run, const Activation activation,
+                               f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    """The rows of a strip; a run's n elements over STEP lanes."""
+    cdef Py_ssize_t ld = STEP if run else s.ld
+    cdef Py_ssize_t n = STEP if run else s.n
+    cdef Py_ssize_t rows = s.n // STEP if run else s.rows
+    cdef Py_ssize_t at = 0 if run else 1
+    cdef Py_ssize_t j
+    while rows >= 4:
+        j = 0
+        while j + STEP <= n:
+            if s.ahead:
+                fetch_four(x, ld, n, j, s.ahead)
+                fetch_four(dy, ld, n, j, s.ahead)
+            four_gradients(x + j, dy + j, ld, STEP, p + at * j, step, run, activation, s1 + j, e1 + j, s2 + j, e2 + j)
+            j += STEP
+        if j < n:
+            four_gradients(x + j, dy + j, ld, n - j, p + at * j, step, run, activation, s1 + j, e1 + j, s2 + j, e2 + j)
+        x += 4 * ld
+        dy += 4 * ld
+        rows -= 4
+    while rows > 0:
+        one_gradient(x, dy, n, p, step, run, activation, s1, e1, s2, e2)
+        x += ld
+        dy += ld
+        rows -= 1
+    if run:
+        one_gradient(x, dy, s.n % STEP, p, step, run, activation, s1, e1, s2, e2)
+
+
+cdef void add_strip(Work *w, const Strip *s, row x, table p, Py_ssize_t step, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    """Each activation is a loop of its own: a test inside the loop would not vectorise with every compiler."""
+    cdef row dy = <row>w.job.dy + s.at
+    cdef Activation a = w.job.activation
+    x += s.at
+    if w.cut.planes:
+        if a == IDENTITY:
+            add_gradients(x, dy, s, p, step, True, IDENTITY, s1, e1, s2, e2)
+        elif a == RELU:
+            add_gradients(x, dy, s, p, step, True, RELU, s1, e1, s2, e2)
+        else:
+            add_gradients(x, dy, s, p, step, True, LEAKY_RELU, s1, e1, s2, e2)
+    elif a == IDENTITY:
+        add_gradients(x, dy, s, p, step, False, IDENTITY, s1, e1, s2, e2)
+    elif a == RELU:
+        add_gradients(x, dy, s, p, step, False, RELU, s1, e1, s2, e2)
+    else:
+        add_gradients(x, dy, s, p, step, False, LEAKY_RELU, s1, e1, s2, e2)
+
+
+cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x, table params, double *scratch) noexcept nogil:
+    """A task's two sums of each feature."""
+    cdef Task t = task_of(w, k, b)
+    cdef Strip s
+    cdef Py_ssize_t C = w.cut.C
+    cdef f64 s1 = scratch
+    cdef f64 e1 = s1 + w.sums_pitch
+    cdef f64 s2 = s1 + 2 * w.sums_pitch
+    cdef f64 e2 = s1 + 3 * w.sums_pitch
+    cdef f64 part = w.part + 3 * k * C + t.feature
+    cdef table p = params + t.feature if w.cut.planes else <table>w.lanes + t.feature * w.cut.S
+    cdef Py_ssize_t c
+    memset(s1, 0, 4 * w.sums_pitch * sizeof(double))
+    start(&t, &s)
+    if w.cut.planes:
+        while next_run(w, &t, &s):
+            add_strip(w, &s, x, p + s.feature, w.pitch, s1 + s.lane, e1 + s.lane, s2 + s.lane, e2 + s.lane)
+    else:
+        while next_rows(w, &t, &s, sizeof(x[0])):
+            add_strip(w, &s, x, p, w.lane_pitch, s1, e1, s2, e2)
+    gather(w, &t, s1, e1)
+    gather(w, &t, s2, e2)
+    for c in range(t.features):
+        part[C + c] = s1[c]
+        part[2 * C + c] = s2[c]
+
+
+cdef void merge_some_gradients(Work *w, Py_ssize_t at, Py_ssize_t n, const bint of_differences) noexcept nogil:
+    """The chunks' sums of n features, at most MERGED, the first number `at`. of_differences: whether they are of g*(x - mean)."""
+    cdef double lost_bias[MERGED]
+    cdef double lost_weight[MERGED]
+    cdef Py_ssize_t C = w.cut.C
+    cdef Py_ssize_t c
+    cdef Py_ssize_t k
+    cdef f64 dweight = w.job.dweight + at
+    cdef f64 dbias = w.job.dbias + at
+    cdef f64 part
+    memset(lost_bias, 0, n * sizeof(double))
+    memset(lost_weight, 0, n * sizeof(double))
+    memset(dweight, 0, n * sizeof(double))
+    memset(dbias, 0, n * sizeof(double))
+    for k in range(w.cut.chunks):
+        part = w.part + 3 * k * C + at
+        for c in range(n):
+            add(dbias, lost_bias, c, part[C + c], True)
+            add(dweight, lost_weight, c, part[2 * C + c], True)
+    for c in range(n):
+        dbias[c] += lost_bias[c]
+        dweight[c] += lost_weight[c]
+        if of_differences:
+            dweight[c] /= sqrt(w.job.var[at + c] + w.job.eps)
+
+
+cdef void merge_gradients(Work *w, Py_ssize_t at, Py_ssize_t n, row x) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(0, n, MERGED):
+        merge_some_gradients(w, at + c, min(<Py_ssize_t>MERGED, n - c), not summed_exactly(x))
