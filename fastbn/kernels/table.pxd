@@ -6,9 +6,6 @@ cdef enum Activation:
     RELU = 1
     LEAKY_RELU = 2
 
-cdef enum:
-    THREADED = 524288    # fewest elements read that are worth a parallel region, whose threads may have to be woken: 20 to 50 us
-
 ctypedef struct Job:
     # The view: element (m, c, s) stands at (m*C + c)*S + s. [in]
     Py_ssize_t M
