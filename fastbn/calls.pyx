@@ -31,8 +31,8 @@ from fastbn.arguments cimport (
     writable,
 )
 from fastbn.batchstats cimport BatchStats, new_stats
-from fastbn.kernels cimport cpu, memory
-from fastbn.kernels.table cimport THREADED, Activation, Job, Kernel, Table
+from fastbn.kernels cimport machine, memory
+from fastbn.kernels.table cimport Activation, Job, Kernel, Table
 from fastbn.renorm cimport correct_gradients, correct_parameters, corrections
 
 from fastbn import kernels
@@ -71,7 +71,7 @@ cdef class Constants:
         self.unbiased = unbiased
         self.axis = operator.index(axis)
         self.activation = activation_of(activation)
-        self.num_threads = 0 if num_threads is None else cpu.checked_threads(num_threads)
+        self.num_threads = 0 if num_threads is None else machine.checked_threads(num_threads)
         self.renorm = renorm
 
     def like(self, mean, var, axis):
@@ -121,7 +121,9 @@ cdef class Call:
         job.is_float64 = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
         job.activation = constants.activation
         job.eps = constants.eps
-        job.num_threads = cpu.threads(constants.num_threads) if reads * job.M * job.C * job.S >= THREADED else 1
+        job.num_threads = 1
+        if reads * job.M * job.C * job.S >= machine.settings().parallel_from_elements:
+            job.num_threads = machine.threads(constants.num_threads)
         if constants.features >= 0 and constants.features != job.C:
             raise ValueError(f"expected x with {constants.features} features along axis {constants.axis}, got shape {shape_of(x)}")
         return 0
@@ -164,7 +166,7 @@ cdef class Call:
                 raise ValueError("expected out to be the input itself or to share no memory with it, got a partly overlapping array")
         self.y = target if usable_as(self.x, target) else memory.empty_like(self.x)
         self.job.y = cnp.PyArray_DATA(self.y)
-        self.job.cache = cpu.cache_bytes()
+        self.job.cache = machine.settings().l3_bytes
         return 0
 
     cdef bint kept(self, object x, cnp.ndarray given) except -1:

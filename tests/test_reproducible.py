@@ -13,7 +13,7 @@ import pytest
 
 import fastbn
 from fastbn import kernels
-from fastbn.kernels import cpu
+from fastbn.kernels import machine
 
 # Rows, folded rows, several blocks of wide rows, short planes, long planes, planes in pieces; small ones, some that
 # stay in cache between one pass and the next, and some above every threshold for opening threads.
@@ -75,11 +75,12 @@ def results(shape, dtype, activation, threads=None, offset=0, given=False, order
 
 @contextlib.contextmanager
 def cache_of(nbytes):
-    before = cpu.set_cache_bytes(nbytes)
+    names = ("l3_bytes", "stream_from_bytes", "stream_inference_from_bytes")
+    before = machine.set_settings(**dict.fromkeys(names, nbytes))
     try:
         yield
     finally:
-        cpu.set_cache_bytes(before)
+        machine.set_settings(**before)
 
 
 def digest(threads, offset, given):

@@ -12,7 +12,7 @@ cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.math cimport sqrt, sqrtf
 
-from fastbn.kernels cimport cpu
+from fastbn.kernels cimport machine
 from fastbn.kernels.lanes cimport real
 
 cnp.import_array()
@@ -149,7 +149,7 @@ cdef void part(Rule *r, Work *w, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
 
 
 cdef void run(Rule *r, Work *w) noexcept nogil:
-    cdef int threads = cpu.threads(0) if w.size >= THREADED else 1
+    cdef int threads = machine.threads(0) if w.size >= THREADED else 1
     cdef Py_ssize_t share
     cdef Py_ssize_t first
     cdef int i

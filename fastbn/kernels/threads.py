@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import cpu
+from . import machine
 
 
 def _cgroup_quota() -> int | None:
@@ -52,7 +52,7 @@ def get_num_threads() -> int:
     1
     >>> _ = fastbn.set_num_threads(before)
     """
-    return cpu.current_threads()
+    return machine.current_threads()
 
 
 def set_num_threads(n: int) -> int:
@@ -69,9 +69,9 @@ def set_num_threads(n: int) -> int:
     ValueError, TypeError
         Where n is not a positive integer.
     """
-    count = cpu.checked_threads(n)
+    count = machine.checked_threads(n)
     before = get_num_threads()
-    cpu.set_requested(count)
+    machine.set_requested(count)
     return before
 
 
@@ -86,17 +86,17 @@ def threads(n: int) -> Iterator[None]:
     ...     fastbn.get_num_threads()
     1
     """
-    count = cpu.checked_threads(n)
-    before = cpu.get_requested()
-    cpu.set_requested(count)
+    count = machine.checked_threads(n)
+    before = machine.get_requested()
+    machine.set_requested(count)
     try:
         yield
     finally:
-        cpu.set_requested(before)
+        machine.set_requested(before)
 
 
 _quota = _cgroup_quota()
 if _quota is not None:
-    cpu.set_quota(_quota)
+    machine.set_quota(_quota)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=cpu.after_fork_in_child)
+    os.register_at_fork(after_in_child=machine.after_fork_in_child)

@@ -1,6 +1,7 @@
-"""What this machine is: instruction set, OpenMP, processors. Always built with the baseline's flags.
+"""What this machine is: processor, caches, instruction set, OpenMP. Always built with the baseline's flags.
 
-Holds the process-wide thread count too, where the compiled core reads it without a call into Python.
+Holds the process-wide thread count and the settings of the processor's family too, where the compiled core reads them without a
+call into Python.
 """
 cdef extern from *:
     """
@@ -49,44 +50,81 @@ cdef extern from *:
             f[2] = r[2];
         }
     }
-    /* Bytes of the largest level that leaf 4 (Intel) or its twin 0x8000001D (AMD, where leaf 4 is empty) lists; or 0. */
-    static size_t fastbn_cache_bytes(void) {
+    /* The vendor's twelve letters, and family and model as the manuals of both vendors count them. */
+    static void fastbn_processor(char vendor[13], int *family, int *model) {
+        unsigned r[4], word;
+        fastbn_cpuid(0, 0, r);
+        for (word = 0; word < 12; word++) vendor[word] = (char)(r[word < 4 ? 1 : word < 8 ? 3 : 2] >> 8 * (word % 4));
+        vendor[12] = 0;
+        fastbn_cpuid(1, 0, r);
+        *family = (int)(r[0] >> 8 & 15);
+        *model = (int)(r[0] >> 4 & 15);
+        if (*family == 6 || *family == 15) *model += (int)(r[0] >> 16 & 15) << 4;
+        if (*family == 15) *family += (int)(r[0] >> 20 & 255);
+    }
+    /* Bytes of the levels' data caches, and the processors that share the third, as leaf 4 (Intel) or its twin 0x8000001D
+       (AMD, where leaf 4 is empty) lists them. */
+    static void fastbn_caches(size_t bytes[3], int *sharers) {
         const unsigned leaves[2] = {4, 0x8000001Du};
-        size_t largest = 0, bytes;
-        unsigned r[4], i, sub;
-        for (i = 0; i < 2 && !largest; i++) {
+        unsigned r[4], i, sub, level;
+        for (i = 0; i < 2 && !bytes[0]; i++) {
             fastbn_cpuid(leaves[i] & 0x80000000u, 0, r);
             if (r[0] < leaves[i]) continue;
             for (sub = 0; sub < 16; sub++) {
                 fastbn_cpuid(leaves[i], sub, r);
                 if ((r[0] & 31) == 0) break;
+                level = r[0] >> 5 & 7;
+                if ((r[0] & 31) == 2 || level < 1 || level > 3) continue;    /* 2: of instructions */
                 /* ways, partitions, bytes of a line, sets; each less one. */
-                bytes = (size_t)((r[1] >> 22) + 1) * (((r[1] >> 12) & 1023) + 1) * ((r[1] & 4095) + 1) * ((size_t)r[2] + 1);
-                if (bytes > largest) largest = bytes;
+                bytes[level - 1] = (size_t)((r[1] >> 22) + 1) * (((r[1] >> 12) & 1023) + 1) * ((r[1] & 4095) + 1) * ((size_t)r[2] + 1);
+                if (level == 3) *sharers = (int)(r[0] >> 14 & 4095) + 1;
             }
         }
-        return largest;
     }
     #else
     static void fastbn_features(unsigned long long f[4]) { (void)f; }
+    #include <string.h>
     #if defined(__APPLE__)
     #include <sys/sysctl.h>
-    static size_t fastbn_cache_bytes(void) {
+    static void fastbn_processor(char vendor[13], int *family, int *model) {
+        (void)family; (void)model;
+        strcpy(vendor, "Apple");
+    }
+    static size_t fastbn_sysctl(const char *name) {
         unsigned long long bytes = 0;
         size_t size = sizeof bytes;
-        if (sysctlbyname("hw.perflevel0.l2cachesize", &bytes, &size, NULL, 0) != 0) return 0;
-        return (size_t)bytes;
+        return sysctlbyname(name, &bytes, &size, NULL, 0) == 0 ? (size_t)bytes : 0;
+    }
+    static void fastbn_caches(size_t bytes[3], int *sharers) {
+        (void)sharers;
+        bytes[0] = fastbn_sysctl("hw.perflevel0.l1dcachesize");
+        bytes[1] = fastbn_sysctl("hw.perflevel0.l2cachesize");
     }
     #else
     #if defined(__unix__)
     #include <unistd.h>
     #endif
-    static size_t fastbn_cache_bytes(void) {
-    #if defined(_SC_LEVEL3_CACHE_SIZE)
-        long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-        if (bytes > 0) return (size_t)bytes;
+    static void fastbn_processor(char vendor[13], int *family, int *model) {
+        (void)family; (void)model;
+    #if defined(__aarch64__) || defined(_M_ARM64)
+        strcpy(vendor, "ARM");
+    #else
+        (void)vendor;
     #endif
-        return 0;
+    }
+    static void fastbn_caches(size_t bytes[3], int *sharers) {
+        (void)sharers;
+    #if defined(_SC_LEVEL3_CACHE_SIZE)
+        const int names[3] = {_SC_LEVEL1_DCACHE_SIZE, _SC_LEVEL2_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE};
+        long found;
+        int i;
+        for (i = 0; i < 3; i++) {
+            found = sysconf(names[i]);
+            if (found > 0) bytes[i] = (size_t)found;
+        }
+    #else
+        (void)bytes;
+    #endif
     }
     #endif
     #endif
@@ -102,15 +140,16 @@ cdef extern from *:
     int omp_get_num_procs() nogil
     const bint FASTBN_ARM64
     void fastbn_features(unsigned long long *f)
-    size_t fastbn_cache_bytes()
+    void fastbn_processor(char *vendor, int *family, int *model)
+    void fastbn_caches(size_t *bytes, int *sharers)
 
 import operator
+import sys
 
 cdef int requested = 0        # set_num_threads; 0: the default
 cdef int quota = 1 << 20      # processors that the control group grants
 cdef bint forked = False
-# Asked once: under a hypervisor each CPUID costs a microsecond or more.
-cdef Py_ssize_t last_level = fastbn_cache_bytes() or 32 << 20
+cdef Settings numbers         # filled at import, by kernels/__init__.py
 
 
 cdef int threads(int asked) noexcept nogil:
@@ -125,9 +164,9 @@ cdef int threads(int asked) noexcept nogil:
     return max(1, min(omp_get_max_threads(), omp_get_num_procs(), quota))
 
 
-cdef Py_ssize_t cache_bytes() noexcept nogil:
-    """Size of the last-level cache. It may choose between kinds of stores alone: the bits must not depend on it."""
-    return last_level
+cdef const Settings *settings() noexcept nogil:
+    """The numbers in force. The bits of a result must not depend on them."""
+    return &numbers
 
 
 cpdef int checked_threads(object n) except -1:
@@ -155,11 +194,27 @@ def set_quota(int n):
     quota = n
 
 
-def set_cache_bytes(Py_ssize_t n):
-    """Take the last-level cache to be n bytes, so that a test need not fill the real one; the size before."""
-    global last_level
-    before = last_level
-    last_level = n
+def get_settings():
+    """The numbers in force, by the names of Settings' members."""
+    return numbers
+
+
+def set_settings(**changes):
+    """Put some numbers in force, for the whole process; all of those before. Nothing is changed where one of them is wrong."""
+    global numbers
+    before = numbers
+    for name, value in changes.items():
+        if name not in before:
+            raise TypeError(f"expected a setting among {', '.join(before)}, got {name!r}")
+        try:
+            changes[name] = operator.index(value)
+        except TypeError:
+            raise TypeError(f"expected {name} as an integer, got {type(value).__name__}") from None
+        if not 0 <= changes[name] <= sys.maxsize:
+            raise ValueError(f"expected {name} to be at least 0 and at most {sys.maxsize}, got {changes[name]}")
+        if name == "rows_at_once" and changes[name] not in (1, 4):
+            raise ValueError(f"expected rows_at_once to be 1 or 4, got {changes[name]}")
+    numbers = {**before, **changes}
     return before
 
 
@@ -176,6 +231,23 @@ def current_threads():
 def openmp_version():
     """The OpenMP specification's date, as 201511, or 0 for a serial build."""
     return FASTBN_OPENMP
+
+
+def processor():
+    """(vendor, family, model): CPUID's on x86-64; on arm64 ("Apple" or "ARM", 0, 0), elsewhere ("", 0, 0)."""
+    cdef char[13] vendor = [0] * 13
+    cdef int family = 0
+    cdef int model = 0
+    fastbn_processor(vendor, &family, &model)
+    return (<bytes>vendor).decode("ascii", "replace"), family, model
+
+
+def caches():
+    """Bytes of the data caches and the processors that share the third, 0 where the system does not say."""
+    cdef size_t[3] sizes = [0, 0, 0]
+    cdef int sharers = 0
+    fastbn_caches(sizes, &sharers)
+    return {"l1_bytes": sizes[0], "l2_bytes": sizes[1], "l3_bytes": sizes[2], "l3_sharers": sharers}
 
 
 cdef unsigned long long bits(object numbers):
