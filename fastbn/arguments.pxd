@@ -1,6 +1,6 @@
 cimport numpy as cnp
 
-from fastbn.kernels.table cimport RELU, Activation
+from fastbn.kernels.job cimport RELU, Activation
 
 cpdef cnp.ndarray floating(object a, str name=*)
 cdef int feature_axis(cnp.ndarray x, object axis) except -1

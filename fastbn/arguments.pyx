@@ -10,7 +10,7 @@ from numpy.ma import MaskedArray
 cimport numpy as cnp
 from libc.string cimport memcpy
 
-from fastbn.kernels.table cimport IDENTITY, LEAKY_RELU, RELU, Activation
+from fastbn.kernels.job cimport IDENTITY, LEAKY_RELU, RELU, Activation
 
 cnp.import_array()
 

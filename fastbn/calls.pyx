@@ -32,7 +32,7 @@ from fastbn.arguments cimport (
 )
 from fastbn.batchstats cimport BatchStats, new_stats
 from fastbn.kernels cimport machine, memory
-from fastbn.kernels.table cimport Activation, Job, Kernel, Table
+from fastbn.kernels.job cimport Activation, Job, Kernel, Table
 from fastbn.renorm cimport correct_gradients, correct_parameters, corrections
 
 from fastbn import kernels
@@ -107,8 +107,7 @@ cdef class Call:
         if self.room != self.small:
             PyMem_Free(self.room)
 
-    cdef int begin(self, Constants constants, cnp.ndarray x, int reads) except -1:
-        """`reads`: of arrays of x's size."""
+    cdef int begin(self, Constants constants, cnp.ndarray x, const Kernel *kernel) except -1:
         cdef int k = feature_axis(x, constants.axis)
         cdef Job *job = &self.job
         if not dense(x, k, &job.M, &job.S):
@@ -121,8 +120,9 @@ cdef class Call:
         job.is_float64 = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
         job.activation = constants.activation
         job.eps = constants.eps
+        job.settings = machine.settings()
         job.num_threads = 1
-        if reads * job.M * job.C * job.S >= machine.settings().parallel_from_elements:
+        if kernel.reads * job.M * job.C * job.S >= job.settings.parallel_from_elements:
             job.num_threads = machine.threads(constants.num_threads)
         if constants.features >= 0 and constants.features != job.C:
             raise ValueError(f"expected x with {constants.features} features along axis {constants.axis}, got shape {shape_of(x)}")
@@ -166,7 +166,6 @@ cdef class Call:
                 raise ValueError("expected out to be the input itself or to share no memory with it, got a partly overlapping array")
         self.y = target if usable_as(self.x, target) else memory.empty_like(self.x)
         self.job.y = cnp.PyArray_DATA(self.y)
-        self.job.cache = machine.settings().l3_bytes
         return 0
 
     cdef bint kept(self, object x, cnp.ndarray given) except -1:
@@ -181,17 +180,17 @@ cdef class Call:
         return 0
 
 
-cdef int call(Kernel kernel, Job *job) except -1:
+cdef int call(const Kernel *kernel, Job *job) except -1:
     """Run a kernel, unless there is nothing to work on."""
     cdef int status
     cdef Py_ssize_t c
     if job.M * job.C * job.S == 0:
-        if kernel == KERNELS.moments or kernel == KERNELS.forward:
+        if kernel == &KERNELS.moments or kernel == &KERNELS.forward:
             for c in range(job.C):
                 job.mean[c] = job.mean_low[c] = job.var[c] = NAN
         return 0
     with nogil:
-        status = kernel(job)
+        status = kernel.run(job)
     if status:
         raise MemoryError()
     return 0
@@ -200,7 +199,7 @@ cdef int call(Kernel kernel, Job *job) except -1:
 cdef Call forward_call(Constants constants, cnp.ndarray given, object out, bint training):
     """The arrays of a forward, checked."""
     cdef Call c = Call.__new__(Call)
-    c.begin(constants, given, 2 if training else 1)
+    c.begin(constants, given, &KERNELS.forward if training else &KERNELS.normalize)
     c.parameters(constants, 2)
     c.output(out, given, None)
     if training and constants.mean is not None:
@@ -230,7 +229,7 @@ def forward(Constants constants, x, out, double factor):
     if stats.renormalised:
         renormalized(job, stats, running_mean, running_var, constants.renorm)
     else:
-        call(KERNELS.forward, job)
+        call(&KERNELS.forward, job)
     c.finish()
     if running_mean != NULL and m:
         correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
@@ -244,11 +243,11 @@ cdef int renormalized(Job *job, BatchStats stats, double *running_mean, double *
     cdef void *y = job.y
     cdef double *r = stats.correction()
     job.y = NULL
-    call(KERNELS.moments, job)
+    call(&KERNELS.moments, job)
     job.y = y
     corrections(job, running_mean, running_var, limits[0], limits[1], r, r + job.C)
     correct_parameters(job, r, r + job.C)
-    return call(KERNELS.normalize, job)
+    return call(&KERNELS.normalize, job)
 
 
 def infer(Constants constants, x, out):
@@ -260,7 +259,7 @@ def infer(Constants constants, x, out):
     load(constants.mean, c.job.mean, c.job.C, 0, "running_mean")
     load(None, c.job.mean_low, c.job.C, 0, "mean_low")
     load(constants.var, c.job.var, c.job.C, 1, "running_var")
-    call(KERNELS.normalize, &c.job)
+    call(&KERNELS.normalize, &c.job)
     c.finish()
     return c.out, stats, c.kept(x, given)
 
@@ -269,10 +268,10 @@ def moments(Constants constants, x):
     """Of constants only the axis matters."""
     cdef Call c = Call.__new__(Call)
     cdef BatchStats stats
-    c.begin(constants, floating(x, "x"), 1)
+    c.begin(constants, floating(x, "x"), &KERNELS.moments)
     stats = new_stats(c.job.C, c.job.M * c.job.S)
     c.statistics(stats)
-    call(KERNELS.moments, &c.job)
+    call(&KERNELS.moments, &c.job)
     return stats
 
 
@@ -312,7 +311,7 @@ cdef Call backward_arrays(Constants constants, object dy, object x, object out):
     cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
     cdef cnp.ndarray gradient = floating(dy, "dy")
-    c.begin(constants, given, 4)
+    c.begin(constants, given, &KERNELS.backward)
     if not cnp.PyArray_SAMESHAPE(gradient, given):
         raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
     c.parameters(constants, 4)
@@ -343,7 +342,7 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
     for i in range(job.C):
         job.dweight[i] = 0
         job.dbias[i] = 0
-    call(KERNELS.backward, job)
+    call(&KERNELS.backward, job)
     c.finish()
     if (<BatchStats>stats).renormalised:
         correct_gradients(job, r, r + job.C)

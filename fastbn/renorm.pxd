@@ -6,7 +6,7 @@ constants in the gradients.
 """
 from libc.math cimport sqrt
 
-from fastbn.kernels.table cimport Job
+from fastbn.kernels.job cimport Job
 
 
 cdef inline double within(double a, double low, double high) noexcept nogil:

@@ -36,5 +36,5 @@ BUILD = os.environ.get("FASTBN_ISA") or families.build_of(_family, BUILDS)
 if BUILD not in BUILDS:
     raise ImportError(f"FASTBN_ISA must name a build that this processor runs: expected one of {BUILDS}, got {BUILD!r}")
 
-table = import_module(f"{__name__}.batchnorm_{BUILD}").table
+table = import_module(f"{__name__}.batchnorm_{BUILD}").table_of_kernels
 optim = import_module(f"{__name__}.optim_{BUILD}")

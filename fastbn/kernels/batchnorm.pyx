@@ -62,6 +62,7 @@ ctypedef struct Work:
     double *part             # (chunks, 3, C): pivot and the two sums of each chunk
     double *scratch          # (threads, SCRATCH_ROWS, sums_pitch)
     unsigned char *beyond    # (blocks,): whether float32 cannot hold the parameters of one of its features
+    bint lane_table          # whether lanes is a table of its own
     Py_ssize_t pitch
     Py_ssize_t lane_pitch
     Py_ssize_t sums_pitch
@@ -82,7 +83,7 @@ cdef inline void spread_rows(Work *w, Py_ssize_t at, Py_ssize_t n, table params,
     if w.cut.planes:
         return
     for r in range(first, end):
-        if w.lanes != w.params:
+        if w.lane_table:
             spread(params + r * w.pitch + at, n, S, w.cut.fold, lanes + r * w.lane_pitch + at * S)
         if at == 0:
             repeat_first(lanes + r * w.lane_pitch, w.cut.fold * w.cut.width)
@@ -216,13 +217,10 @@ cdef Py_ssize_t lay_out(Work *w, Py_ssize_t size) noexcept nogil:
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
     # Room for the first lanes again, and for a start where y is within its line, so that lines of y meet lines of parameters.
     w.pitch = off_4096(job.C + 2 * STEP, size)
-    w.lane_pitch = w.pitch
-    w.lanes = w.params
-    if not w.cut.planes and lanes > job.C and (w.cut.S < SPREAD or job.dy != NULL):
-        w.lane_pitch = off_4096(lanes + 2 * STEP, size)
-        w.lanes = NULL
+    w.lane_table = not w.cut.planes and lanes > job.C and (w.cut.S < SPREAD or job.dy != NULL)
+    w.lane_pitch = off_4096(lanes + 2 * STEP, size) if w.lane_table else w.pitch
     w.sums_pitch = off_4096(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold), 8)
-    return (LINE_BYTES + PARAMETERS * (w.pitch + (w.lane_pitch if w.lanes != w.params else 0)) * size
+    return (LINE_BYTES + PARAMETERS * (w.pitch + w.lane_table * w.lane_pitch) * size
             + (3 * w.cut.chunks * job.C + w.plan.threads * SCRATCH_ROWS * w.sums_pitch) * <Py_ssize_t>sizeof(double) + w.plan.blocks)
 
 
@@ -234,7 +232,6 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
     cdef Py_ssize_t nbytes
     cdef Work w
     w.job = job
-    w.params = NULL
     cut(&w.cut, job.M, job.C, job.S)
     schedule(&w.plan, &w.cut, job, arrays, size)
     nbytes = lay_out(&w, size)
@@ -244,12 +241,9 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
         if taken == NULL:
             return -1
     params = <table>aligned(taken) + <uintptr_t>job.y % LINE_BYTES // size
-    if w.lanes == w.params:
-        w.lanes = params
-    else:
-        w.lanes = params + PARAMETERS * w.pitch
     w.params = params
-    w.part = <double *>aligned(taken) + PARAMETERS * (w.pitch + (w.lane_pitch if w.lanes != w.params else 0)) * size // 8
+    w.lanes = params + w.lane_table * PARAMETERS * w.pitch
+    w.part = <double *>aligned(taken) + PARAMETERS * (w.pitch + w.lane_table * w.lane_pitch) * size // 8
     w.scratch = w.part + 3 * w.cut.chunks * job.C
     w.beyond = <unsigned char *>(w.scratch + w.plan.threads * SCRATCH_ROWS * w.sums_pitch)
     run(&w, steps, n, x, params)

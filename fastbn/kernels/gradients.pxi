@@ -143,5 +143,5 @@ cdef void merge_some_gradients(Work *w, Py_ssize_t at, Py_ssize_t n, const bint 
 
 cdef void merge_gradients(Work *w, Py_ssize_t at, Py_ssize_t n, row x) noexcept nogil:
     cdef Py_ssize_t c
-    for c in range(0, n, MERGED):
-        merge_some_gradients(w, at + c, min(<Py_ssize_t>MERGED, n - c), not summed_exactly(x))
+    for c in range(ceil_div(n, MERGED)):
+        merge_some_gradients(w, at + c * MERGED, min(<Py_ssize_t>MERGED, n - c * MERGED), not summed_exactly(x))

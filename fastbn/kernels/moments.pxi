@@ -337,5 +337,5 @@ cdef void merge_moments(Work *w, Py_ssize_t at, Py_ssize_t n) noexcept nogil:
         moments_of_one(w.part + at, w.part + C + at, w.part + 2 * C + at, n, <double>w.cut.M * w.cut.S,
                        w.job.mean + at, w.job.mean_low + at, w.job.var + at)
         return
-    for c in range(0, n, MERGED):
-        merge_some_moments(w, at + c, min(<Py_ssize_t>MERGED, n - c))
+    for c in range(ceil_div(n, MERGED)):
+        merge_some_moments(w, at + c * MERGED, min(<Py_ssize_t>MERGED, n - c * MERGED))

@@ -13,7 +13,7 @@ from cython.parallel cimport prange
 from libc.math cimport sqrt, sqrtf
 
 from fastbn.kernels cimport machine
-from fastbn.kernels.lanes cimport real
+from fastbn.kernels.types cimport real
 
 cnp.import_array()
 

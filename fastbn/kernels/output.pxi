@@ -85,7 +85,7 @@ cdef inline void fetch_step(row x, row dy, row y, const Schedule *plan, const bi
 cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const bint streamed, const Operation op,
                             const Activation activation) noexcept nogil:
     """n elements from element `first` on."""
-    cdef double room[STEP + LINE_BYTES // 8]
+    cdef double room[STEP + 8]
     cdef row line = <row>aligned(room)
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
     cdef Py_ssize_t step = w.lane_pitch
@@ -142,7 +142,7 @@ cdef inline void write_part_of_runs(Work *w, row x, row dy, row y, Py_ssize_t n,
 cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const bint streamed, const Operation op,
                             const Activation activation) noexcept nogil:
     """n elements from element `first` on."""
-    cdef double room[STEP + LINE_BYTES // 8]
+    cdef double room[STEP + 8]
     cdef row line = <row>aligned(room)
     cdef Py_ssize_t step = w.pitch
     cdef Py_ssize_t plane = first // w.cut.S

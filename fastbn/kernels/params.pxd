@@ -74,11 +74,12 @@ cdef inline bint held(table p, Py_ssize_t pitch, double weight) noexcept nogil:
 
     Weights below 1e-30 are let pass: all that they scale is next to nothing, and decay brings many there.
     """
+    cdef double w = p[WEIGHT * pitch]
+    cdef double invstd = p[INVSTD * pitch]
     if table is f64:
         return True
-    w = p[WEIGHT * pitch]
-    return not (((w < <float>1.2e-38) & (w > -<float>1.2e-38) & ((weight > 1e-30) | (weight < -1e-30)))
-                | (w > <float>3.4e38) | (w < -<float>3.4e38) | (p[INVSTD * pitch] > <float>3.4e38))
+    else:
+        return not (((w < 1.2e-38) & (w > -1.2e-38) & ((weight > 1e-30) | (weight < -1e-30))) | (w > 3.4e38) | (w < -3.4e38) | (invstd > 3.4e38))
 
 
 cdef inline bint all_held(table p, Py_ssize_t pitch, Py_ssize_t n, const double *weight) noexcept nogil:
