@@ -14,6 +14,7 @@ cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport NAN
+from libc.string cimport memset
 
 from fastbn.arguments cimport (
     activation_of,
@@ -174,6 +175,25 @@ cdef class Call:
             return False
         return x is given or not isinstance(x, np.ndarray) or not isinstance(self.out, np.ndarray) or not overlap(self.out, x)
 
+    cdef int gradient_inputs(self, BatchStats stats, bint training) except -1:
+        """What a gradient kernel reads besides the parameters; the gradients are 0 until then."""
+        self.statistics(stats)
+        self.job.dy = cnp.PyArray_DATA(self.dy)
+        self.job.training = training
+        memset(self.job.dweight, 0, self.job.C * sizeof(double))
+        memset(self.job.dbias, 0, self.job.C * sizeof(double))
+        return 0
+
+    cdef tuple gradients(self):
+        """dweight and dbias in new arrays."""
+        cdef cnp.npy_intp shape[1]
+        shape[0] = self.job.C
+        dweight = cnp.PyArray_SimpleNew(1, shape, cnp.NPY_FLOAT64)
+        dbias = cnp.PyArray_SimpleNew(1, shape, cnp.NPY_FLOAT64)
+        store(self.job.dweight, dweight, self.job.C)
+        store(self.job.dbias, dbias, self.job.C)
+        return dweight, dbias
+
     cdef int finish(self) except -1:
         if self.y is not self.out:
             np.copyto(self.out, self.y)
@@ -277,14 +297,8 @@ def moments(Constants constants, x):
 
 def backward(Constants constants, dy, x, stats, bint training, out):
     """(dx, dweight, dbias), the gradients of weight and bias in new float64 arrays."""
-    cdef cnp.npy_intp shape[1]
     cdef Call c = backward_call(constants, dy, x, stats, training, out)
-    shape[0] = c.job.C
-    dweight = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
-    dbias = cnp.PyArray_ZEROS(1, shape, cnp.NPY_FLOAT64, 0)
-    store(c.job.dweight, dweight, c.job.C)
-    store(c.job.dbias, dbias, c.job.C)
-    return c.out, dweight, dbias
+    return c.out, *c.gradients()
 
 
 def backward_into(Constants constants, dy, x, stats, bint training, out, dweight, dbias):
@@ -306,16 +320,17 @@ cdef int writable_gradients(Constants constants, object dweight, object dbias) e
     return 0
 
 
-cdef Call backward_arrays(Constants constants, object dy, object x, object out):
-    """The arrays of a backward, checked."""
+cdef Call backward_arrays(Constants constants, object dy, object x, object out, const Kernel *kernel):
+    """The arrays of a backward, or of a half of it, checked."""
     cdef Call c = Call.__new__(Call)
     cdef cnp.ndarray given = floating(x, "x")
     cdef cnp.ndarray gradient = floating(dy, "dy")
-    c.begin(constants, given, &KERNELS.backward)
+    c.begin(constants, given, kernel)
     if not cnp.PyArray_SAMESHAPE(gradient, given):
         raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
     c.parameters(constants, 4)
-    c.output(out, gradient, x if isinstance(x, np.ndarray) else None)
+    if kernel != &KERNELS.gradients:
+        c.output(out, gradient, x if isinstance(x, np.ndarray) else None)
     if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not usable_as(c.x, gradient):
         c.dy = memory.empty_like(c.x)
         np.copyto(c.dy, gradient, casting="same_kind")
@@ -325,28 +340,54 @@ cdef Call backward_arrays(Constants constants, object dy, object x, object out):
 
 
 cdef Call backward_call(Constants constants, object dy, object x, object stats, bint training, object out):
-    cdef Py_ssize_t i
     cdef double *r = NULL
     if not isinstance(stats, BatchStats):
         raise TypeError(f"expected stats to be a BatchStats, as batch_norm_forward returns, got {type(stats).__name__}")
-    cdef Call c = backward_arrays(constants, dy, x, out)
+    cdef Call c = backward_arrays(constants, dy, x, out, &KERNELS.backward)
     cdef Job *job = &c.job
-    c.statistics(stats)
+    c.gradient_inputs(stats, training)
     if training and (<BatchStats>stats).count != job.M * job.S:
         raise ValueError(f"expected statistics of the {job.M * job.S} values per feature of x, got those of {(<BatchStats>stats).count}")
     if (<BatchStats>stats).renormalised:
         r = (<BatchStats>stats).correction()
         correct_parameters(job, r, r + job.C)
-    job.dy = cnp.PyArray_DATA(c.dy)
-    job.training = training
-    for i in range(job.C):
-        job.dweight[i] = 0
-        job.dbias[i] = 0
     call(&KERNELS.backward, job)
     c.finish()
     if (<BatchStats>stats).renormalised:
         correct_gradients(job, r, r + job.C)
     return c
+
+
+# --- halves of a call, for statistics and gradients that are summed over more than one array (as over processes) ------------
+
+def normalize(Constants constants, x, BatchStats stats, out):
+    """y, from given statistics."""
+    cdef cnp.ndarray given = floating(x, "x")
+    cdef Call c = forward_call(constants, given, out, False)
+    c.statistics(stats)
+    call(&KERNELS.normalize, &c.job)
+    c.finish()
+    return c.out
+
+
+def gradients(Constants constants, dy, x, BatchStats stats):
+    """(dweight, dbias) of these arrays alone, from statistics that may be of more."""
+    cdef Call c = backward_arrays(constants, dy, x, None, &KERNELS.gradients)
+    c.gradient_inputs(stats, True)
+    call(&KERNELS.gradients, &c.job)
+    return c.gradients()
+
+
+def input_gradient(Constants constants, dy, x, BatchStats stats, dweight, dbias, out):
+    """dx, where dweight and dbias are summed over the stats.count values that the statistics are of."""
+    cdef Call c = backward_arrays(constants, dy, x, out, &KERNELS.input_gradient)
+    c.gradient_inputs(stats, True)
+    c.job.count = stats.count
+    load(dweight, c.job.dweight, c.job.C, 0, "dweight")
+    load(dbias, c.job.dbias, c.job.C, 0, "dbias")
+    call(&KERNELS.input_gradient, &c.job)
+    c.finish()
+    return c.out
 
 
 # --- calls made in parts (batches.py): everything about the whole is checked before the first part is computed -------------
@@ -361,5 +402,5 @@ def arrays_of_forward(Constants constants, x, out, bint training):
 def arrays_of_backward(Constants constants, dy, x, out, dweight, dbias):
     """(dy, x, dx, out), likewise."""
     writable_gradients(constants, dweight, dbias)
-    cdef Call c = backward_arrays(constants, dy, x, out)
+    cdef Call c = backward_arrays(constants, dy, x, out, &KERNELS.backward)
     return c.dy, c.x, c.y, c.out

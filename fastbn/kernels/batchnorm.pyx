@@ -37,10 +37,12 @@ from fastbn.kernels.params cimport (
     SHIFT,
     SLOPE,
     WEIGHT,
-    all_held,
+    all_backward_fit,
+    all_forward_fit,
+    backward_fits,
     fill_gradients,
     fill_table,
-    held,
+    forward_fits,
     repeat_first,
     spread,
 )
@@ -80,7 +82,7 @@ cdef inline void spread_rows(Work *w, Py_ssize_t at, Py_ssize_t n, table params,
     cdef Py_ssize_t S = w.cut.S
     cdef table lanes = <table>w.lanes
     cdef int r
-    if w.cut.planes:
+    if w.plan.runs and not w.lane_table:
         return
     for r in range(first, end):
         if w.lane_table:
@@ -94,7 +96,7 @@ cdef void prepare(Work *w, Py_ssize_t b, table params) noexcept nogil:
     cdef Py_ssize_t at = b * w.plan.block
     cdef Py_ssize_t n = min(w.plan.block, job.C - at)
     fill_table(job.mean + at, job.mean_low + at, job.var + at, job.weight + at, job.bias + at, job.eps, n, params + at, w.pitch)
-    w.beyond[b] = not all_held(params + at, w.pitch, n, job.weight + at)
+    w.beyond[b] = table is f32 and not all_forward_fit(params + at, w.pitch, n, job.weight + at)
     spread_rows(w, at, n, params, HIGH, SHIFT + 1 if job.dy == NULL else MEAN_DY)
 
 
@@ -103,6 +105,7 @@ cdef void prepare_gradients(Work *w, Py_ssize_t b, table params) noexcept nogil:
     cdef Py_ssize_t at = b * w.plan.block
     cdef Py_ssize_t n = min(w.plan.block, job.C - at)
     fill_gradients(job.var + at, job.dweight + at, job.dbias + at, job.eps, job.count, n, params + at, w.pitch)
+    w.beyond[b] |= table is f32 and not all_backward_fit(params + at, w.pitch, n, job.dweight + at)
     spread_rows(w, at, n, params, MEAN_DY, PARAMETERS)
 
 # --- steps: what a kernel is made of --------------------------------------------------------------------------------------------
@@ -205,10 +208,14 @@ cdef void run(Work *w, const Step *steps, int n, row x, table params) noexcept n
 
 # --- the kernels ------------------------------------------------------------------------------------------------------------------
 
-cdef inline Py_ssize_t off_4096(Py_ssize_t n, Py_ssize_t size) noexcept nogil:
-    """n elements or a few more, whole lines: rows at a multiple of 4 KB from each other would share the sets of the first-level cache."""
-    n = ceil_div(n, STEP) * STEP
-    return n + STEP if n * size % 4096 == 0 else n
+cdef inline Py_ssize_t table_pitch(Py_ssize_t n, Py_ssize_t size) noexcept nogil:
+    """n elements or a few more: an odd number of lines, so that the rows of a table do not share sets of the first-level cache."""
+    return (ceil_div(n * size, LINE_BYTES) | 1) * LINE_BYTES // size
+
+
+cdef inline Py_ssize_t sums_pitch(Py_ssize_t n) noexcept nogil:
+    """n float64 sums or some more: 1 KB or 3 KB behind a multiple of 4 KB, so that no load of a sum waits for the store of another one."""
+    return ((n + 127) // 128 | 1) * 128
 
 
 cdef Py_ssize_t lay_out(Work *w, Py_ssize_t size) noexcept nogil:
@@ -216,10 +223,10 @@ cdef Py_ssize_t lay_out(Work *w, Py_ssize_t size) noexcept nogil:
     cdef Job *job = w.job
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
     # Room for the first lanes again, and for a start where y is within its line, so that lines of y meet lines of parameters.
-    w.pitch = off_4096(job.C + 2 * STEP, size)
+    w.pitch = table_pitch(job.C + 2 * STEP, size)
     w.lane_table = not w.cut.planes and lanes > job.C and (w.cut.S < SPREAD or job.dy != NULL)
-    w.lane_pitch = off_4096(lanes + 2 * STEP, size) if w.lane_table else w.pitch
-    w.sums_pitch = off_4096(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold), 8)
+    w.lane_pitch = table_pitch(lanes + 2 * STEP, size) if w.lane_table else w.pitch
+    w.sums_pitch = sums_pitch(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold))
     return (LINE_BYTES + PARAMETERS * (w.pitch + w.lane_table * w.lane_pitch) * size
             + (3 * w.cut.chunks * job.C + w.plan.threads * SCRATCH_ROWS * w.sums_pitch) * <Py_ssize_t>sizeof(double) + w.plan.blocks)
 

@@ -7,8 +7,9 @@ cdef inline double x_hat_of(const Job *job, double x, Py_ssize_t c) noexcept nog
     return (x - job.mean[c] - job.mean_low[c]) * (1 / sqrt(job.var[c] + job.eps))
 
 
-cdef inline double g_of(const Job *job, float dy, double x_hat, Py_ssize_t c) noexcept nogil:
-    return unact(dy, <float>(x_hat * job.weight[c] + job.bias[c]), job.activation)
+cdef inline float z_of(const Job *job, double x_hat, Py_ssize_t c) noexcept nogil:
+    """What the activation is applied to, in forward and backward alike, so that both see one sign."""
+    return <float>(x_hat * job.weight[c] + job.bias[c])
 
 
 cdef void sum_beyond(Work *w, f32 params) noexcept nogil:
@@ -23,15 +24,30 @@ cdef void sum_beyond(Work *w, f32 params) noexcept nogil:
     cdef double g
     cdef double x_hat
     for c in range(job.C):
-        if not held(params + c, w.pitch, job.weight[c]):
+        if not forward_fits(params + c, w.pitch, job.weight[c]):
             job.dweight[c] = job.dbias[c] = 0
             for m in range(job.M):
                 at = (m * job.C + c) * job.S
-                for i in range(job.S):
-                    x_hat = x_hat_of(job, x[at + i], c)
-                    g = g_of(job, dy[at + i], x_hat, c)
+                for i in range(at, at + job.S):
+                    x_hat = x_hat_of(job, x[i], c)
+                    g = unact(dy[i], z_of(job, x_hat, c), job.activation)
                     job.dbias[c] += g
                     job.dweight[c] += g * x_hat
+
+
+cdef inline float element_beyond(const Job *job, float x, float dy, f32 p, Py_ssize_t pitch, bint forward_fit, const Operation op, Py_ssize_t c) noexcept nogil:
+    cdef double x_hat = x_hat_of(job, x, c)
+    cdef float z = z_of(job, x_hat, c)
+    cdef double g
+    if op == Y:
+        return act(z, job.activation)
+    if forward_fit:
+        # y was written by the loops, and so its sign is theirs.
+        z = (x - p[0]) * p[WEIGHT * pitch] + p[SHIFT * pitch]
+    g = unact(dy, z, job.activation)
+    if op == DX:
+        g = (g - job.dbias[c] / job.count) - x_hat * (job.dweight[c] / job.count)
+    return g * (job.weight[c] * (1 / sqrt(job.var[c] + job.eps)))
 
 
 cdef void write_beyond(Work *w, f32 params) noexcept nogil:
@@ -47,24 +63,14 @@ cdef void write_beyond(Work *w, f32 params) noexcept nogil:
     cdef Py_ssize_t m
     cdef Py_ssize_t i
     cdef Py_ssize_t at = 0
-    cdef double x_hat
-    cdef double g
-    cdef double per = 1 / job.count
+    cdef bint fit
     for m in range(job.M):
         for c in range(job.C):
             p = params + c
-            if held(p, pitch, job.weight[c]):
-                for i in range(at, at + job.S):
-                    y[i] = element(x[i], dy[i], p[0], p[LOW * pitch], p[WEIGHT * pitch], p[SHIFT * pitch], p[MEAN_DY * pitch],
-                                   p[SLOPE * pitch], op, job.activation)
+            fit = forward_fits(p, pitch, job.weight[c])
+            if fit and (op != DX or backward_fits(p, pitch, job.dweight[c])):
+                write(x + at, dy + at, y + at, job.S, p, pitch, True, op, job.activation)
             else:
                 for i in range(at, at + job.S):
-                    x_hat = x_hat_of(job, x[i], c)
-                    if op == Y:
-                        y[i] = act(<float>(x_hat * job.weight[c] + job.bias[c]), job.activation)
-                    else:
-                        g = g_of(job, dy[i], x_hat, c)
-                        if op == DX:
-                            g = (g - job.dbias[c] * per) - x_hat * (job.dweight[c] * per)
-                        y[i] = g * (job.weight[c] * (1 / sqrt(job.var[c] + job.eps)))
+                    y[i] = element_beyond(job, x[i], dy[i], p, pitch, fit, op, c)
             at += job.S

@@ -3,6 +3,11 @@
 # s1 += sum g and s2 += sum g*x_hat (float64: g*(x - mean)), g the gradient before the activation. Trees of four are in the arithmetic's type. p is the
 # parameter table (PARAMETERS, step): a column for each lane, or of a run its one feature's.
 
+cdef inline real scaled(real d, real invstd) noexcept nogil:
+    """x_hat, or x - mean in float64, whose sums are scaled at the end."""
+    return d * invstd if real is float else d
+
+
 cdef inline void four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Activation activation,
                                 f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
     cdef Py_ssize_t i
@@ -23,7 +28,7 @@ cdef inline void four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, tabl
         g2 = unact(dy[2 * ld + i], d2 * w + b, activation)
         g3 = unact(dy[3 * ld + i], d3 * w + b, activation)
         add(s1, e1, i, (g0 + g1) + (g2 + g3), not summed_exactly(x))
-        add(s2, e2, i, (g0 * ((d0 - lo) * r) + g1 * ((d1 - lo) * r)) + (g2 * ((d2 - lo) * r) + g3 * ((d3 - lo) * r)), not summed_exactly(x))
+        add(s2, e2, i, (g0 * scaled(d0 - lo, r) + g1 * scaled(d1 - lo, r)) + (g2 * scaled(d2 - lo, r) + g3 * scaled(d3 - lo, r)), not summed_exactly(x))
 
 
 cdef inline void one_gradient(row x, row dy, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Activation activation,
@@ -35,7 +40,7 @@ cdef inline void one_gradient(row x, row dy, Py_ssize_t n, table p, Py_ssize_t s
         d = x[i] - p[k]
         g = unact(dy[i], d * p[WEIGHT * step + k] + p[SHIFT * step + k], activation)
         add(s1, e1, i, g, not summed_exactly(x))
-        add(s2, e2, i, <double>g * <double>((d - p[LOW * step + k]) * p[INVSTD * step + k]), not summed_exactly(x))
+        add(s2, e2, i, <double>g * <double>scaled(d - p[LOW * step + k], p[INVSTD * step + k]), not summed_exactly(x))
 
 
 cdef inline void add_gradients(row x, row dy, const Strip *s, table p, Py_ssize_t step, const bint run, const Activation activation,
@@ -46,18 +51,24 @@ cdef inline void add_gradients(row x, row dy, const Strip *s, table p, Py_ssize_
     cdef Py_ssize_t rows = s.n // STEP if run else s.rows
     cdef Py_ssize_t at = 0 if run else 1
     cdef Py_ssize_t j
+    cdef Py_ssize_t end
+    cdef Py_ssize_t ahead = s.ahead
+    cdef Py_ssize_t left = s.left
     while rows >= 4:
         j = 0
-        while j + STEP <= n:
-            if s.ahead:
-                fetch_four(x, ld, n, j, s.ahead)
-                fetch_four(dy, ld, n, j, s.ahead)
+        end = STEP if run else in_steps(n, 3 * ld, left)
+        ahead = ahead if ahead + 4 * ld <= left else 0
+        while j < end:
+            if ahead:
+                fetch_four(x, ld, n, j, ahead)
+                fetch_four(dy, ld, n, j, ahead)
             four_gradients(x + j, dy + j, ld, STEP, p + at * j, step, run, activation, s1 + j, e1 + j, s2 + j, e2 + j)
             j += STEP
         if j < n:
             four_gradients(x + j, dy + j, ld, n - j, p + at * j, step, run, activation, s1 + j, e1 + j, s2 + j, e2 + j)
         x += 4 * ld
         dy += 4 * ld
+        left -= 4 * ld
         rows -= 4
     while rows > 0:
         one_gradient(x, dy, n, p, step, run, activation, s1, e1, s2, e2)

@@ -69,18 +69,31 @@ cdef inline void add_trees(const float *x, Py_ssize_t ld, const int trees, f64 s
         vec_store(s2 + i * WIDTH, v)
 
 
-cdef inline void add_moments(row x, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, f64 pivot, const bint centred, Py_ssize_t ahead,
+cdef inline Py_ssize_t in_steps(Py_ssize_t n, Py_ssize_t before, Py_ssize_t left) noexcept nogil:
+    """How many of n lanes are worked on in whole steps: all, where x goes on behind them; what the lanes behind n come to is never looked at.
+
+    before: elements from the first row worked on to the last one; left: to the end of x.
+    """
+    return ceil_div(n, STEP) * STEP if before + ceil_div(n, STEP) * STEP <= left else n // STEP * STEP
+
+
+cdef inline void add_moments(row x, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n, f64 pivot, const bint centred, Py_ssize_t ahead, Py_ssize_t left,
                              f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    """left: elements from x on, to the end of all: nothing behind it is read, or asked for."""
     cdef Py_ssize_t j
     cdef Py_ssize_t k
+    cdef Py_ssize_t end
     cdef Py_ssize_t trees = 1
     while rows >= 4:
         j = 0
         if row is f32:
+            # Eight rows 4 KB apart run out of ways in the first-level cache.
+            trees = 2 if not centred and rows >= 8 and ld % 1024 else 1
+        end = in_steps(n, (4 * trees - 1) * ld, left)
+        ahead = ahead if ahead + 4 * trees * ld <= left else 0
+        if row is f32:
             if not centred:
-                # Eight rows 4 KB apart run out of ways in the first-level cache.
-                trees = 2 if rows >= 8 and ld % 1024 else 1
-                while j + STEP <= n:
+                while j < end:
                     if ahead:
                         fetch_four(x, ld, n, j, ahead)
                         if trees == 2:
@@ -90,7 +103,7 @@ cdef inline void add_moments(row x, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n
                     else:
                         add_trees(x + j, ld, 1, s1 + j, s2 + j)
                     j += STEP
-        while j + STEP <= n:
+        while j < end:
             if ahead:
                 fetch_four(x, ld, n, j, ahead)
             four_moments(x + j, ld, STEP, pivot + j, centred, s1 + j, e1 + j, s2 + j, e2 + j)
@@ -99,8 +112,8 @@ cdef inline void add_moments(row x, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n
             for k in range(trees):
                 four_moments(x + j + 4 * k * ld, ld, n - j, pivot + j, centred, s1 + j, e1 + j, s2 + j, e2 + j)
         x += 4 * trees * ld
+        left -= 4 * trees * ld
         rows -= 4 * trees
-        trees = 1
     while rows > 0:
         one_moment(x, n, pivot, centred, s1, e1, s2, e2)
         x += ld
@@ -137,7 +150,7 @@ cdef inline void add_moments_of_run(row x, Py_ssize_t n, f64 pivot, const bint c
     if row is f32 and not centred:
         add_run_of_floats(x, whole, s1, s2)
     else:
-        add_moments(x, STEP, n // STEP, STEP, pivot, centred, 0, s1, e1, s2, e2)
+        add_moments(x, STEP, n // STEP, STEP, pivot, centred, 0, n, s1, e1, s2, e2)
     if whole < n:
         one_moment(x + whole, n - whole, pivot, centred, s1, e1, s2, e2)
 
@@ -158,7 +171,7 @@ cdef void total_moments(Work *w, Task t, row x, const bint centred, f64 pivots, 
             add_moments_of_run(x + s.at, s.n, pivots + s.lane, centred, s1 + s.lane, e1 + s.lane, s2 + s.lane, e2 + s.lane)
     else:
         while next_rows(w, &t, &s, sizeof(x[0])):
-            add_moments(x + s.at, s.ld, s.rows, s.n, pivots, centred, s.ahead, s1, e1, s2, e2)
+            add_moments(x + s.at, s.ld, s.rows, s.n, pivots, centred, s.ahead, s.left, s1, e1, s2, e2)
     gather(w, &t, s1, e1)
     gather(w, &t, s2, e2)
 

@@ -10,7 +10,7 @@ cdef enum Parameter:
     WEIGHT = 1   # weight * invstd
     SHIFT = 2    # bias - low*weight*invstd, low what HIGH leaves of the mean
     LOW = 3      # low, where the gradients cannot do without
-    INVSTD = 4   # 1 in float64, where the gradients' sums are of g*(x - mean)
+    INVSTD = 4   # which the sums of float64 leave to the end: g*(x - mean) has one rounding less, but in float32 it could overflow
     MEAN_DY = 5
     SLOPE = 6    # invstd * mean(dy * x_hat)
     PARAMETERS = 7
@@ -39,26 +39,44 @@ cdef inline double square_root_error(double v, double r) noexcept nogil:
 
 # Loops over features are functions of their own: a compiler believes in pointers that do not alias where they are parameters.
 
+cdef inline double product_error(double a, double b, double p) noexcept nogil:
+    """a*b - p, where p is the rounded product (Dekker)."""
+    cdef double a_high = split_high(a)
+    cdef double a_low = a - a_high
+    cdef double b_high = split_high(b)
+    cdef double b_low = b - b_high
+    return ((a_high * b_high - p) + (a_high * b_low + a_low * b_high)) + a_low * b_low
+
+
+cdef inline double rounded_once(double weight, double var, double eps, double v, double r) noexcept nogil:
+    """weight/sqrt(var + eps), from v = var + eps and r = 1/sqrt(v) as they were rounded: one rounding instead of four."""
+    cdef double b = v - var
+    cdef double v_low = (var - (v - b)) + (eps - b)
+    cdef double e = square_root_error(v, r) - v_low * r * r
+    cdef double p = weight * r
+    # Beyond 2^996 the splits overflow, where nothing is to be gained.
+    cdef double lost = product_error(weight, r, p) + weight * (0.5 * e * r if -1e-15 < e < 1e-15 else 0)
+    return p + lost if -1e290 < lost < 1e290 else p
+
+
 cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, double eps, Py_ssize_t n, table p, Py_ssize_t pitch) noexcept nogil:
     """The rows that do not depend on the gradients' sums."""
     cdef Py_ssize_t c
+    cdef double v
     cdef double invstd
-    cdef double e
+    cdef double w
     cdef double lo
     for c in range(n):
-        invstd = 1 / sqrt(var[c] + eps)
-        if table is f64:
-            # One Newton step: two roundings become one.
-            e = square_root_error(var[c] + eps, invstd)
-            invstd += 0.5 * e * invstd if -1e-15 < e < 1e-15 else 0
+        v = var[c] + eps
+        invstd = 1 / sqrt(v)
+        w = rounded_once(weight[c], var[c], eps, v, invstd) if table is f64 else weight[c] * invstd
         p[c] = mean[c]
         lo = (mean[c] - p[c]) + low[c]
         p[LOW * pitch + c] = lo
-        p[WEIGHT * pitch + c] = weight[c] * invstd
+        p[WEIGHT * pitch + c] = w
         # lo is at most half a unit in the last place of the mean: nothing cancels here.
-        p[SHIFT * pitch + c] = bias[c] - lo * (weight[c] * invstd)
-        # float64: the sums are of g*(x - mean), one rounding less; in float32 those products could overflow.
-        p[INVSTD * pitch + c] = 1 if table is f64 else invstd
+        p[SHIFT * pitch + c] = bias[c] - lo * w
+        p[INVSTD * pitch + c] = invstd
 
 
 cdef inline void fill_gradients(f64 var, f64 dweight, f64 dbias, double eps, double count, Py_ssize_t n, table p, Py_ssize_t pitch) noexcept nogil:
@@ -69,24 +87,39 @@ cdef inline void fill_gradients(f64 var, f64 dweight, f64 dbias, double eps, dou
         p[SLOPE * pitch + c] = dweight[c] / (count * sqrt(var[c] + eps))
 
 
-cdef inline bint held(table p, Py_ssize_t pitch, double weight) noexcept nogil:
-    """Whether the arithmetic's type holds invstd and weight*invstd with full precision; float32 may not, for data of 1e30 or of 1e-30.
+# Whether float32 holds a feature's parameters with full precision, as it may not for data of 1e30 or of 1e-30. What is too small for it may be so where
+# all that it scales is next to nothing, as weights that decay leaves behind: where std is below 8e7, it belongs to weights or gradients below 1e-30.
+# NaN is held: it stays in its feature anyway.
 
-    Weights below 1e-30 are let pass: all that they scale is next to nothing, and decay brings many there.
-    """
-    cdef double w = p[WEIGHT * pitch]
+cdef inline bint fits(double a, double exact, double invstd) noexcept nogil:
+    """Whether the row's value a, a float, does for the exact one."""
+    return not ((a > 3.4e38) | (a < -3.4e38) | ((a < 1.2e-38) & (a > -1.2e-38) & (exact != 0) & (invstd < 1.25e-8)))
+
+
+cdef inline bint forward_fits(table p, Py_ssize_t pitch, double weight) noexcept nogil:
+    """Whether a forward and the gradients' sums can be computed with a feature's rows."""
     cdef double invstd = p[INVSTD * pitch]
-    if table is f64:
-        return True
-    else:
-        return not (((w < 1.2e-38) & (w > -1.2e-38) & ((weight > 1e-30) | (weight < -1e-30))) | (w > 3.4e38) | (w < -3.4e38) | (invstd > 3.4e38))
+    return fits(p[WEIGHT * pitch], weight, invstd) & (not invstd > 3.4e38)
 
 
-cdef inline bint all_held(table p, Py_ssize_t pitch, Py_ssize_t n, const double *weight) noexcept nogil:
+cdef inline bint backward_fits(table p, Py_ssize_t pitch, double dweight) noexcept nogil:
+    """Whether dx can be, where the forward can."""
+    return fits(p[SLOPE * pitch], dweight, p[INVSTD * pitch])
+
+
+cdef inline bint all_forward_fit(table p, Py_ssize_t pitch, Py_ssize_t n, const double *weight) noexcept nogil:
     cdef Py_ssize_t c
     cdef Py_ssize_t beyond = 0
     for c in range(n):
-        beyond += not held(p + c, pitch, weight[c])
+        beyond += not forward_fits(p + c, pitch, weight[c])
+    return beyond == 0
+
+
+cdef inline bint all_backward_fit(table p, Py_ssize_t pitch, Py_ssize_t n, const double *dweight) noexcept nogil:
+    cdef Py_ssize_t c
+    cdef Py_ssize_t beyond = 0
+    for c in range(n):
+        beyond += not backward_fits(p + c, pitch, dweight[c])
     return beyond == 0
 
 

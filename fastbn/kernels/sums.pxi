@@ -9,6 +9,7 @@ ctypedef struct Strip:
     Py_ssize_t feature    # within the block, the first one
     Py_ssize_t lane       # within the sums, the first one
     Py_ssize_t ahead      # elements from what is read to what is asked for, or 0
+    Py_ssize_t left       # elements from the first one to the end of x
 
 ctypedef struct Task:
     Py_ssize_t k
@@ -33,6 +34,7 @@ cdef inline Task task_of(Work *w, Py_ssize_t k, Py_ssize_t b) noexcept nogil:
 cdef inline void start(Task *t, Strip *s) noexcept nogil:
     s.feature = -1
     s.rows = 0
+    s.left = 0
     s.ahead = 0
     s.lane = 0
     s.at = 0
@@ -49,12 +51,14 @@ cdef inline bint next_rows(Work *w, Task *t, Strip *s, Py_ssize_t size) noexcept
     if t.unit < whole:
         s.rows = whole - t.unit
         s.n = t.lanes
+        s.left = w.cut.M * w.cut.width - s.at
         # In the order of memory, or below, where the block is a part of the row.
         s.ahead = 0 if w.plan.read_ahead == 0 else w.plan.read_ahead // size if s.n == ld else 4 * ld
         t.unit = whole
         return True
     if t.unit < t.end:
         s.rows = 1
+        s.left = 0
         s.n = w.cut.M % w.cut.fold * w.cut.width
         s.ahead = 0
         t.unit = t.end
