@@ -64,6 +64,11 @@ cdef inline void write_two_runs(row x, row dy, row y, int left, table p, table q
                        p[MEAN_DY * step] if i < left else q[MEAN_DY * step], p[SLOPE * step] if i < left else q[SLOPE * step], op, activation)
 
 
+cdef inline Py_ssize_t to_line(row y) noexcept nogil:
+    """Elements before the first whole cache line."""
+    return <Py_ssize_t>(-<uintptr_t>y % LINE_BYTES) // <Py_ssize_t>sizeof(y[0])
+
+
 cdef inline void stream_step(row y, row source) noexcept nogil:
     stream_line(y, source)
     if sizeof(y[0]) == 8:
@@ -91,7 +96,7 @@ cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_
     cdef Py_ssize_t step = w.lane_pitch
     cdef Py_ssize_t apart = w.plan.apart
     cdef Py_ssize_t lane = first % lanes
-    cdef Py_ssize_t j = min(<Py_ssize_t>(-<uintptr_t>y % LINE_BYTES) // <Py_ssize_t>sizeof(y[0]), n)
+    cdef Py_ssize_t j = min(to_line(y), n)
     cdef Py_ssize_t end
     write(x, dy, y, j, p + lane, step, False, op, activation)
     lane += j
@@ -125,8 +130,16 @@ ctypedef struct Place:
     Py_ssize_t left    # elements of its run that are still to be written
 
 
-cdef inline void write_part_of_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op, const Activation activation) noexcept nogil:
-    """n elements, less than a line: before the first whole one, or behind the last."""
+cdef inline Place place_of(const Cut *cut, Py_ssize_t first) noexcept nogil:
+    cdef Place at
+    cdef Py_ssize_t plane = first // cut.S
+    at.c = plane % cut.C
+    at.left = cut.S - (first - plane * cut.S)
+    return at
+
+
+cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op, const Activation activation) noexcept nogil:
+    """n elements: run by run, since most are too short for a start on a line to pay."""
     cdef Py_ssize_t j = 0
     cdef Py_ssize_t k
     while j < n:
@@ -134,59 +147,57 @@ cdef inline void write_part_of_runs(Work *w, row x, row dy, row y, Py_ssize_t n,
             at.left = w.cut.S
             at.c = at.c + 1 if at.c + 1 < w.cut.C else 0
         k = min(at.left, n - j)
+        if k >= LONG_RUN:
+            k = to_line(y + j)
         write(x + j, dy + j, y + j, k, p + at.c, w.pitch, True, op, activation)
         at.left -= k
         j += k
+        if at.left >= LONG_RUN and n - j >= LONG_RUN:
+            k = min(at.left, n - j)
+            write(x + j, dy + j, y + j, k, p + at.c, w.pitch, True, op, activation)
+            at.left -= k
+            j += k
 
 
-cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const bint streamed, const Operation op,
-                            const Activation activation) noexcept nogil:
-    """n elements from element `first` on."""
+cdef inline void stream_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op, const Activation activation) noexcept nogil:
+    """n elements in whole lines."""
     cdef double room[STEP + 8]
     cdef row line = <row>aligned(room)
-    cdef Py_ssize_t step = w.pitch
-    cdef Py_ssize_t plane = first // w.cut.S
-    cdef Py_ssize_t j = min(<Py_ssize_t>(-<uintptr_t>y % LINE_BYTES) // <Py_ssize_t>sizeof(y[0]), n)
+    cdef Py_ssize_t j = min(to_line(y), n)
     cdef Py_ssize_t end
     cdef Py_ssize_t next
-    cdef Place at
-    at.c = plane % w.cut.C
-    at.left = w.cut.S - (first - plane * w.cut.S)
-    write_part_of_runs(w, x, dy, y, j, p, &at, op, activation)
+    write_runs(w, x, dy, y, j, p, at, op, activation)
     while j + STEP <= n:
         end = j + min(at.left, n - j) // STEP * STEP
         at.left -= end - j
         while j < end:
-            fetch_step(x + j, dy + j, y + j, &w.plan, streamed, op)
-            if streamed:
-                write(x + j, dy + j, line, STEP, p + at.c, step, True, op, activation)
-                stream_step(y + j, line)
-            else:
-                write(x + j, dy + j, y + j, STEP, p + at.c, step, True, op, activation)
+            fetch_step(x + j, dy + j, y + j, &w.plan, True, op)
+            write(x + j, dy + j, line, STEP, p + at.c, w.pitch, True, op, activation)
+            stream_step(y + j, line)
             j += STEP
         if j + STEP <= n:
             next = at.c + 1 if at.c + 1 < w.cut.C else 0
-            if at.left and streamed:
-                write_two_runs(x + j, dy + j, line, <int>at.left, p + at.c, p + next, step, op, activation)
-                stream_step(y + j, line)
-            elif at.left:
-                write_two_runs(x + j, dy + j, y + j, <int>at.left, p + at.c, p + next, step, op, activation)
             if at.left:
+                write_two_runs(x + j, dy + j, line, <int>at.left, p + at.c, p + next, w.pitch, op, activation)
+                stream_step(y + j, line)
                 at.left -= STEP
                 j += STEP
             at.left += w.cut.S
             at.c = next
-    write_part_of_runs(w, x + j, dy + j, y + j, n - j, p, &at, op, activation)
+    write_runs(w, x + j, dy + j, y + j, n - j, p, at, op, activation)
 
 
 # --- a range: each operation, activation and kind of store is a loop of its own ------------------------------------------------------------------
 
 cdef inline void write_as(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table params, const Operation op,
                           const Activation activation) noexcept nogil:
-    if w.plan.runs and w.plan.streamed:
-        write_runs(w, x, dy, y, first, n, params, True, op, activation)
-    elif w.plan.runs:
-        write_runs(w, x, dy, y, first, n, params, False, op, activation)
+    cdef Place at
+    if w.plan.runs:
+        at = place_of(&w.cut, first)
+        if w.plan.streamed:
+            stream_runs(w, x, dy, y, n, params, &at, op, activation)
+        else:
+            write_runs(w, x, dy, y, n, params, &at, op, activation)
     elif w.plan.streamed:
         write_rows(w, x, dy, y, first, n, <table>w.lanes, True, op, activation)
     else:

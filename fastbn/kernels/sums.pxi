@@ -93,22 +93,19 @@ cdef inline void merge_lanes(f64 s, f64 e, Py_ssize_t i, Py_ssize_t j, Py_ssize_
 
 cdef void gather(Work *w, Task *t, f64 s, f64 e) noexcept nogil:
     """Add up the lanes of each feature: the sum of the i-th one is left in s[i]."""
-    cdef Py_ssize_t S = w.cut.S
-    cdef Py_ssize_t lanes = STEP if w.cut.planes else S
+    cdef Py_ssize_t lanes = STEP if w.cut.planes else w.cut.S
     cdef Py_ssize_t i
-    cdef Py_ssize_t j
-    for j in range(1, w.cut.fold):
-        merge_lanes(s, e, 0, j * w.cut.width, w.cut.width)
+    cdef Py_ssize_t n
+    cdef Py_ssize_t half
+    for i in range(1, w.cut.fold):
+        merge_lanes(s, e, 0, i * w.cut.width, w.cut.width)
     if lanes > 1:
         for i in range(t.features):
-            if w.cut.planes:
-                j = STEP // 2
-                while j:
-                    merge_lanes(s, e, i * STEP, i * STEP + j, j)
-                    j //= 2
-            else:
-                for j in range(1, S):
-                    merge_lanes(s, e, i * S, i * S + j, 1)
+            n = lanes
+            while n > 1:
+                half = (n + 1) // 2
+                merge_lanes(s, e, i * lanes, i * lanes + half, n - half)
+                n = half
             s[i] = s[i * lanes]
             e[i] = e[i * lanes]
     for i in range(t.features):
