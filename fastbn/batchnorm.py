@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from . import batches, calls
 from .state import FLOATS, Array, Arrays, Held, check_state
 
 
-class BatchNorm:
+class BatchNorm(calls.Callable):
     """Batch normalization (Ioffe & Szegedy 2015) of arrays of any shape with C features along one axis.
 
     Training: ``y = (x - mean)/sqrt(var + eps)*weight + bias`` with the mean and the 1/m variance of each feature over
@@ -147,8 +147,7 @@ class BatchNorm:
             unbiased=self._unbiased, axis=self._axis, activation=self._activation, num_threads=self._num_threads,
             renorm=self._renorm,
         )  # fmt: skip
-        # The function that goes back, x, the statistics that it was normalised with, and whether they are its own.
-        self._saved: tuple[Callable[..., Array], ArrayLike, Any, bool] | None = None
+        self._saved = None
 
     # --- the layer
 
@@ -180,23 +179,7 @@ class BatchNorm:
         numpy.exceptions.AxisError
             Where x has no such axis.
         """
-        # Without running statistics, inference computes the batch's for want of others, as PyTorch's does.
-        training = (self.training and not self.frozen) or self._running_mean is None
-        if mask is not None or self._ghost_size is not None:
-            return self._forward_in_batches(x, out, mask, training)
-        if training:
-            factor = self._momentum
-            if factor is None:
-                factor = 1 / (self.num_batches_tracked + 1)
-            y, stats, kept = calls.forward(self._constants, x, out, factor)
-            if self._running_mean is not None and stats.count:
-                self.num_batches_tracked += 1
-        else:
-            y, stats, kept = calls.infer(self._constants, x, out)
-        self._saved = (calls.backward_into, x, stats, training) if kept else None
-        return y
-
-    __call__ = forward
+        return self(x, out, mask=mask)
 
     def _forward_in_batches(self, x: ArrayLike, out: Array | None, mask: ArrayLike | None, training: bool) -> Array:
         ghost_size = self._ghost_size if self.training and not self.frozen else None
@@ -329,11 +312,14 @@ class BatchNorm:
         return arrays
 
     def __getstate__(self) -> dict[str, Any]:
-        made_anew = ("_saved", "_constants", "_weight", "_bias")
-        return {name: value for name, value in self.__dict__.items() if name not in made_anew}
+        made_anew = ("_weight", "_bias")
+        compiled = ("training", "frozen", "num_batches_tracked", "_momentum", "_ghost_size")
+        state = {name: value for name, value in self.__dict__.items() if name not in made_anew}
+        return state | {name: getattr(self, name) for name in compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            setattr(self, name, value)
         self._connect()
 
     # --- what it is

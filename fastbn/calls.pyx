@@ -40,6 +40,9 @@ from fastbn import kernels
 
 cnp.import_array()
 
+cdef enum:
+    SHORT = 16384    # elements read; below, giving the GIL away costs more than it gives others
+
 cdef Table *KERNELS = <Table *>PyCapsule_GetPointer(kernels.table, "fastbn.kernels.Table")
 
 
@@ -101,12 +104,12 @@ cdef class Call:
     cdef cnp.ndarray y          # as the kernels write it: laid out as x
     cdef object out             # what the caller gets
     cdef bint inplace           # out is the input itself
+    cdef bint x_kept            # whether x still holds its values after the call
+    cdef BatchStats stats
     cdef double *room           # (2, C) or (4, C): weight, bias, and in backward their gradients
-    cdef double small[256]      # room for them in most layers, without a malloc; it is zeroed in each call
 
     def __dealloc__(self):
-        if self.room != self.small:
-            PyMem_Free(self.room)
+        PyMem_Free(self.room)
 
     cdef int begin(self, Constants constants, cnp.ndarray x, const Kernel *kernel) except -1:
         cdef int k = feature_axis(x, constants.axis)
@@ -131,7 +134,7 @@ cdef class Call:
 
     cdef int parameters(self, Constants constants, int rows) except -1:
         cdef Py_ssize_t C = self.job.C
-        self.room = &self.small[0] if rows * C <= 256 else <double *>PyMem_Malloc(rows * C * sizeof(double))
+        self.room = <double *>PyMem_Malloc(max(rows * C, <Py_ssize_t>1) * sizeof(double))
         if self.room == NULL:
             raise MemoryError()
         self.job.weight = self.room
@@ -209,8 +212,11 @@ cdef int call(const Kernel *kernel, Job *job) except -1:
             for c in range(job.C):
                 job.mean[c] = job.mean_low[c] = job.var[c] = NAN
         return 0
-    with nogil:
+    if kernel.reads * job.M * job.C * job.S < SHORT:
         status = kernel.run(job)
+    else:
+        with nogil:
+            status = kernel.run(job)
     if status:
         raise MemoryError()
     return 0
@@ -228,11 +234,10 @@ cdef Call forward_call(Constants constants, cnp.ndarray given, object out, bint 
     return c
 
 
-def forward(Constants constants, x, out, double factor):
-    """Training forward: (y, BatchStats, whether x is still there). Averages are updated as ``(1 - factor)*old + factor*batch``."""
+cdef Call normalized(Constants constants, object x, object out, double factor):
+    """A training forward, done. Averages are updated as ``(1 - factor)*old + factor*batch``."""
     cdef cnp.ndarray given = floating(x, "x")
     cdef Call c = forward_call(constants, given, out, True)
-    cdef BatchStats stats
     cdef double *running_mean = NULL
     cdef double *running_var = NULL
     cdef double correction
@@ -244,10 +249,10 @@ def forward(Constants constants, x, out, double factor):
     if constants.mean is not None:
         running_mean = <double *>cnp.PyArray_DATA(constants.mean)
         running_var = <double *>cnp.PyArray_DATA(constants.var)
-    stats = new_stats(job.C, m, constants.renorm is not None)
-    c.statistics(stats)
-    if stats.renormalised:
-        renormalized(job, stats, running_mean, running_var, constants.renorm)
+    c.stats = new_stats(job.C, m, constants.renorm is not None)
+    c.statistics(c.stats)
+    if c.stats.renormalised:
+        renormalized(job, c.stats, running_mean, running_var, constants.renorm)
     else:
         call(&KERNELS.forward, job)
     c.finish()
@@ -256,7 +261,14 @@ def forward(Constants constants, x, out, double factor):
         for i in range(job.C):
             running_mean[i] = (1 - factor) * running_mean[i] + factor * job.mean[i]
             running_var[i] = (1 - factor) * running_var[i] + factor * (job.var[i] * correction)
-    return c.out, stats, c.kept(x, given)
+    c.x_kept = c.kept(x, given)
+    return c
+
+
+def forward(Constants constants, x, out, double factor):
+    """Training forward: (y, BatchStats, whether x is still there)."""
+    cdef Call c = normalized(constants, x, out, factor)
+    return c.out, c.stats, c.x_kept
 
 
 cdef int renormalized(Job *job, BatchStats stats, double *running_mean, double *running_var, tuple limits) except -1:
@@ -270,18 +282,25 @@ cdef int renormalized(Job *job, BatchStats stats, double *running_mean, double *
     return call(&KERNELS.normalize, job)
 
 
-def infer(Constants constants, x, out):
-    """Inference with the running statistics: (y, BatchStats, whether x is still there), the statistics as they were at the call."""
+cdef Call inferred(Constants constants, object x, object out):
+    """An inference forward, done; its statistics are the running ones as they were at the call."""
     cdef cnp.ndarray given = floating(x, "x")
     cdef Call c = forward_call(constants, given, out, False)
-    cdef BatchStats stats = new_stats(c.job.C, 0)
-    c.statistics(stats)
+    c.stats = new_stats(c.job.C, 0)
+    c.statistics(c.stats)
     load(constants.mean, c.job.mean, c.job.C, 0, "running_mean")
     load(None, c.job.mean_low, c.job.C, 0, "mean_low")
     load(constants.var, c.job.var, c.job.C, 1, "running_var")
     call(&KERNELS.normalize, &c.job)
     c.finish()
-    return c.out, stats, c.kept(x, given)
+    c.x_kept = c.kept(x, given)
+    return c
+
+
+def infer(Constants constants, x, out):
+    """Inference with the running statistics: (y, BatchStats, whether x is still there)."""
+    cdef Call c = inferred(constants, x, out)
+    return c.out, c.stats, c.x_kept
 
 
 def moments(Constants constants, x):
@@ -356,6 +375,39 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
     if (<BatchStats>stats).renormalised:
         correct_gradients(job, r, r + job.C)
     return c
+
+
+# --- a layer's plain call -----------------------------------------------------------------------------------------------------
+
+@cython.auto_pickle(False)
+cdef class Callable:
+    """`layer(x, out)` without a way through Python, which would take as long as the arithmetic on a small batch.
+
+    What a plain call reads and writes of BatchNorm, whose base this is; its docstrings say what it means.
+    """
+    cdef public bint training
+    cdef public bint frozen
+    cdef public object num_batches_tracked
+    cdef public object _momentum
+    cdef public object _ghost_size
+    cdef public Constants _constants
+    # The function that goes back, x, the statistics that it was normalised with, and whether they are its own; or None.
+    cdef public object _saved
+
+    def __call__(self, x, out=None, *, mask=None):
+        cdef Call c
+        # Without running statistics, inference computes the batch's for want of others, as PyTorch's does.
+        cdef bint training = (self.training and not self.frozen) or self._constants.mean is None
+        if mask is not None or self._ghost_size is not None:
+            return self._forward_in_batches(x, out, mask, training)
+        if training:
+            c = normalized(self._constants, x, out, 1 / (self.num_batches_tracked + 1) if self._momentum is None else self._momentum)
+            if self._constants.mean is not None and c.stats.count:
+                self.num_batches_tracked += 1
+        else:
+            c = inferred(self._constants, x, out)
+        self._saved = (backward_into, x, c.stats, training) if c.x_kept else None
+        return c.out
 
 
 # --- halves of a call, for statistics and gradients that are summed over more than one array (as over processes) ------------
