@@ -2,8 +2,9 @@
 
 Prints how each candidate did, and this processor's entry for fastbn/kernels/families.py. Under ten minutes, on a
 machine that does nothing else. One process, and one thread but for the last setting. Candidates take turns within each
-round, and one is taken only where it wins by more than the noise, which is how much the first candidate, measured twice
-in each round, differs from itself. Settings change no result. --quick tries the machinery; its figures mean nothing.
+round, and one is taken only where it wins in more than three quarters of the rounds and by more than the noise: by how
+much the first candidate, measured twice in each round, differs from itself. Settings change no result. --quick tries
+the machinery; its figures mean nothing.
 """
 
 import argparse
@@ -65,9 +66,16 @@ def ratios(call: Callable[[], Any], candidates: Sequence[Mapping[str, int]], eff
                 times[k].append(burst(call, count))
             finally:
                 machine.set_settings(**before)
-    noise = max(NOISE, statistics.median(abs(a / b - 1) for a, b in zip(times[0], times[-1], strict=True)))
-    found = [results.ratio(those, times[0]) for those in times[:-1]]
-    return [ratio if abs(ratio - 1) > noise else 1.0 for ratio in found]
+    first = times[0]
+    noise = max(NOISE, statistics.median(abs(a / b - 1) for a, b in zip(times.pop(), first, strict=True)))
+    return [beyond([a / b for a, b in zip(those, first, strict=True)], noise) for those in times]
+
+
+def beyond(rounds: Sequence[float], noise: float) -> float:
+    """The median of ratios; 1 where it is within the noise of 1, or a quarter of the rounds or more say the opposite."""
+    middle = statistics.median(rounds)
+    agree = sum((ratio < 1) == (middle < 1) for ratio in rounds)
+    return middle if abs(middle - 1) > noise and agree > 0.75 * len(rounds) else 1.0
 
 
 def prepared(operation: str, nbytes: int, threads: int = 1, features: int = FEATURES) -> Callable[[], Any]:

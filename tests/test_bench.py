@@ -266,6 +266,13 @@ def test_tuning_takes_nothing_that_the_noise_explains(monkeypatch):
     assert found["stream_from_bytes"] == found["stream_inference_from_bytes"] == families.NEVER_BYTES
 
 
+def test_a_difference_counts_where_it_is_beyond_the_noise_and_most_rounds_agree():
+    assert tune.beyond([0.9, 0.9, 0.9, 0.95, 1.1], 0.02) == 0.9
+    assert tune.beyond([1.2, 1.2, 1.3, 1.3, 1.3], 0.02) == 1.3
+    assert tune.beyond([0.9, 0.9, 0.9, 0.9, 0.9], 0.2) == 1
+    assert tune.beyond([0.2, 0.2, 0.2, 1.1, 1.1], 0.02) == 1
+
+
 def test_the_best_run_of_scores():
     assert tune.best_run([1, -1, -2, 0, 1], range(6), range(6)) == (1, 3)
     assert tune.best_run([-1, 2, -2, 0], [0], range(5)) == (0, 1)
