@@ -72,7 +72,7 @@ def ratios(call: Callable[[], Any], candidates: Sequence[Mapping[str, int]], eff
 
 
 def beyond(rounds: Sequence[float], noise: float) -> float:
-    """The median of ratios; 1 where it is within the noise of 1, or a quarter of the rounds or more say the opposite."""
+    """The median of ratios; 1 where it is within the noise of 1, or where a quarter of the rounds say the opposite."""
     middle = statistics.median(rounds)
     agree = sum((ratio < 1) == (middle < 1) for ratio in rounds)
     return middle if abs(middle - 1) > noise and agree > 0.75 * len(rounds) else 1.0
