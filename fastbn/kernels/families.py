@@ -32,7 +32,7 @@ Size = int | Times
 
 @dataclass(frozen=True)
 class Family:
-    """One processor family; machine.pxd's Settings says what its last nine members mean.
+    """One processor family; machine.pxd's Settings says what its last ten members mean.
 
     models: (vendor, CPUID family, first model, last model).
     build: the preferred one; the nearest lower one is taken where it does not run.
