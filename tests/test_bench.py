@@ -11,9 +11,11 @@ import pytest
 from test_data import write_idx
 
 import fastbn
-from bench import curves, folded, pictures, report, results, step, training, workers
+from bench import curves, folded, pictures, report, results, step, training, tune, workers
 from bench.cases import OPERATIONS, Arrays, Case, arrays
 from bench.peers import PASSES, PEERS, Peer, prepare, prepare_pass
+from fastbn import kernels
+from fastbn.kernels import families, machine
 
 TINY = [((5, 3), False), ((4, 3, 2), False), ((3, 4, 2, 5), False), ((3, 4, 2, 5), True)]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -194,6 +196,94 @@ def test_whole_trainings_are_timed_and_tested(tmp_path, monkeypatch, capsys):
     assert [line.split()[0] for line in lines] == list(contestants)
     assert lines[0].split()[2:4] == ["1.00", "x"]
     assert all(0.9 <= float(line.split()[-2].rstrip("%")) / 100 <= 1 for line in lines)
+
+
+# --- tuning
+
+KB, MB = 2**10, 2**20
+
+
+def made_up(operation, nbytes, threads=1):
+    """Seconds of a call on a processor whose best settings are known."""
+
+    def call():
+        s, t = machine.get_settings(), 1.0
+        written, read = nbytes, nbytes * {"train": 1, "infer": 0, "backward": 2}[operation]
+        everything = nbytes * {"train": 2, "infer": 2, "backward": 3}[operation]
+        if s["rows_at_once"] == 4 and everything <= s["rows_at_once_to_bytes"]:
+            t *= 0.8 if everything <= 256 * KB else 1.5
+        if s["read_ahead_bytes"] and read >= max(1, s["read_ahead_from_bytes"]):
+            t *= (0.7 if s["read_ahead_bytes"] == 4096 else 0.9) if read >= MB else 1.3
+        if written >= s["stream_inference_from_bytes" if operation == "infer" else "stream_from_bytes"]:
+            t *= 0.6 if written >= (64 if operation == "infer" else 8) * MB else 2
+        elif s["write_ahead_bytes"] and s["write_ahead_from_bytes"] <= written <= s["write_ahead_to_bytes"]:
+            t *= (0.8 if s["write_ahead_bytes"] == 1024 else 0.9) if written >= 32 * MB else 1.2
+        elements = nbytes // 4 * {"train": 2, "infer": 1, "backward": 4}[operation]
+        if threads > 1 and elements >= s["parallel_from_elements"]:
+            t *= 0.6 if elements >= 2**19 else 3
+        return t
+
+    return call
+
+
+def test_tuning_finds_the_best_settings_of_a_made_up_processor(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "prepared", made_up)
+    monkeypatch.setattr(tune, "repeats", lambda call, seconds: 1)
+    monkeypatch.setattr(tune, "burst", lambda call, count: call())
+    monkeypatch.setattr(tune.described, "processors", lambda: 2)
+    before = machine.get_settings()
+    entry = tune.tuned(tune.FULL)
+    assert machine.get_settings() == before
+    expected = {
+        "rows_at_once": 4,
+        "rows_at_once_to_bytes": 256 * KB,
+        "read_ahead_bytes": 4096,
+        "read_ahead_from_bytes": MB,
+        "write_ahead_bytes": 1024,
+        "write_ahead_from_bytes": 32 * MB,
+        "write_ahead_to_bytes": families.NEVER_BYTES,
+        "stream_from_bytes": 8 * MB,
+        "stream_inference_from_bytes": 64 * MB,
+        "parallel_from_elements": 2**19,
+    }
+    assert {name: entry.values[name] for name in expected} == expected
+    # What is printed is Python, and makes a family with these settings.
+    found = {}
+    exec(tune.in_words(entry, "v3", "today"), vars(families) | {}, found)
+    (family,) = found.values()
+    assert family.models == families.FAMILIES[kernels.FAMILY].models
+    assert {name: getattr(family, name) for name in expected} == expected
+
+
+def test_tuning_takes_nothing_that_the_noise_explains(monkeypatch):
+    """Every candidate is as fast as the first, give or take a tenth."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(tune, "prepared", lambda *arguments: None)
+    monkeypatch.setattr(tune, "repeats", lambda call, seconds: 1)
+    monkeypatch.setattr(tune, "burst", lambda call, count: rng.uniform(0.95, 1.05))
+    found = tune.tuned(tune.FULL).values
+    assert (found["rows_at_once"], found["read_ahead_bytes"], found["write_ahead_bytes"]) == (1, 0, 0)
+    assert found["stream_from_bytes"] == found["stream_inference_from_bytes"] == families.NEVER_BYTES
+
+
+def test_a_difference_counts_where_it_is_beyond_the_noise_and_most_rounds_agree():
+    assert tune.beyond([0.9, 0.9, 0.9, 0.95, 1.1], 0.02) == 0.9
+    assert tune.beyond([1.2, 1.2, 1.3, 1.3, 1.3], 0.02) == 1.3
+    assert tune.beyond([0.9, 0.9, 0.9, 0.9, 0.9], 0.2) == 1
+    assert tune.beyond([0.2, 0.2, 0.2, 1.1, 1.1], 0.02) == 1
+
+
+def test_the_best_run_of_scores():
+    assert tune.best_run([1, -1, -2, 0, 1], range(6), range(6)) == (1, 3)
+    assert tune.best_run([-1, 2, -2, 0], [0], range(5)) == (0, 1)
+    assert tune.best_run([1, -3, 1, -1], range(5), [4]) == (1, 4)
+    assert tune.best_run([1, 0, 0], range(4), [3]) == (3, 3)
+
+
+def test_tuning_runs(capsys):
+    before = machine.get_settings()
+    tune.tuned(tune.Effort(1, 1e-5, tune.SIZES[:1]))
+    assert machine.get_settings() == before
 
 
 # --- processes

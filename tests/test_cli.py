@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from test_data import write_idx
 import fastbn
 from fastbn import checkpoint, nn, optim, plots, training
 from fastbn.__main__ import main
+from fastbn.kernels import machine
 
 for package in ("safetensors", "matplotlib", "sklearn"):
     pytest.importorskip(package)
@@ -370,6 +372,11 @@ def test_info_version_and_module(capsys):
     config = capsys.readouterr().out
     ran = subprocess.run([sys.executable, "-m", "fastbn", "info"], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[0] == config.splitlines()[0]
+    # Every setting in force has a line of its own, and a size its unit.
+    for name, number in machine.get_settings().items():
+        assert re.search(rf"^  {name} +\S", config, re.MULTILINE), name
+        if number % 2**10 == 0 < number < 2**20 and name.endswith("_bytes"):
+            assert re.search(rf"^  {name} +{number >> 10} KB$", config, re.MULTILINE), name
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0

@@ -152,6 +152,7 @@ def test_the_share_of_the_last_level():
 
     assert share(MIB, 32 * MIB, 16, 16) == share(MIB, 32 * MIB, 16, 128) == 32 * MIB
     assert share(MIB, 32 * MIB, 16, 4) == 8 * MIB
+    assert share(MIB, 32 * MIB, 0, 4) == 32 * MIB
     assert share(MIB, 32 * MIB, 64, 1) == MIB  # never less than a second level, which is one core's own
     assert share(MIB, 96 * MIB, 16, 16) == 32 * MIB
     assert share(12 * MIB, 0, 0, 8) == 12 * MIB  # without a third level the second is the last
@@ -168,7 +169,8 @@ print(json.dumps([kernels.FAMILY, kernels.BUILD, machine.get_settings()]))
     done = python("-c", program, FASTBN_FAMILY=name)
     assert done.returncode == 0, done.stderr
     family, caches = families.FAMILIES[name], machine.caches()
-    numbers = family.settings(caches["l2_bytes"], caches["l3_bytes"], caches["l3_sharers"], os.cpu_count() or 1)
+    sharers = caches["l3_sharers"] if machine.virtual() else 0
+    numbers = family.settings(caches["l2_bytes"], caches["l3_bytes"], sharers, os.cpu_count() or 1)
     assert json.loads(done.stdout) == [name, families.build_of(family, kernels.BUILDS), numbers]
 
 
@@ -195,6 +197,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 def test_vendor_family_and_model_are_those_that_the_kernel_lists():
     lines = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", CPUINFO.read_text(), re.MULTILINE))
     assert machine.processor() == (lines["vendor_id"], int(lines["cpu family"]), int(lines["model"]))
+    assert machine.virtual() == bool(re.search(r"^flags\s*:.* hypervisor\b", CPUINFO.read_text(), re.MULTILINE))
 
 
 @pytest.mark.skipif(not list(CACHES.glob("index*/size")), reason="Linux says so, and not everywhere")

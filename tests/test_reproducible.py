@@ -13,7 +13,7 @@ import pytest
 
 import fastbn
 from fastbn import kernels
-from fastbn.kernels import machine
+from fastbn.kernels import families, machine
 
 # Rows, folded rows, several blocks of wide rows, short planes, long planes, planes in pieces; small ones, some that
 # stay in cache between one pass and the next, and some above every threshold for opening threads.
@@ -23,6 +23,9 @@ SHAPES += [(16, 32, 9, 9), (6, 70, 7), (30, 90, 5, 7), (9, 70, 900), (2, 3, 90_0
 # to be written whole, whose last block is a single lane; planes whose last piece is less than a line.
 PAST = [*SHAPES, (126_977, 5), (3, 64_513), (2, 3, 16_389)]
 HUGE = 2**40  # a cache that everything fits into
+# Every kind of loop, small enough to be tried under every setting.
+KINDS = [(3, 2), (40, 3), (300, 64), (33, 1000), (40, 2500), (16, 32, 9, 9), (6, 70, 7), (30, 9, 5, 7), (3, 7, 900)]
+KINDS += [(2, 3, 16_389), (1000, 3, 2)]
 
 
 def values(shape, seed, dtype):
@@ -74,13 +77,16 @@ def results(shape, dtype, activation, threads=None, offset=0, given=False, order
 
 
 @contextlib.contextmanager
-def cache_of(nbytes):
-    names = ("l3_bytes", "stream_from_bytes", "stream_inference_from_bytes")
-    before = machine.set_settings(**dict.fromkeys(names, nbytes))
+def settings(**numbers):
+    before = machine.set_settings(**numbers)
     try:
         yield
     finally:
         machine.set_settings(**before)
+
+
+def cache_of(nbytes):
+    return settings(l3_bytes=nbytes, stream_from_bytes=nbytes, stream_inference_from_bytes=nbytes)
 
 
 def digest(threads, offset, given):
@@ -179,9 +185,11 @@ def digest_here():
 
 
 @pytest.mark.parametrize("build", kernels.BUILDS)
-@pytest.mark.parametrize(("threads", "offset", "cache"), [(1, 0, HUGE), (3, 1, 0)])
-def test_every_build_gives_the_same_bits(build, threads, offset, cache, digest_here, python):
-    done = python(__file__, str(threads), str(offset), str(cache), FASTBN_ISA=build)
+@pytest.mark.parametrize(
+    ("threads", "offset", "cache", "family"), [(1, 0, HUGE, "zen3"), (3, 1, 0, "zen3"), (2, 4, 0, "sapphire-rapids")]
+)
+def test_every_build_gives_the_same_bits(build, threads, offset, cache, family, digest_here, python):
+    done = python(__file__, str(threads), str(offset), str(cache), FASTBN_ISA=build, FASTBN_FAMILY=family)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [digest_here]
 
@@ -204,6 +212,80 @@ def test_more_blocks_than_rows_past_the_cache(dtype):
         expected = results((40, 14_000), dtype, "leaky_relu", 1)
     with cache_of(0):
         same(results((40, 14_000), dtype, "leaky_relu", 40, offset=1, given=True), expected)
+
+
+# --- the settings of a processor family -------------------------------------------------------------------------------
+
+# Everything that can be done at every size, on all threads, into the caches.
+ALL_ON = dict.fromkeys(machine.get_settings(), 0) | {
+    "l2_bytes": HUGE,
+    "l3_bytes": HUGE,
+    "rows_at_once": 4,
+    "rows_at_once_to_bytes": HUGE,
+    "read_ahead_bytes": 16384,
+    "write_ahead_bytes": 1024,
+    "write_ahead_to_bytes": HUGE,
+    "stream_from_bytes": HUGE,
+    "stream_inference_from_bytes": HUGE,
+}
+EXTREMES = (0, 1, HUGE)
+
+
+def one_at_its_extremes():
+    for name in ALL_ON:
+        for value in (1, 4) if name == "rows_at_once" else EXTREMES:
+            yield pytest.param({name: value}, id=f"{name}={value}")
+
+
+def mixtures():
+    """Numbers drawn from the extremes and what lies between them."""
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        numbers = {name: int(rng.choice([*EXTREMES, 100, 4096, 60_000])) for name in ALL_ON}
+        yield pytest.param(numbers | {"rows_at_once": (1, 4)[k % 2]}, id=f"mixture {k}")
+
+
+def small_results(threads, offset):
+    """Results of all kinds, each by shape, dtype and name."""
+    found = {}
+    for dtype in ("float32", "float64"):
+        for k, shape in enumerate(KINDS):
+            activation = ("relu", None, "leaky_relu")[k % 3]
+            part = results(shape, dtype, activation, threads, offset, given=offset > 0)
+            found |= {f"{shape} {dtype} {name}": value for name, value in part.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def small_here():
+    return small_results(1, 0)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_no_familys_settings_change_a_bit(family, threads, small_here):
+    caches = ("l2_bytes", "l3_bytes", "l3_sharers")
+    numbers = families.FAMILIES[family].settings(*(machine.caches()[name] for name in caches), 2)
+    with settings(**numbers | {"parallel_from_elements": 0}):
+        for offset in (0, 1, 4):
+            same(small_results(threads, offset), small_here)
+
+
+@pytest.mark.parametrize("numbers", [*one_at_its_extremes(), *mixtures()])
+def test_no_setting_changes_a_bit(numbers, small_here):
+    with settings(**ALL_ON | numbers):
+        for threads, offset in ((1, 0), (2, 1), (3, 4)):
+            same(small_results(threads, offset), small_here)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", PAST, ids=str)
+def test_no_mixture_of_settings_changes_a_bit_of_larger_shapes(shape, dtype):
+    expected = results(shape, dtype, "relu", 1)
+    mixed = [{}, *(part.values[0] for part in mixtures())]
+    for k, numbers in enumerate(mixed):
+        with settings(**ALL_ON | numbers):
+            same(results(shape, dtype, "relu", 1 + k % 3, offset=(0, 1, 4)[k // 3], given=k % 2 == 1), expected)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ if FAMILY not in families.FAMILIES:
         f"FASTBN_FAMILY must name a processor family: expected one of {tuple(families.FAMILIES)}, got {FAMILY!r}"
     )
 _family = families.FAMILIES[FAMILY]
-machine.set_settings(
-    **_family.settings(_caches["l2_bytes"], _caches["l3_bytes"], _caches["l3_sharers"], os.cpu_count() or 1)
-)
+# Only a guest has strangers beside it in the cache: elsewhere all that share it are this machine's own processors.
+_sharers = _caches["l3_sharers"] if machine.virtual() else 0
+machine.set_settings(**_family.settings(_caches["l2_bytes"], _caches["l3_bytes"], _sharers, os.cpu_count() or 1))
 
 BUILDS = tuple(name for name in _levels if find_spec(f"{__name__}.batchnorm_{name}"))
 BUILD = os.environ.get("FASTBN_ISA") or families.build_of(_family, BUILDS)

@@ -32,7 +32,7 @@ Size = int | Times
 
 @dataclass(frozen=True)
 class Family:
-    """One processor family; machine.pxd's Settings says what its last nine members mean.
+    """One processor family; machine.pxd's Settings says what its last ten members mean.
 
     models: (vendor, CPUID family, first model, last model).
     build: the preferred one; the nearest lower one is taken where it does not run.
@@ -55,11 +55,14 @@ class Family:
     parallel_from_elements: int
 
     def settings(self, l2_bytes: int, l3_bytes: int, l3_sharers: int, processors: int) -> dict[str, int]:
-        """The settings in bytes, for caches of these sizes (0: unknown) and a machine that shows so many processors."""
+        """The settings, for caches of these sizes (0: unknown) and a machine that shows so many processors.
+
+        l3_sharers: processors that share the last level; 0 where there are no strangers among them.
+        """
         l2 = l2_bytes or USUAL_L2_BYTES
         # Where there is no third level, the second is the last.
         l3 = l3_bytes or l2_bytes or USUAL_L3_BYTES
-        # A guest that shows fewer processors than share the cache has strangers beside it.
+        # Strangers are as busy as this machine is: its part is that of its processors.
         if l3_sharers > processors:
             l3 = max(l3 * processors // l3_sharers, l2)
         l3 = min(l3, self.l3_ceiling_bytes)

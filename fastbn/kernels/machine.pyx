@@ -242,8 +242,18 @@ def processor():
     return (<bytes>vendor).decode("ascii", "replace"), family, model
 
 
+def virtual():
+    """Whether this is a hypervisor's guest, which may share its caches with others, as far as CPUID says."""
+    cdef unsigned long long[4] f = [0, 0, 0, 0]
+    fastbn_features(f)
+    return bool(f[0] >> 31 & 1)
+
+
 def caches():
-    """Bytes of the data caches and the processors that share the third, 0 where the system does not say."""
+    """Bytes of the data caches and the processors that share the third, 0 where the system does not say.
+
+    Intel counts their possible numbers, of which there are up to several times as many as processors.
+    """
     cdef size_t[3] sizes = [0, 0, 0]
     cdef int sharers = 0
     fastbn_caches(sizes, &sharers)
