@@ -1,4 +1,5 @@
-"""Batch normalization by each library, at its best: what fastbn is compared with. PyTorch's is in calls_torch.py, numba's in calls_numba.py.
+"""Batch normalization by each library, at its best: what fastbn is compared with. PyTorch's and numba's
+have files of their own.
 
 Each function takes a case and its arrays, and gives what is timed, a function without arguments, and what turns its
 result into NumPy arrays: (y,), or (dx, dweight, dbias). Libraries are imported where they are used.

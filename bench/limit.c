@@ -21,6 +21,8 @@ enum { W = 8 };
 #define LOAD _mm512_loadu_pd
 #define STORE _mm512_storeu_pd
 #define FMA _mm512_fmadd_pd
+#define LOW(f) _mm512_cvtps_pd(_mm512_castps512_ps256(f))
+#define HIGH(f) _mm512_cvtps_pd(_mm512_extractf32x8_ps(f, 1))
 #elif defined __AVX2__
 typedef __m256d D;
 enum { W = 4 };
@@ -28,6 +30,8 @@ enum { W = 4 };
 #define LOAD _mm256_loadu_pd
 #define STORE _mm256_storeu_pd
 #define FMA _mm256_fmadd_pd
+#define LOW(f) _mm256_cvtps_pd(_mm256_castps256_ps128(f))
+#define HIGH(f) _mm256_cvtps_pd(_mm256_extractf128_ps(f, 1))
 #else
 typedef double D __attribute__((vector_size(16)));
 enum { W = 2 };
@@ -35,7 +39,12 @@ enum { W = 2 };
 static inline D LOAD(const double *a) { D v; memcpy(&v, a, sizeof v); return v; }
 static inline void STORE(double *a, D v) { memcpy(a, &v, sizeof v); }
 #define FMA(a, b, c) ((a) * (b) + (c))
+#define LOW(f) ((D){(f)[0], (f)[1]})
+#define HIGH(f) ((D){(f)[2], (f)[3]})
 #endif
+typedef float F __attribute__((vector_size(8 * W))); /* two of D's width in elements */
+static inline F LOAD_F(const float *a) { F v; memcpy(&v, a, sizeof v); return v; }
+static inline void STORE_F(float *a, F v) { memcpy(a, &v, sizeof v); }
 
 struct arrays {
     const float *x, *dy;
@@ -44,7 +53,7 @@ struct arrays {
     double *sums;       /* two rows of pitch * LANES */
     long rows, features, run, pitch;
 };
-enum { LANES = 16 };    /* room for the partial sums of a feature */
+enum { LANES = 8 };     /* room for the partial sums of a feature */
 
 static long M, C, S, PITCH;
 static const float *x, *dy, *p;
@@ -208,7 +217,6 @@ static void clear_lanes(void) {
 }
 static inline void run_sums(const float *a, double *lanes1, double *lanes2) {
     D u = LOAD(lanes1), v = LOAD(lanes2), zero = u - u, u1 = zero, u2 = zero, u3 = zero, v1 = zero, v2 = zero, v3 = zero;
-    double last1 = 0, last2 = 0;
     long i = 0;
     for (; i + 4 * W <= S; i += 4 * W) {
         D a0 = WIDEN(a + i), a1 = WIDEN(a + i + W), a2 = WIDEN(a + i + 2 * W), a3 = WIDEN(a + i + 3 * W);
@@ -216,36 +224,37 @@ static inline void run_sums(const float *a, double *lanes1, double *lanes2) {
         v = FMA(a0, a0, v); v1 = FMA(a1, a1, v1); v2 = FMA(a2, a2, v2); v3 = FMA(a3, a3, v3);
     }
     for (; i + W <= S; i += W) { D a0 = WIDEN(a + i); u += a0; v = FMA(a0, a0, v); }
+    for (; i < S; i++) { double a0 = a[i]; u[0] += a0; v[0] += a0 * a0; }
     STORE(lanes1, (u + u1) + (u2 + u3));
     STORE(lanes2, (v + v1) + (v2 + v3));
-    for (; i < S; i++) { double a0 = a[i]; last1 += a0; last2 += a0 * a0; }
-    lanes1[LANES - 1] += last1;
-    lanes2[LANES - 1] += last2;
 }
 #define RUN_SUMS run_sums(RUN(x, n, c), s1 + c * LANES, s2 + c * LANES)
 static void sums_memory(void) { clear_lanes(); IN_MEMORYS_ORDER(RUN_SUMS) add_lanes(); }
 static void sums_feature(void) { clear_lanes(); FEATURE_BY_FEATURE(RUN_SUMS) add_lanes(); }
 
-LOOP run_gradients(const F32 a, const F32 g, long n, float h, float l, float v, F64 lanes1, F64 lanes2) {
-#define RUN_XHAT(i) (((a[i] - h) - l) * v)
-    double u[16], t[16];
-    long j = 0;
-    memcpy(u, lanes1, sizeof u);
-    memcpy(t, lanes2, sizeof t);
-    for (; j + 64 <= n; j += 64)
-        for (int k = 0; k < 16; k++) {
-            long i = j + k;
-            u[k] += (double)((g[i] + g[i + 16]) + (g[i + 32] + g[i + 48]));
-            t[k] += (double)((g[i] * RUN_XHAT(i) + g[i + 16] * RUN_XHAT(i + 16)) + (g[i + 32] * RUN_XHAT(i + 32) + g[i + 48] * RUN_XHAT(i + 48)));
-        }
-    for (; j + 16 <= n; j += 16)
-        for (int k = 0; k < 16; k++) { u[k] += g[j + k]; t[k] += g[j + k] * RUN_XHAT(j + k); }
-    for (; j < n; j++) { u[0] += g[j]; t[0] += g[j] * RUN_XHAT(j); }
-    memcpy(lanes1, u, sizeof u);
-    memcpy(lanes2, t, sizeof t);
+static inline void run_gradients(const float *a, const float *g, float h, float l, float v, double *lanes1, double *lanes2) {
+#define RUN_XHAT(a) (((a) - h) - l) * v
+    D u = LOAD(lanes1), t = LOAD(lanes2), u1 = u - u, t1 = u1;
+    long j = 0, next = 2 * W;
+    for (; j + 4 * next <= S; j += 4 * next) { /* trees of four in float32, as rows have them */
+        F g0 = LOAD_F(g + j), g1 = LOAD_F(g + j + next), g2 = LOAD_F(g + j + 2 * next), g3 = LOAD_F(g + j + 3 * next);
+        F t0 = g0 * RUN_XHAT(LOAD_F(a + j)) + g1 * RUN_XHAT(LOAD_F(a + j + next));
+        F t2 = g2 * RUN_XHAT(LOAD_F(a + j + 2 * next)) + g3 * RUN_XHAT(LOAD_F(a + j + 3 * next));
+        F sum = (g0 + g1) + (g2 + g3), products = t0 + t2;
+        u += LOW(sum); u1 += HIGH(sum);
+        t += LOW(products); t1 += HIGH(products);
+    }
+    for (; j + next <= S; j += next) {
+        F sum = LOAD_F(g + j), products = sum * RUN_XHAT(LOAD_F(a + j));
+        u += LOW(sum); u1 += HIGH(sum);
+        t += LOW(products); t1 += HIGH(products);
+    }
+    for (; j < S; j++) { u[0] += g[j]; t[0] += g[j] * RUN_XHAT(a[j]); }
+    STORE(lanes1, u + u1);
+    STORE(lanes2, t + t1);
 }
 #define RUN_GRADIENTS \
-    run_gradients((F32)RUN(x, n, c), (F32)RUN(dy, n, c), S, p[c], p[PITCH + c], p[2 * PITCH + c], s1 + c * LANES, s2 + c * LANES)
+    run_gradients(RUN(x, n, c), RUN(dy, n, c), p[c], p[PITCH + c], p[2 * PITCH + c], s1 + c * LANES, s2 + c * LANES)
 static void gradients_memory(void) { clear_lanes(); IN_MEMORYS_ORDER(RUN_GRADIENTS) add_lanes(); }
 static void gradients_feature(void) { clear_lanes(); FEATURE_BY_FEATURE(RUN_GRADIENTS) add_lanes(); }
 
@@ -270,23 +279,22 @@ LOOP run_y_asked(const F32 a, F32 out, long n, float h, float w, float b) {
 static void y_run(void) { IN_MEMORYS_ORDER(RUN_Y(run_y)) }
 static void y_run_peeled(void) { IN_MEMORYS_ORDER(RUN_Y(run_y_peeled)) }
 static void y_run_asked(void) { IN_MEMORYS_ORDER(RUN_Y(run_y_asked)) }
-#ifdef __AVX2__
-#define Y_OF_VECTOR(i) _mm256_add_ps(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(a + (i)), H), Q), B)
-#define SPREAD __m256 H = _mm256_set1_ps(h), Q = _mm256_set1_ps(w), B = _mm256_set1_ps(b)
 LOOP run_y_overlapped(const F32 a, F32 out, long n, float h, float w, float b) { /* the last vector begins in the one before */
-    SPREAD;
-    if (n < 8) { run_y(a, out, n, h, w, b); return; }
-    for (long i = 0; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, Y_OF_VECTOR(i));
-    _mm256_storeu_ps(out + n - 8, Y_OF_VECTOR(n - 8));
-}
-LOOP run_y_streamed(const F32 a, F32 out, long n, float h, float w, float b) {
-    SPREAD;
-    long head = LINE(out) < n ? LINE(out) : n, end = head + (n - head) / 16 * 16;
-    for (long i = 0; i < head; i++) out[i] = Y_OF_RUN(i);
-    for (long i = head; i < end; i += 8) _mm256_stream_ps(out + i, Y_OF_VECTOR(i));
-    for (long i = end; i < n; i++) out[i] = Y_OF_RUN(i);
+    enum { next = 2 * W };
+    if (n < next) { run_y(a, out, n, h, w, b); return; }
+    for (long i = 0; i + next <= n; i += next) STORE_F(out + i, (LOAD_F(a + i) - h) * w + b);
+    STORE_F(out + n - next, (LOAD_F(a + n - next) - h) * w + b);
 }
 static void y_run_overlapped(void) { IN_MEMORYS_ORDER(RUN_Y(run_y_overlapped)) }
+#ifdef __AVX2__
+LOOP run_y_streamed(const F32 a, F32 out, long n, float h, float w, float b) {
+    __m256 H = _mm256_set1_ps(h), Q = _mm256_set1_ps(w), B = _mm256_set1_ps(b);
+    long head = LINE(out) < n ? LINE(out) : n, end = head + (n - head) / 16 * 16;
+    for (long i = 0; i < head; i++) out[i] = Y_OF_RUN(i);
+    for (long i = head; i < end; i += 8)
+        _mm256_stream_ps(out + i, _mm256_add_ps(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(a + i), H), Q), B));
+    for (long i = end; i < n; i++) out[i] = Y_OF_RUN(i);
+}
 static void y_run_streamed(void) { IN_MEMORYS_ORDER(RUN_Y(run_y_streamed)) _mm_sfence(); }
 #endif
 
@@ -314,10 +322,11 @@ static const struct { const char *layout, *pass, *name; void (*run)(void); } loo
     {"rows", "gradients", "four rows", gradients_four}, {"rows", "dx", "one row", dx_one}, {"rows", "dx", "four rows", dx_four},
     {"planes", "sums", "memory's order", sums_memory}, {"planes", "sums", "feature by feature", sums_feature},
     {"planes", "y", "as it comes", y_run}, {"planes", "y", "peeled", y_run_peeled}, {"planes", "y", "lines asked for", y_run_asked},
+    {"planes", "y", "overlapped", y_run_overlapped},
     {"planes", "gradients", "memory's order", gradients_memory}, {"planes", "gradients", "feature by feature", gradients_feature},
     {"planes", "dx", "as it comes", dx_run}, {"planes", "dx", "peeled", dx_run_peeled},
 #ifdef __AVX2__
-    {"rows", "y", "streamed", y_stream}, {"planes", "y", "overlapped", y_run_overlapped}, {"planes", "y", "streamed", y_run_streamed},
+    {"rows", "y", "streamed", y_stream}, {"planes", "y", "streamed", y_run_streamed},
 #endif
 };
 

@@ -27,7 +27,7 @@ from bench.workers import Entrant, Worker, contest, environment
 SOURCE = Path(__file__).with_name("limit.c")
 FLAGS = {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "plain": []}
 FEWEST_LANES = 64  # shorter rows are folded
-LANES = 16  # partial sums of a feature, as in limit.c
+LANES = 8  # partial sums of a feature, as in limit.c
 OFFSETS = (0, 16)
 
 
@@ -85,7 +85,10 @@ def build(variant: str, folder: Path) -> list[Loop]:
     if subprocess.run([program, *flags, str(SOURCE), "-o", str(library)], capture_output=True).returncode:
         return []
     c = _load(library)
-    told = [[getattr(c, f"loop_{what}")(k).decode() for what in ("layout", "pass", "name")] for k in range(c.number_of_loops())]
+    told = [
+        [getattr(c, f"loop_{what}")(k).decode() for what in ("layout", "pass", "name")]
+        for k in range(c.number_of_loops())
+    ]
     return [Loop(library, variant, k, *words) for k, words in enumerate(told)]
 
 
@@ -158,10 +161,9 @@ def measure(worker: Worker, case: Case, rounds: int, seconds: float) -> results.
 
 def line(row: results.Row, offset: int) -> str:
     """One line of the table: what fastbn takes, its limit, the loops that set it, and the verdict."""
-    s, seconds = results.summary(row), row["seconds"]
+    s = results.summary(row)
     fastest = [name.removeprefix(results.LOOP) for name in results.fastest_loops(row)]
     verdict = "at its limit" if s.at_limit else f"misses by {s.seconds / results.allowed(s.limit_seconds) - 1:.0%}"
-    assert set(seconds) > {"fastbn"}
     return (
         f"{results.name(row):<34}{row['operation']:<10}{offset:>6}{s.seconds * 1e6:11.1f}"
         f"{s.limit_seconds * 1e6:11.1f}{s.limit:7.2f}  {verdict:<16} {'; '.join(fastest)}"
@@ -170,7 +172,8 @@ def line(row: results.Row, offset: int) -> str:
 
 def table(cases: Sequence[Case], rounds: int, seconds: float) -> None:
     worker = Worker(1, environment(1))
-    print(f"{'shape':<34}{'operation':<10}{'offset':>6}{'us':>11}{'limit us':>11}{'ratio':>7}  verdict          fastest loops")
+    columns = f"{'shape':<34}{'operation':<10}{'offset':>6}{'us':>11}{'limit us':>11}{'ratio':>7}"
+    print(f"{columns}  {'verdict':<16} fastest loops")
     at_limit = 0
     for case in cases:
         row = measure(worker, case, rounds, seconds)

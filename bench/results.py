@@ -206,6 +206,10 @@ def short_table(rows: Sequence[Row], peers: Sequence[str]) -> str:
         cells = [name(row), row["operation"], f"{s.seconds * 1e6:.1f}", f"{s.copies:.2f}"]
         for peer in peers:
             both = peer in seconds
-            cells += [f"{median(seconds[peer]) * 1e6:.1f}", marked(ratio(seconds[peer], seconds["fastbn"]))] if both else ["", ""]
+            cells += (
+                [f"{median(seconds[peer]) * 1e6:.1f}", marked(ratio(seconds[peer], seconds["fastbn"]))]
+                if both
+                else ["", ""]
+            )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
