@@ -164,7 +164,7 @@ def write(report: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "speed.json").write_text(compact(report))
     launches = f"{report['launches']} launch{'es' * (report['launches'] > 1)}"
-    variants = report["loops"]
+    variants = report.get("loops")
     loops = f"The loops were compiled for {' and '.join(variants)}." if variants else "Not measured: no C compiler."
     parts = [INTRODUCTION.format(launches=launches, loops=loops), machine.in_words(report["machine"])]
     for threads, rows in report["rows"].items():
@@ -213,7 +213,7 @@ def main() -> None:
     launches = 1 if options.quick else LAUNCHES
     variants = list(dict.fromkeys(loop.variant for loop in limit.loops()))
     report = {"machine": machine.describe(), "launches": launches, "loops": variants, "rows": {}}
-    print(machine.in_words(report["machine"]))
+    print(machine.in_words(report["machine"]), "" if variants else "No C compiler: limits are left out.", sep="\n")
     for threads in options.threads or range(1, min(2, machine.processors()) + 1):
         print(f"\n{threads} thread(s)")
         report["rows"][str(threads)] = measure(threads, launches, options.quick)
