@@ -154,24 +154,27 @@ def marked(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"**{value:.2f}, slower**"
 
 
-def limit_cell(s: Summary) -> str:
-    return "" if s.limit is None else f"{s.limit:.2f}" if s.at_limit else f"{s.limit:.2f}, over"
-
-
 def mean_and_worst(ratios: Mapping[str, float]) -> str:
     worst = min(ratios, key=ratios.__getitem__)
     return f"geometric mean {geometric_mean(ratios.values()):.2f}, worst {ratios[worst]:.2f} at {worst}"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: one line for each shape, those that lose marked, the geometric means and the worst below."""
-    lines = [
-        "| shape | us | of a copy | of its limit | of its passes | best peer | us | ratio | best library | ratio |",
-        "|---|--:|--:|--:|--:|---|--:|--:|---|--:|",
-    ]
+    """Markdown: one line for each shape, those that lose marked, the geometric means and the worst below.
+
+    There is a column for the limit where one was measured.
+    """
     summaries = {name(row): summary(row) for row in rows}
+    judged = [s for s in summaries.values() if s.limit is not None]
+    head = ["shape", "us", "of a copy", *["of its limit"] * bool(judged), "of its passes"]
+    lines = [
+        f"| {' | '.join(head)} | best peer | us | ratio | best library | ratio |",
+        f"|---|{'--:|' * (len(head) - 1)}---|--:|--:|---|--:|",
+    ]
     for shape, s in summaries.items():
-        cells = [shape, f"{s.seconds * 1e6:.1f}", f"{s.copies:.2f}", limit_cell(s)]
+        cells = [shape, f"{s.seconds * 1e6:.1f}", f"{s.copies:.2f}"]
+        if judged:
+            cells += ["" if s.limit is None else f"{s.limit:.2f}{'' if s.at_limit else ', over'}"]
         cells += [f"{s.passes:.2f}" if s.passes else ""]
         cells += ["none", "", ""] if s.ratio is None else [s.peer, f"{s.peer_seconds * 1e6:.1f}", marked(s.ratio)]
         cells += ["none", ""] if s.library_ratio is None else [s.library, marked(s.library_ratio)]
@@ -179,7 +182,6 @@ def table(rows: Sequence[Row]) -> str:
     for what, ratios in against(rows).items():
         if ratios:
             lines += ["", f"Against {what}: {mean_and_worst(ratios)}."]
-    judged = [s for s in summaries.values() if s.limit is not None]
     if judged:
         lines += ["", f"At its limit on {sum(s.at_limit for s in judged)} of {len(judged)} shapes."]
     failed = [f"{peer} at {name(row)}: {why}" for row in rows for peer, why in row["failed"].items()]

@@ -133,8 +133,8 @@ def test_a_table_prints_losses_like_the_rest_and_the_worst_below():
         row((3, 4), fastbn=[1e-6], copy=[5e-7], numba=[5e-7], quick=[2e-6], failed={"other": "wrong"}),
     ]
     lines = results.table(rows).splitlines()
-    assert lines[2] == "| (1, 2) | 1.0 | 2.00 |  |  | quick | 8.0 | 8.00 | quick | 8.00 |"
-    assert lines[3] == "| (3, 4) | 1.0 | 2.00 |  |  | numba | 0.5 | **0.50, slower** | quick | 2.00 |"
+    assert lines[2] == "| (1, 2) | 1.0 | 2.00 |  | quick | 8.0 | 8.00 | quick | 8.00 |"
+    assert lines[3] == "| (3, 4) | 1.0 | 2.00 |  | numba | 0.5 | **0.50, slower** | quick | 2.00 |"
     assert lines[5] == "Against the best peer: geometric mean 2.00, worst 0.50 at (3, 4)."
     assert lines[7] == "Against the best library: geometric mean 4.00, worst 2.00 at (3, 4)."
     assert lines[-1] == "Left out, other at (3, 4): wrong"
