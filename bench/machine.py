@@ -30,8 +30,8 @@ def caches() -> dict[str, Any]:
         from fastbn.kernels import machine as known
     except ImportError:
         return _caches_by_system()
-    told = {key: known.caches().get(key) for key in ("l2_bytes", "l3_bytes", "l3_sharers")}
-    return {"family": FAMILY, **told, "usable_bytes": known.settings()["l3_bytes"]}
+    told = {key: known.caches()[key] or None for key in ("l2_bytes", "l3_bytes", "l3_sharers")}
+    return {"family": FAMILY, **told, "usable_bytes": known.get_settings()["l3_bytes"]}
 
 
 def _caches_by_system() -> dict[str, Any]:

@@ -12,7 +12,8 @@ import pytest
 from test_data import write_idx
 
 import fastbn
-from bench import curves, families, folded, limit, machine, pictures, report, results, step, training, workers
+from bench import curves, folded, limit, overview, pictures, report, results, step, training, workers
+from bench import machine as described
 from bench.cases import LAYOUTS, OPERATIONS, Arrays, Case, arrays
 from bench.peers import PASSES, PEERS, Peer, prepare, prepare_pass
 
@@ -146,7 +147,7 @@ def test_a_short_table_names_its_peers():
     assert lines[2] == "| (32, 64) | train | 1.0 | 1.00 | 0.5 | **0.50, slower** |  |  |"
 
 
-def made_up():
+def a_report():
     """A report of one shape."""
     rows = [
         row(operation=o, preallocated=p, fastbn=[1.0], copy=[0.5], numba=[0.33], JAX=[2.0]) for o, p in results.COLUMNS
@@ -159,7 +160,7 @@ def made_up():
 
 
 def test_a_report_is_written_and_drawn_again_from_its_json(tmp_path):
-    report.write(made_up(), tmp_path)
+    report.write(a_report(), tmp_path)
     text = (tmp_path / "speed.md").read_text()
     assert text.count("**0.33, slower**") == 8 + 3
     assert "over the rounds of\n3 launches are printed" in text
@@ -173,36 +174,36 @@ def test_a_report_is_written_and_drawn_again_from_its_json(tmp_path):
 
 def test_a_report_goes_into_the_folder_of_the_family(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
-    monkeypatch.setattr(machine, "caches", lambda: {"family": "made-up"})
+    monkeypatch.setattr(described, "caches", lambda: {"family": "made-up"})
     (tmp_path / "made-up").mkdir()
-    (tmp_path / "made-up" / "speed.json").write_text(report.compact(made_up()))
+    (tmp_path / "made-up" / "speed.json").write_text(report.compact(a_report()))
     monkeypatch.setattr(sys, "argv", ["report", "--redraw"])
     report.main()
     assert sorted(p.name for p in (tmp_path / "made-up").iterdir()) == ["speed.json", "speed.md", "speed.png"]
 
 
 def test_families_stand_side_by_side():
-    two = {"made-up": made_up(), "other": made_up()}
-    lines = families.table(two).splitlines()
+    two = {"made-up": a_report(), "other": a_report()}
+    lines = overview.table(two).splitlines()
     column = "training forward, preallocated | 0.33 (without numba) | 0.33 at (32, 64) | 2.00 | 2.00 at (32, 64)"
     assert lines[2] == f"| [made-up](bench/results/made-up/speed.md) | {column} | not measured |"
     assert len(lines) == 2 + 2 * 4 + 1 + 3
     for r in two["other"]["rows"]["1"]:
         r["seconds"] |= {name: values[:1] for name, values in LOOPS.items()}
-    assert families.table(two).splitlines()[6].endswith("| 1 of 1 |")
+    assert overview.table(two).splitlines()[6].endswith("| 1 of 1 |")
 
 
 def test_the_readme_has_what_the_reports_say():
-    """`python -m bench.families` writes it."""
-    readme = families.README.read_text()
-    assert families.updated(readme, families.table(families.reports())) == readme
+    """`python -m bench.overview` writes it."""
+    readme = overview.README.read_text()
+    assert overview.updated(readme, overview.table(overview.reports())) == readme
 
 
 def test_what_the_machine_is():
-    known = machine.caches()
+    known = described.caches()
     assert known["family"]
     assert known["usable_bytes"] > 0
-    assert machine.megabytes(None) == "unknown"
+    assert described.megabytes(None) == "unknown"
 
 
 def test_curves_are_drawn(tmp_path):

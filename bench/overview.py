@@ -1,4 +1,4 @@
-"""The speed of every processor family side by side, as the README has it: python -m bench.families
+"""The speed of every processor family side by side, as the README has it: python -m bench.overview
 
 Writes the table between the two marks in README.md, from the speed.json of each folder of bench/results.
 """
@@ -12,7 +12,7 @@ from bench import results
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-MARKS = "<!-- python -m bench.families writes this -->", "<!-- to here -->"
+MARKS = "<!-- python -m bench.overview writes this -->", "<!-- to here -->"
 
 
 def reports() -> dict[str, Mapping[str, Any]]:
