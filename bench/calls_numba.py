@@ -3,11 +3,10 @@
 Sums of x and x*x in float64 in one pass, then x*a + c: faster than an exact form, and exact enough for most data.
 """
 
+from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
-from numba import njit, prange
 
 from bench.calls import Timed
 from bench.cases import EPS, MOMENTUM, Arrays, Case
@@ -15,7 +14,6 @@ from bench.cases import EPS, MOMENTUM, Arrays, Case
 PLAIN = {"fastmath": True, "nogil": True, "cache": True}
 
 
-@njit(**PLAIN)
 def rows_sums(x, s, q):
     s[:] = 0
     q[:] = 0
@@ -26,7 +24,6 @@ def rows_sums(x, s, q):
             q[j] += v * v
 
 
-@njit(**PLAIN)
 def planes_sums(x, s, q):
     s[:] = 0
     q[:] = 0
@@ -41,14 +38,12 @@ def planes_sums(x, s, q):
             q[j] += b
 
 
-@njit(**PLAIN)
 def rows_output(x, a, c, y):
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             y[i, j] = x[i, j] * a[j] + c[j]
 
 
-@njit(**PLAIN)
 def planes_output(x, a, c, y):
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
@@ -57,7 +52,6 @@ def planes_output(x, a, c, y):
                 y[i, j, k] = x[i, j, k] * p + r
 
 
-@njit(**PLAIN)
 def rows_gradients(x, dy, mean, invstd, s, q):
     s[:] = 0
     q[:] = 0
@@ -68,7 +62,6 @@ def rows_gradients(x, dy, mean, invstd, s, q):
             q[j] += d * (x[i, j] - mean[j]) * invstd[j]
 
 
-@njit(**PLAIN)
 def planes_gradients(x, dy, mean, invstd, s, q):
     s[:] = 0
     q[:] = 0
@@ -84,14 +77,12 @@ def planes_gradients(x, dy, mean, invstd, s, q):
             q[j] += b
 
 
-@njit(**PLAIN)
 def rows_dx(x, dy, a, p, r, dx):
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             dx[i, j] = dy[i, j] * a[j] + x[i, j] * p[j] + r[j]
 
 
-@njit(**PLAIN)
 def planes_dx(x, dy, a, p, r, dx):
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
@@ -100,7 +91,6 @@ def planes_dx(x, dy, a, p, r, dx):
                 dx[i, j, k] = dy[i, j, k] * aa + x[i, j, k] * pp + rr
 
 
-@njit(**PLAIN)
 def finish(s, q, count, weight, bias, mean, var, a, c):
     """Running averages, and what x is multiplied by and added to."""
     for j in range(s.size):
@@ -112,8 +102,24 @@ def finish(s, q, count, weight, bias, mean, var, a, c):
         c[j] = bias[j] - m * a[j]
 
 
-def on_threads(sums: Any, output: Any, gradients: Any, dx: Any) -> tuple[Any, ...]:
+ROWS = rows_sums, rows_output, rows_gradients, rows_dx
+PLANES = planes_sums, planes_output, planes_gradients, planes_dx
+
+
+@cache
+def compiled(*functions: Any) -> tuple[Any, ...]:
+    """For one thread."""
+    from numba import njit
+
+    return tuple(njit(**PLAIN)(function) for function in functions)
+
+
+@cache
+def on_threads(layout: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same four, each thread on its part of the first axis; sums are added up in the first row of (threads, C)."""
+    from numba import njit, prange
+
+    sums, output, gradients, dx = compiled(*layout)
 
     @njit(parallel=True, **PLAIN)
     def sums_parts(x, s, q):
@@ -147,25 +153,20 @@ def on_threads(sums: Any, output: Any, gradients: Any, dx: Any) -> tuple[Any, ..
     return sums_parts, output_parts, gradients_parts, dx_parts
 
 
-ROWS = rows_sums, rows_output, rows_gradients, rows_dx
-PLANES = planes_sums, planes_output, planes_gradients, planes_dx
-PARALLEL = {layout: on_threads(*layout) for layout in (ROWS, PLANES)}
-
-
 def loops(case: Case, a: Arrays) -> Timed:
     """Into given arrays. Channels-last arrays as rows."""
+    import numba
+
     threads, layout = case.threads, ROWS if case.channels_last or len(case.shape) == 2 else PLANES
     numba.set_num_threads(threads)
     x, dy, y, dx = (a.rows(array) for array in (a.x, a.dy, a.y, a.dx))
     if layout is PLANES:
         x, dy, y, dx = (array.reshape(*x.shape[:2], -1) for array in (x, dy, y, dx))
     features, count = x.shape[1], x.size // x.shape[1]
-    sums, output, gradients, backward = layout
+    sums, output, gradients, backward = compiled(*layout) if threads == 1 else on_threads(layout)
     s, q = np.zeros((2, threads, features))
-    parts, more = (s[0], q[0]), ()
-    if threads > 1:
-        sums, output, gradients, backward = PARALLEL[layout]
-        parts, more = (s, q), (threads,)
+    parts, more = ((s[0], q[0]), ()) if threads == 1 else ((s, q), (threads,))
+    (finished,) = compiled(finish)
 
     def convert(result: np.ndarray) -> tuple[np.ndarray, ...]:
         first = result.reshape(a.x.shape)
@@ -173,7 +174,7 @@ def loops(case: Case, a: Arrays) -> Timed:
 
     def train() -> np.ndarray:
         sums(x, *parts)
-        finish(s[0], q[0], count, a.weight, a.bias, running_mean, running_var, scale, shift)
+        finished(s[0], q[0], count, a.weight, a.bias, running_mean, running_var, scale, shift)
         output(x, scale, shift, y, *more)
         return y
 

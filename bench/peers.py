@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import calls, calls_torch, machine
+from bench import calls, calls_numba, calls_torch, machine
 from bench.cases import Arrays, Case, arrays
 from bench.workers import Cold
 from fastbn import kernels
@@ -53,12 +53,6 @@ class Peer:
         return self.exactly(case) or self.exactly(replace(case, preallocated=False))
 
 
-def numba_loops(case: Case, a: Arrays) -> calls.Timed:
-    from bench import calls_numba  # which needs numba
-
-    return calls_numba.loops(case, a)
-
-
 def one_table(case: Case) -> bool:
     return len(case.shape) == 2 or case.channels_last
 
@@ -68,7 +62,7 @@ PEERS = {
     for peer in (
         Peer("fastbn", ["fastbn"], calls.layer),
         Peer("NumPy", ["numpy"], calls.numpy_ufuncs, offset=None),
-        Peer("numba", ["numba"], numba_loops, [True], offset=None),
+        Peer("numba", ["numba"], calls_numba.loops, [True], offset=None),
         Peer("numexpr", ["numexpr"], calls.numexpr_line, fits=lambda case: case.operation == "infer", offset=None),
         Peer("PyTorch F.batch_norm", ["torch"], calls_torch.functional, [False]),
         Peer("PyTorch native", ["torch"], calls_torch.native, [True]),

@@ -14,6 +14,7 @@ from bench.cases import LAYOUTS, OPERATIONS, Case
 from bench.peers import PEERS, Peer, prepare
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # the most that it can be told later
 
 SHAPES = [Case(shape, last, operation) for (shape, last), operation in product(LAYOUTS, OPERATIONS)]
 # Settings that a shape says little about, on three shapes: how the arrays lie, their dtype, threads, new outputs.
