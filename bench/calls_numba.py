@@ -11,7 +11,7 @@ import numpy as np
 from bench.calls import Timed
 from bench.cases import EPS, MOMENTUM, Arrays, Case
 
-PLAIN = {"fastmath": True, "nogil": True, "cache": True}
+FAST = {"fastmath": True, "nogil": True}
 
 
 def rows_sums(x, s, q):
@@ -111,7 +111,7 @@ def compiled(*functions: Any) -> tuple[Any, ...]:
     """For one thread."""
     from numba import njit
 
-    return tuple(njit(**PLAIN)(function) for function in functions)
+    return tuple(njit(cache=True, **FAST)(function) for function in functions)
 
 
 @cache
@@ -121,7 +121,7 @@ def on_threads(layout: tuple[Any, ...]) -> tuple[Any, ...]:
 
     sums, output, gradients, dx = compiled(*layout)
 
-    @njit(parallel=True, **PLAIN)
+    @njit(parallel=True, **FAST)
     def sums_parts(x, s, q):
         for t in prange(len(s)):
             sums(x[t * len(x) // len(s) : (t + 1) * len(x) // len(s)], s[t], q[t])
@@ -129,13 +129,13 @@ def on_threads(layout: tuple[Any, ...]) -> tuple[Any, ...]:
             s[0] += s[t]
             q[0] += q[t]
 
-    @njit(parallel=True, **PLAIN)
+    @njit(parallel=True, **FAST)
     def output_parts(x, a, c, y, threads):
         for t in prange(threads):
             start, stop = t * len(x) // threads, (t + 1) * len(x) // threads
             output(x[start:stop], a, c, y[start:stop])
 
-    @njit(parallel=True, **PLAIN)
+    @njit(parallel=True, **FAST)
     def gradients_parts(x, dy, mean, invstd, s, q):
         for t in prange(len(s)):
             start, stop = t * len(x) // len(s), (t + 1) * len(x) // len(s)
@@ -144,7 +144,7 @@ def on_threads(layout: tuple[Any, ...]) -> tuple[Any, ...]:
             s[0] += s[t]
             q[0] += q[t]
 
-    @njit(parallel=True, **PLAIN)
+    @njit(parallel=True, **FAST)
     def dx_parts(x, dy, a, p, r, dx_out, threads):
         for t in prange(threads):
             start, stop = t * len(x) // threads, (t + 1) * len(x) // threads
