@@ -1,4 +1,5 @@
-"""Batch normalization by each library, at its best: what fastbn is compared with. PyTorch's is in calls_torch.py.
+"""Batch normalization by each library, at its best: what fastbn is compared with. PyTorch's and numba's
+have files of their own.
 
 Each function takes a case and its arrays, and gives what is timed, a function without arguments, and what turns its
 result into NumPy arrays: (y,), or (dx, dweight, dbias). Libraries are imported where they are used.
@@ -72,6 +73,17 @@ def numpy_ufuncs(case: Case, a: Arrays) -> Timed:
 
     call = {"train": train, "infer": infer, "backward": back}[case.operation]
     return call, partial(shaped, a)
+
+
+def numexpr_line(case: Case, a: Arrays) -> Timed:
+    import numexpr
+
+    numexpr.set_num_threads(case.threads)
+    x, y = a.rows(a.x), a.rows(a.y) if case.preallocated else None
+    scale = a.weight / np.sqrt(a.var + a.x.dtype.type(EPS))
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    names = {"x": x, "a": scale.reshape(shape), "c": (a.bias - a.mean * scale).reshape(shape)}
+    return partial(numexpr.evaluate, "x*a + c", names, out=y), lambda result: (result.reshape(a.x.shape),)
 
 
 def standard_scaler(case: Case, a: Arrays) -> Timed:

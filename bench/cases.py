@@ -33,6 +33,7 @@ LAYOUTS = [(shape, False) for shape in SHAPES] + [(shape, True) for shape in ALS
 TOLERANCE = {"float32": 5e-4, "float64": 1e-9}
 # A check looks at as many features as hold about this many elements.
 CHECKED = 500_000
+PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,15 @@ class Case:
     operation: str = "train"
     dtype: str = "float32"
     preallocated: bool = True
-    aligned: bool = False
+    offset: int | None = None  # bytes from a page's start to the arrays'; None: as NumPy makes them
     threads: int = 1
+    cold: bool = False
 
     def __str__(self) -> str:
         words = [layout_name(self.shape, self.channels_last), self.operation]
         words += [self.dtype] * (self.dtype != "float32") + ["allocating"] * (not self.preallocated)
-        words += ["aligned"] * self.aligned + [f"{self.threads} threads"] * (self.threads > 1)
+        words += [] if self.offset is None else [f"offset {self.offset}"]
+        words += [f"{self.threads} threads"] * (self.threads > 1) + ["cold"] * self.cold
         return " ".join(words)
 
 
@@ -58,13 +61,14 @@ def layout_name(shape: tuple[int, ...], channels_last: bool) -> str:
     return f"{tuple(shape)}{' channels-last' if channels_last else ''}"
 
 
-def empty(shape: tuple[int, ...], dtype: str, aligned: bool) -> np.ndarray:
-    """An array as NumPy gives it, or one that starts at a cache line, as those of the other libraries do."""
-    if not aligned:
+def empty(shape: tuple[int, ...], dtype: str, offset: int | None = 0) -> np.ndarray:
+    """An array as NumPy gives it (large ones then begin 16 bytes behind a page's start), or one where told."""
+    if offset is None:
         return np.empty(shape, dtype)
-    buffer = np.empty(int(np.prod(shape)) * np.dtype(dtype).itemsize + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + buffer.size - 64].view(dtype).reshape(shape)
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = np.empty(nbytes + PAGE + offset, np.uint8)
+    start = -buffer.ctypes.data % PAGE + offset
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
 class Arrays:
@@ -74,12 +78,12 @@ class Arrays:
     are (C,). Nothing but y and dx may be written.
     """
 
-    def __init__(self, shape: tuple[int, ...], channels_last: bool, dtype: str, aligned: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], channels_last: bool, dtype: str, offset: int | None) -> None:
         rng = np.random.default_rng(sum(shape))
         features = shape[1]
         self.axis = -1 if channels_last else 1
         lies = (shape[0], *shape[2:], features) if channels_last else shape
-        self.x, self.dy, self.y, self.dx = (empty(lies, dtype, aligned) for _ in range(4))
+        self.x, self.dy, self.y, self.dx = (empty(lies, dtype, offset) for _ in range(4))
         rng.standard_normal(out=self.x, dtype=dtype)
         rng.standard_normal(out=self.dy, dtype=dtype)
         self.x += 1
@@ -143,7 +147,7 @@ _latest: dict[tuple, Arrays] = {}
 
 def arrays(case: Case) -> Arrays:
     """The arrays of a case; made once for cases that follow each other on the same ones, and only those are kept."""
-    key = (case.shape, case.channels_last, case.dtype, case.aligned)
+    key = (case.shape, case.channels_last, case.dtype, case.offset)
     if key not in _latest:
         _latest.clear()
         _latest[key] = Arrays(*key)

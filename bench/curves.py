@@ -1,6 +1,7 @@
 """Time per element from 16 KB to 1 GB, and speed against threads: python -m bench.curves
 
-Writes curves.png and curves.json into bench/results. A few minutes. Sizes that memory does not hold are left out.
+Writes curves.png and curves.json into the processor family's folder of bench/results. A few minutes. Sizes that memory
+does not hold are left out.
 """
 
 import argparse
@@ -27,12 +28,12 @@ NAMES = ("fastbn", "PyTorch native")
 
 
 def start(threads: int) -> dict[str, Worker]:
-    return {name: Worker(threads, environment(threads)) for name in NAMES if PEERS[name].installed}
+    return {name: Worker(threads, environment(threads)) for name in NAMES if not PEERS[name].missing}
 
 
 def entrants(workers: dict[str, Worker], case: Case) -> dict[str, Entrant]:
     return {
-        name: Entrant(worker, prepare, (name, replace(case, aligned=name != "fastbn")))
+        name: Entrant(worker, prepare, (name, replace(case, offset=0 if name != "fastbn" else None)))
         for name, worker in workers.items()
     }
 
@@ -100,20 +101,21 @@ def against_threads(counts: list[int], rounds: int, seconds: float) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; the figures mean nothing")
-    parser.add_argument("--output", type=Path, default=HERE, metavar="DIR")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: the family's folder of bench/results")
     options = parser.parse_args()
-    if options.quick and options.output == HERE:
+    if options.quick and options.output is None:
         parser.error("expected --output with --quick, whose figures must not replace the measured ones")
     described = machine.describe()
+    folder = options.output or HERE / described["family"]
     rounds, seconds = (3, 0.001) if options.quick else (7, 0.008)
     series = against_size(SIZES[:4] if options.quick else SIZES, rounds, seconds)
     most = machine.processors()
     counts = sorted({most, *(2**k for k in range(1, most.bit_length()))} - {1})
     threads = against_threads(counts, rounds, seconds)
-    options.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     written = results.to_digits({"machine": described, "sizes": series, "threads": threads})
-    (options.output / "curves.json").write_text(json.dumps(written) + "\n")
-    pictures.curves(series, threads, options.output / "curves.png")
+    (folder / "curves.json").write_text(json.dumps(written) + "\n")
+    pictures.curves(series, threads, folder / "curves.png")
 
 
 if __name__ == "__main__":

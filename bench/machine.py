@@ -3,11 +3,14 @@
 import os
 import platform
 import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-PACKAGES = ("fastbn", "numpy", "torch", "jax", "onnxruntime", "scikit-learn")
-# Where the system does not say.
+PACKAGES = ("fastbn", "numpy", "torch", "jax", "onnxruntime", "scikit-learn", "numba", "numexpr")
+# Bytes of the last-level cache where the system does not say, and the most that a process can count on where others
+# share it.
 USUAL_CACHE = 32 * 2**20
 
 
@@ -16,13 +19,33 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache that a core has."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        number, unit = re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip()).groups()
-        sizes.append(int(number) * {"": 1, "K": 2**10, "M": 2**20}[unit])
-    return max(sizes, default=USUAL_CACHE)
+def caches() -> dict[str, Any]:
+    """The processor's family and caches: all that the benchmarks know of them.
+
+    "family", a name such as "amd-zen3"; "l2_bytes", "l3_bytes" and "l3_sharers", None where nobody says; and
+    "usable_bytes", what a process can count on of the last-level cache.
+    """
+    try:
+        from fastbn.kernels import FAMILY
+        from fastbn.kernels import machine as known
+    except ImportError:
+        return _caches_by_system()
+    told = {key: known.caches()[key] or None for key in ("l2_bytes", "l3_bytes", "l3_sharers")}
+    return {"family": FAMILY, **told, "usable_bytes": known.get_settings()["l3_bytes"]}
+
+
+def _caches_by_system() -> dict[str, Any]:
+    sizes: dict[int, int] = {}
+    sharers = None
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        level = int((folder / "level").read_text())
+        number, unit = re.fullmatch(r"(\d+)([KM]?)", (folder / "size").read_text().strip()).groups()
+        sizes[level] = int(number) * {"": 1, "K": 2**10, "M": 2**20}[unit]
+        if level == 3:
+            sharers = sum(int(word, 16).bit_count() for word in (folder / "shared_cpu_map").read_text().split(","))
+    last = sizes.get(3) or sizes.get(2) or USUAL_CACHE
+    told = {"l2_bytes": sizes.get(2), "l3_bytes": sizes.get(3), "l3_sharers": sharers}
+    return {"family": "unknown", **told, "usable_bytes": min(last, USUAL_CACHE)}
 
 
 def processor_name() -> str:
@@ -38,7 +61,7 @@ def load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def describe() -> dict[str, object]:
+def describe() -> dict[str, Any]:
     """What a report says of the machine; prints the load, and a warning where it is not idle."""
     from fastbn import kernels
 
@@ -53,21 +76,30 @@ def describe() -> dict[str, object]:
     return {
         "processor": processor_name(),
         "processors": processors(),
-        "cache": last_level_cache(),
+        **caches(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "libc": " ".join(platform.libc_ver()).strip() or None,
         "build": kernels.BUILD,
         "versions": versions,
         "load": busy,
     }
 
 
-def in_words(machine: dict) -> str:
-    """Two lines of Markdown."""
+def in_words(machine: Mapping[str, Any]) -> str:
+    """A few lines of Markdown. What an older report did not ask is unknown."""
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
     missing = ", ".join(name for name, v in machine["versions"].items() if not v)
     load = "unknown" if machine["load"] is None else f"{machine['load']} processes"
+    sharers = f"shared by {machine['l3_sharers'] or 'an unknown number of'} processors"
     return (
-        f"{machine['processor']}, {machine['processors']} processors, last-level cache {machine['cache'] >> 20} MB; "
-        f"{machine['system']}; fastbn's build {machine['build']}; load before: {load}.\n"
+        f"{machine['processor']}, family {machine['family']}, {machine['processors']} processors; "
+        f"L2 {megabytes(machine['l2_bytes'])}, L3 {megabytes(machine['l3_bytes'])} {sharers}, "
+        f"of which {megabytes(machine['usable_bytes'])} are counted on; "
+        f"{machine['system']}, C library {machine['libc'] or 'unknown'}; "
+        f"fastbn's build {machine['build']}; load before: {load}.\n"
         f"{versions}{'; not installed: ' + missing if missing else ''}."
     )
+
+
+def megabytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:g} MB"

@@ -3,7 +3,8 @@
     {"shape": [32, 64], "channels_last": False, "operation": "train", "preallocated": True,
      "seconds": {"fastbn": [...], "copy": [...], "PyTorch native": [...], ...}, "failed": {name: why}}
 
-with the seconds of a call in each round; None in those that an entrant did not take part in.
+with the seconds of a call in each round; None in those that an entrant did not take part in. Entrants are fastbn, its
+peers, passes over memory, and the loops of limit.c, such as "limit sums: eight rows, v3".
 """
 
 import math
@@ -15,7 +16,11 @@ from bench.cases import Case, layout_name
 
 Row = dict[str, Any]
 
+# Peers that are no library with a batch normalization, but what people write who use NumPy.
+WRITTEN = ("NumPy", "numba", "numexpr")
 PASSES = ("copy", "read (np.dot)", "read (np.max)", "copy, one thread")
+LOOP = "limit "  # the names of limit.c's loops begin with it, and what they are for follows
+LOOPS_OF = {"train": ("sums", "y"), "infer": ("y",), "backward": ("gradients", "dx")}
 # What is printed, in this order: operation, preallocated.
 COLUMNS = {
     ("train", True): "training forward, preallocated, against the best peer",
@@ -29,10 +34,17 @@ class Summary(NamedTuple):
     seconds: float
     copies: float  # in multiples of np.copyto on the same array
     passes: float | None  # in multiples of its reads and writes, each at the speed of the best plain loop
+    limit_seconds: float | None  # of the fastest loops that its passes can be made of
+    limit: float | None  # in multiples of those
     peer: str | None
     peer_seconds: float | None
     ratio: float | None  # above 1, fastbn is faster
-    allowed: float | None  # the ratio that its reads and writes at that speed would give
+    library: str | None
+    library_ratio: float | None
+
+    @property
+    def at_limit(self) -> bool:
+        return self.limit_seconds is not None and self.seconds <= allowed(self.limit_seconds)
 
 
 Rounds = Sequence[float | None]
@@ -76,20 +88,43 @@ def passes_seconds(row: Row) -> list[float] | None:
     return [reads * r + c for r, c in zip(read, seconds["copy"], strict=True)]
 
 
+def fastest_loops(row: Row) -> list[str]:
+    """For each pass the loop that is the fastest on this machine; none where not all were measured."""
+    chosen = []
+    for task in LOOPS_OF[row["operation"]]:
+        measured = {n: median(s) for n, s in row["seconds"].items() if n.startswith(f"{LOOP}{task}:")}
+        if not measured:
+            return []
+        chosen.append(min(measured, key=measured.__getitem__))
+    return chosen
+
+
+def allowed(limit: float) -> float:
+    """Seconds that a call at its limit may take: the loops' and some more, and the call itself."""
+    return 1.15 * limit + 1.5e-6
+
+
 def summary(row: Row) -> Summary:
     seconds = row["seconds"]
     ours = seconds["fastbn"]
-    ratios = {name: ratio(theirs, ours) for name, theirs in seconds.items() if name not in ("fastbn", *PASSES)}
-    peer = min(ratios, key=ratios.__getitem__, default=None)
+    others = {name: s for name, s in seconds.items() if name not in ("fastbn", *PASSES) and not name.startswith(LOOP)}
+    ratios = {name: ratio(theirs, ours) for name, theirs in others.items()}
+    libraries = {name: value for name, value in ratios.items() if name not in WRITTEN}
+    peer, library = (min(some, key=some.__getitem__, default=None) for some in (ratios, libraries))
     passes = passes_seconds(row)
+    loops = [seconds[name] for name in fastest_loops(row)]
+    limit = [None if None in together else sum(together) for together in zip(*loops, strict=True)]
     return Summary(
         median(ours),
-        ratio(ours, seconds.get("copy, one thread", seconds["copy"])),
+        ratio(ours, seconds.get("copy, one thread", seconds["copy"])) if "copy" in seconds else math.nan,
         ratio(ours, passes) if passes else None,
+        sum(map(median, loops)) if loops else None,
+        ratio(ours, limit) if limit else None,
         peer,
         median(seconds[peer]) if peer else None,
         ratios[peer] if peer else None,
-        ratio(seconds[peer], passes) if peer and passes else None,
+        library,
+        libraries[library] if library else None,
     )
 
 
@@ -115,26 +150,68 @@ def of_column(rows: Iterable[Row], column: tuple[str, bool]) -> list[Row]:
     return [row for row in rows if (row["operation"], row["preallocated"]) == column]
 
 
+def marked(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"**{value:.2f}, slower**"
+
+
+def mean_and_worst(ratios: Mapping[str, float]) -> str:
+    worst = min(ratios, key=ratios.__getitem__)
+    return f"geometric mean {geometric_mean(ratios.values()):.2f}, worst {ratios[worst]:.2f} at {worst}"
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: one line for each shape, those that lose marked, the geometric mean and the worst below."""
+    """Markdown: one line for each shape, those that lose marked, the geometric means and the worst below.
+
+    There is a column for the limit where one was measured.
+    """
+    summaries = {name(row): summary(row) for row in rows}
+    judged = [s for s in summaries.values() if s.limit is not None]
+    head = ["shape", "us", "of a copy", *["of its limit"] * bool(judged), "of its passes"]
     lines = [
-        "| shape | us | of a copy | of its passes | best peer | us | ratio | passes allow |",
-        "|---|--:|--:|--:|---|--:|--:|--:|",
+        f"| {' | '.join(head)} | best peer | us | ratio | best library | ratio |",
+        f"|---|{'--:|' * (len(head) - 1)}---|--:|--:|---|--:|",
     ]
-    ratios = {}
-    for row in rows:
-        s = summary(row)
-        cells = [name(row), f"{s.seconds * 1e6:.1f}", f"{s.copies:.2f}", f"{s.passes:.2f}" if s.passes else ""]
-        if s.ratio is None:
-            cells += ["none", "", "", ""]
-        else:
-            ratios[name(row)] = s.ratio
-            cells += [s.peer, f"{s.peer_seconds * 1e6:.1f}"]
-            cells += [f"{s.ratio:.2f}" if s.ratio >= 1 else f"**{s.ratio:.2f}, slower**"]
-            cells += [f"{s.allowed:.2f}" if s.allowed else ""]
+    for shape, s in summaries.items():
+        cells = [shape, f"{s.seconds * 1e6:.1f}", f"{s.copies:.2f}"]
+        if judged:
+            cells += ["" if s.limit is None else f"{s.limit:.2f}{'' if s.at_limit else ', over'}"]
+        cells += [f"{s.passes:.2f}" if s.passes else ""]
+        cells += ["none", "", ""] if s.ratio is None else [s.peer, f"{s.peer_seconds * 1e6:.1f}", marked(s.ratio)]
+        cells += ["none", ""] if s.library_ratio is None else [s.library, marked(s.library_ratio)]
         lines.append(f"| {' | '.join(cells)} |")
-    if ratios:
-        worst = min(ratios, key=ratios.__getitem__)
-        lines += ["", f"Geometric mean {geometric_mean(ratios.values()):.2f}, worst {ratios[worst]:.2f} at {worst}."]
+    for what, ratios in against(rows).items():
+        if ratios:
+            lines += ["", f"Against {what}: {mean_and_worst(ratios)}."]
+    if judged:
+        lines += ["", f"At its limit on {sum(s.at_limit for s in judged)} of {len(judged)} shapes."]
     failed = [f"{peer} at {name(row)}: {why}" for row in rows for peer, why in row["failed"].items()]
     return "\n".join(lines + [f"\nLeft out, {line}" for line in failed])
+
+
+def against(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """By shape, the two ratios that count."""
+    summaries = {name(row): summary(row) for row in rows}
+    return {
+        "the best peer": {shape: s.ratio for shape, s in summaries.items() if s.ratio is not None},
+        "the best library": {shape: s.library_ratio for shape, s in summaries.items() if s.library_ratio is not None},
+    }
+
+
+def short_table(rows: Sequence[Row], peers: Sequence[str]) -> str:
+    """Markdown: one line for each shape and operation, fastbn beside the peers named."""
+    lines = [
+        f"| shape | operation | us | of a copy | {' | '.join(f'{peer} | ratio' for peer in peers)} |",
+        f"|---|---|--:|--:|{'--:|--:|' * len(peers)}",
+    ]
+    for row in rows:
+        seconds, s = row["seconds"], summary(row)
+        cells = [name(row), row["operation"], f"{s.seconds * 1e6:.1f}", f"{s.copies:.2f}"]
+        for peer in peers:
+            both = peer in seconds
+            cells += (
+                [f"{median(seconds[peer]) * 1e6:.1f}", marked(ratio(seconds[peer], seconds["fastbn"]))]
+                if both
+                else ["", ""]
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -14,21 +14,27 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from typing import Any
+
+import numpy as np
 
 # Seconds that the next process waits, until the threads of the one before, which go on spinning after a call, sleep.
 SETTLE = 0.01
 
 
-def environment(threads: int) -> dict[str, str]:
+def environment(threads: int, xla_flags: str = "") -> dict[str, str]:
     """What makes a library use this many threads, as far as it is read when a process starts."""
     count = str(threads)
     return {
         "OMP_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
-        "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'}",
+        "NUMBA_NUM_THREADS": count,
+        "NUMEXPR_MAX_THREADS": count,
+        "NUMEXPR_NUM_THREADS": count,
+        "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'} {xla_flags}".rstrip(),
     }
 
 
@@ -91,6 +97,8 @@ def _serve(connection: Connection, threads: int) -> None:
                 answer = None
             elif word == "burst":
                 answer = burst(*prepared[arguments[0]])
+            elif word == "warm up":
+                answer = warm_up(*arguments)
             elif word == "forget":
                 prepared.clear()
                 answer = None
@@ -113,18 +121,56 @@ def repeats(call: Callable[[], Any], seconds: float) -> int:
         count *= 2
 
 
+def elapsed(call: Callable[[], Any], count: int) -> float:
+    """Seconds of so many calls."""
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - start
+
+
 def burst(call: Callable[[], Any], count: int) -> float:
-    """Seconds of one call, the mean of so many, after some that fill the caches again."""
+    """Seconds of one call, the mean of so many, after some that fill the caches again.
+
+    What has a method `seconds`, of so many calls, times itself.
+    """
+    seconds = getattr(call, "seconds", partial(elapsed, call))
     gc.disable()
     try:
-        for _ in range(1 + count // 8):
-            call()
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        return (time.perf_counter() - start) / count
+        seconds(1 + count // 8)
+        return seconds(count) / count
     finally:
         gc.enable()
+
+
+def warm_up(seconds: float) -> None:
+    """Work on every thread of NumPy's matrix product, until the processor runs at the clock that it will keep."""
+    a = np.ones((512, 512), np.float32)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        a @ a
+
+
+@cache
+def other_arrays(nbytes: int) -> np.ndarray:
+    return np.zeros(nbytes // 8)
+
+
+class Cold:
+    """A call before each of which other arrays than its own are touched, of so many bytes; it times itself."""
+
+    def __init__(self, call: Callable[[], Any], nbytes: int) -> None:
+        self._call, self._others = call, other_arrays(nbytes)
+
+    def __call__(self) -> None:
+        self.seconds(1)
+
+    def seconds(self, count: int) -> float:
+        total = 0.0
+        for _ in range(count):
+            self._others += 1
+            total += elapsed(self._call, 1)
+        return total
 
 
 @dataclass(frozen=True)
@@ -134,8 +180,8 @@ class Entrant:
     worker: Worker
     factory: Callable[..., Callable[[], Any]]
     arguments: tuple[Any, ...]
-    # Whether it leaves after two rounds where it takes more than twice the time of the fastest of its like.
-    may_leave: bool = False
+    # Of those with the same word here, one leaves after two rounds that takes more than twice the time of the fastest.
+    leaves: str = ""
 
 
 def contest(
@@ -163,9 +209,12 @@ def contest(
             entrants[name].worker.ask("burst", name)
             times[name].append(entrants[name].worker.answer())
         if turn == 1:
-            middle = {name: statistics.median(times[name]) for name in running if entrants[name].may_leave}
-            limit = 2 * min(middle.values(), default=0)
-            running = [name for name in running if name not in middle or middle[name] <= limit]
+            middle = {name: statistics.median(times[name]) for name in running}
+            fastest: dict[str, float] = {}
+            for name, taken in middle.items():
+                like = entrants[name].leaves
+                fastest[like] = min(taken, fastest.get(like, taken))
+            running = [n for n in running if not entrants[n].leaves or middle[n] <= 2 * fastest[entrants[n].leaves]]
     for worker in {e.worker for e in entrants.values()}:
         worker.ask("forget")
         worker.answer()

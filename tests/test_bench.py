@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import sys
 import time
 import warnings
 
@@ -11,8 +12,9 @@ import pytest
 from test_data import write_idx
 
 import fastbn
-from bench import curves, folded, pictures, report, results, step, training, tune, workers
-from bench.cases import OPERATIONS, Arrays, Case, arrays
+from bench import curves, folded, limit, overview, pictures, report, results, step, training, tune, workers
+from bench import machine as described
+from bench.cases import LAYOUTS, OPERATIONS, Arrays, Case, arrays
 from bench.peers import PASSES, PEERS, Peer, prepare, prepare_pass
 from fastbn import kernels
 from fastbn.kernels import families, machine
@@ -56,13 +58,62 @@ def test_a_slow_round_weighs_on_both_sides_alike():
 
 def test_the_best_peer_is_the_one_with_the_smallest_ratio():
     s = results.summary(row(fastbn=[1, 2, 1], slow=[9, 9, 9], quick=[2, 4, 2], copy=[0.5, 1, 0.5]))
-    assert s == (1, 2, None, "quick", 2, 2, None)
+    assert (s.seconds, s.copies, s.passes, s.peer, s.peer_seconds, s.ratio) == (1, 2, None, "quick", 2, 2)
+
+
+def test_what_numpy_users_write_is_a_peer_but_no_library():
+    s = results.summary(row(fastbn=[2.0], numba=[1.0], NumPy=[9.0], numexpr=[8.0], JAX=[6.0], copy=[1.0]))
+    assert (s.peer, s.ratio, s.library, s.library_ratio) == ("numba", 0.5, "JAX", 3)
+    rows = [row((n, 64), fastbn=[2.0], numba=[n], JAX=[3 * n], copy=[1.0]) for n in (1.0, 4.0)]
+    ratios = {what: results.geometric_mean(some.values()) for what, some in results.against(rows).items()}
+    assert ratios == pytest.approx({"the best peer": 1, "the best library": 3})
 
 
 def test_without_peers_there_is_no_ratio():
     alone = row(fastbn=[1.0], copy=[1.0])
-    assert results.summary(alone)[3:] == (None, None, None, None)
-    assert "| none |  |  |  |" in results.table([alone])
+    assert results.summary(alone)[5:] == (None, None, None, None, None)
+    assert "| none |  |  | none |  |" in results.table([alone])
+
+
+LOOPS = {
+    "limit sums: one, v3": [4.0, 4.0, 4.0],
+    "limit sums: two, v4": [3.0, 2.0, 3.0],
+    "limit y: one, v3": [1.0, 3.0, 1.0],
+    "limit y: slow, v3": [9.0, 9.0, None],
+    "limit gradients: one, v3": [5.0, 5.0, 5.0],
+    "limit dx: one, v3": [2.0, 2.0, 2.0],
+}
+
+
+@pytest.mark.parametrize(("operation", "seconds"), [("train", 4), ("infer", 1), ("backward", 7)])
+def test_a_limit_is_the_fastest_loop_of_each_pass(operation, seconds):
+    s = results.summary(row(operation=operation, fastbn=[8.0, 8.0, 8.0], copy=[1.0, 1.0, 1.0], **LOOPS))
+    assert (s.limit_seconds, s.peer, s.library) == (seconds, None, None)
+    assert s.limit == {"train": 2, "infer": 8, "backward": 8 / 7}[operation]
+    assert s.at_limit is (operation == "backward")
+    assert "2.00, over" in results.table([row(fastbn=[8.0, 8.0, 8.0], copy=[1.0, 1.0, 1.0], **LOOPS)])
+
+
+def test_a_short_call_may_take_some_time_beside_its_loops():
+    for ours, at_limit in ((2.6e-6, True), (2.7e-6, False)):
+        s = results.summary(row(operation="infer", fastbn=[ours], copy=[1e-6], **{"limit y: one, v3": [1e-6]}))
+        assert s.at_limit is at_limit
+
+
+def test_without_a_compiler_there_is_no_limit():
+    s = results.summary(row(fastbn=[1.0], copy=[1.0], **{"limit y: one, v3": [1.0]}))  # and no sums
+    assert (s.limit, s.limit_seconds, s.at_limit) == (None, None, False)
+
+
+def test_short_rows_are_folded():
+    assert limit.view(Case((100_000, 3))) == (3125, 96, 1)
+    assert limit.view(Case((8, 3, 224, 224), True)) == (12544, 96, 1)
+    assert limit.view(Case((64, 512, 7, 7))) == (64, 512, 49)
+    assert limit.view(Case((7, 3))) == (7, 3, 1)  # too few to fold
+    for shape, last in LAYOUTS:
+        rows, features, run = limit.view(Case(shape, last))
+        assert rows * features * run == np.prod(shape)
+        assert run > 1 or features >= 64
 
 
 @pytest.mark.parametrize(("operation", "passes"), [("train", 2 + 4), ("infer", 4), ("backward", 3 * 2 + 4)])
@@ -73,8 +124,6 @@ def test_passes_are_reads_by_the_faster_read_and_one_copy(operation, passes):
     assert s.peer is None
     on_two_threads = results.summary(row(operation=operation, **measured, **{"copy, one thread": [6.0]}))
     assert (on_two_threads.passes, on_two_threads.copies) == (12 / passes, 2)
-    beside_a_peer = results.summary(row(operation=operation, peer=[18.0], **measured))
-    assert (beside_a_peer.ratio, beside_a_peer.allowed) == (18 / 12, 18 / passes)
 
 
 def test_geometric_mean():
@@ -84,27 +133,79 @@ def test_geometric_mean():
 def test_a_table_prints_losses_like_the_rest_and_the_worst_below():
     rows = [
         row((1, 2), fastbn=[1e-6], copy=[5e-7], quick=[8e-6]),
-        row((3, 4), fastbn=[1e-6], copy=[5e-7], quick=[5e-7], failed={"other": "wrong"}),
+        row((3, 4), fastbn=[1e-6], copy=[5e-7], numba=[5e-7], quick=[2e-6], failed={"other": "wrong"}),
     ]
     lines = results.table(rows).splitlines()
-    assert lines[2] == "| (1, 2) | 1.0 | 2.00 |  | quick | 8.0 | 8.00 |  |"
-    assert lines[3] == "| (3, 4) | 1.0 | 2.00 |  | quick | 0.5 | **0.50, slower** |  |"
-    assert lines[5] == "Geometric mean 2.00, worst 0.50 at (3, 4)."
+    assert lines[2] == "| (1, 2) | 1.0 | 2.00 |  | quick | 8.0 | 8.00 | quick | 8.00 |"
+    assert lines[3] == "| (3, 4) | 1.0 | 2.00 |  | numba | 0.5 | **0.50, slower** | quick | 2.00 |"
+    assert lines[5] == "Against the best peer: geometric mean 2.00, worst 0.50 at (3, 4)."
+    assert lines[7] == "Against the best library: geometric mean 4.00, worst 2.00 at (3, 4)."
     assert lines[-1] == "Left out, other at (3, 4): wrong"
 
 
+def test_a_short_table_names_its_peers():
+    lines = results.short_table([row(fastbn=[1e-6], copy=[1e-6], numba=[5e-7])], ("numba", "gone")).splitlines()
+    assert lines[0] == "| shape | operation | us | of a copy | numba | ratio | gone | ratio |"
+    assert lines[2] == "| (32, 64) | train | 1.0 | 1.00 | 0.5 | **0.50, slower** |  |  |"
+
+
+def a_report():
+    """A report of one shape."""
+    rows = [
+        row(operation=o, preallocated=p, fastbn=[1.0], copy=[0.5], numba=[0.33], JAX=[2.0]) for o, p in results.COLUMNS
+    ]
+    about = {"processor": "P", "family": "made-up", "processors": 2, "l2_bytes": 2**19, "l3_bytes": 2**25}
+    about |= {"l3_sharers": None, "usable_bytes": 2**24, "system": "S", "libc": "glibc 2", "build": "v3", "load": None}
+    about["versions"] = {"numpy": "2", "torch": None}
+    settings = dict.fromkeys(report.SETTINGS, rows[:1])
+    return {"machine": about, "launches": 3, "loops": ["v3"], "rows": {"1": rows, "2": rows}, "settings": settings}
+
+
 def test_a_report_is_written_and_drawn_again_from_its_json(tmp_path):
-    rows = [row(operation=o, preallocated=p, fastbn=[1.0], copy=[0.5], x=[0.33]) for o, p in results.COLUMNS]
-    machine = {"processor": "P", "processors": 2, "cache": 2**25, "system": "S", "build": "v3", "load": None}
-    machine["versions"] = {"numpy": "2", "torch": None}
-    report.write({"machine": machine, "launches": 3, "rows": {"1": rows, "2": rows}}, tmp_path)
+    report.write(a_report(), tmp_path)
     text = (tmp_path / "speed.md").read_text()
-    assert text.count("**0.33, slower**") == 8
-    assert "over\nthe rounds of 3 launches are printed" in text
+    assert text.count("**0.33, slower**") == 8 + 3
+    assert "over the rounds of\n3 launches are printed" in text
+    assert "family made-up, 2 processors; L2 0.5 MB, L3 32 MB shared by an unknown number of processors" in text
+    assert "C library glibc 2;" in text
     assert "not installed: torch" in text
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
     report.write(json.loads((tmp_path / "speed.json").read_text()), tmp_path)
     assert (tmp_path / "speed.md").read_text() == text
+
+
+def test_a_report_goes_into_the_folder_of_the_family(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(described, "caches", lambda: {"family": "made-up"})
+    (tmp_path / "made-up").mkdir()
+    (tmp_path / "made-up" / "speed.json").write_text(report.compact(a_report()))
+    monkeypatch.setattr(sys, "argv", ["report", "--redraw"])
+    report.main()
+    assert sorted(p.name for p in (tmp_path / "made-up").iterdir()) == ["speed.json", "speed.md", "speed.png"]
+
+
+def test_families_stand_side_by_side():
+    two = {"made-up": a_report(), "other": a_report()}
+    lines = overview.table(two).splitlines()
+    column = "training forward, preallocated | 0.33 (without numba) | 0.33 at (32, 64) | 2.00 | 2.00 at (32, 64)"
+    assert lines[2] == f"| [made-up](bench/results/made-up/speed.md) | {column} | not measured |"
+    assert len(lines) == 2 + 2 * 4 + 1 + 3
+    for r in two["other"]["rows"]["1"]:
+        r["seconds"] |= {name: values[:1] for name, values in LOOPS.items()}
+    assert overview.table(two).splitlines()[6].endswith("| 1 of 1 |")
+
+
+def test_the_readme_has_what_the_reports_say():
+    """`python -m bench.overview` writes it."""
+    readme = overview.README.read_text()
+    assert overview.updated(readme, overview.table(overview.reports())) == readme
+
+
+def test_what_the_machine_is():
+    known = described.caches()
+    assert known["family"]
+    assert known["usable_bytes"] > 0
+    assert described.megabytes(None) == "unknown"
 
 
 def test_curves_are_drawn(tmp_path):
@@ -117,17 +218,57 @@ def test_curves_are_drawn(tmp_path):
 # --- what is timed
 
 
-@pytest.mark.parametrize("name", ["fastbn", "NumPy"])
+@pytest.mark.parametrize("name", ["fastbn", "NumPy", "numba", "numexpr"])
 def test_every_case_passes_its_check(name):
-    for (shape, last), operation, dtype, preallocated, aligned in itertools.product(
-        TINY, OPERATIONS, ("float32", "float64"), (True, False), (True, False)
+    if PEERS[name].missing:
+        pytest.skip(PEERS[name].missing)
+    for (shape, last), operation, dtype, preallocated, offset in itertools.product(
+        TINY, OPERATIONS, ("float32", "float64"), (True, False), (None, 0, 16)
     ):
-        prepare(name, Case(shape, last, operation, dtype, preallocated, aligned))()
+        if case := PEERS[name].exactly(Case(shape, last, operation, dtype, preallocated, offset)):
+            prepare(name, case)()
+
+
+@pytest.fixture(scope="module")
+def every_loop(tmp_path_factory):
+    """Those that the report takes, and the plain ones."""
+    if limit.compiler() is None:
+        pytest.skip("there is no C compiler")
+    return [*limit.loops(), *limit.build("plain", tmp_path_factory.mktemp("loops"))]
+
+
+@pytest.mark.parametrize("shape", [(13, 77), (5, 3, 7, 11)])
+def test_the_loops_that_set_the_limit_do_the_whole_work(shape, every_loop):
+    case = Case(shape, offset=16)
+    a = arrays(case)
+    features = shape[1]
+    axes = tuple(i for i in range(a.x.ndim) if i != 1)
+    x, dy = (array.astype(np.float64) for array in (a.x, a.dy))
+    layout = "rows" if x.ndim == 2 else "planes"
+    expected = {  # all parameters are 0.5
+        "sums": (x.sum(axes), (x * x).sum(axes)),
+        "gradients": (dy.sum(axes), (dy * (x - 1) * 0.5).sum(axes)),
+        "y": ((x - 0.5) * 0.5 + 0.5,),
+        "dx": (((dy - 0.5) - (x - 1) * 0.5) * 0.5,),
+    }
+    tried = [loop for loop in every_loop if loop.layout == layout]
+    assert {loop.task for loop in tried} == set(expected)
+    for loop in tried:
+        prepared = limit.Prepared(loop, case)
+        prepared.out.fill(np.nan)
+        prepared()
+        right = (x * 0.5 + 0.5,) if loop.name == "two parameters" else expected[loop.task]
+        got = prepared.sums[:, :features] if loop.task in ("sums", "gradients") else (prepared.out,)
+        for part, value in zip(got, right, strict=True):
+            np.testing.assert_allclose(part, value, 1e-5, 1e-5, err_msg=str(loop))
+
+
+def test_where_arrays_start():
+    assert {Arrays((50, 4), False, "float32", offset).x.ctypes.data % 4096 for offset in (0, 16)} == {0, 16}
 
 
 def test_a_check_sees_what_is_wrong():
-    a = Arrays((50, 4), False, "float32", aligned=True)
-    assert a.x.ctypes.data % 64 == 0
+    a = Arrays((50, 4), False, "float32", 0)
     right = [part.astype(np.float32) for part in a.expected("backward")]
     right[0] = np.ascontiguousarray(right[0].T)
     a.check("backward", tuple(right))
@@ -302,13 +443,23 @@ def slow_with_seven_threads(seconds):
     return slow(seconds)
 
 
+def test_other_arrays_are_touched_before_a_cold_call():
+    seen = []
+    others = workers.other_arrays(80)
+    call = workers.Cold(lambda: seen.append(others[-1]), 80)
+    assert call.seconds(3) >= 0
+    assert np.diff(seen).tolist() == [1, 1]
+    assert workers.burst(call, 8) >= 0
+    assert len(seen) == 3 + 2 + 8
+
+
 def test_a_contest_leaves_out_what_is_wrong_and_what_is_slow():
     before = dict(os.environ)
     worker = workers.Worker(1, workers.environment(7))
     assert dict(os.environ) == before
     entrants = {
-        "first": workers.Entrant(worker, slow_with_seven_threads, (1e-4,), may_leave=True),
-        "slow": workers.Entrant(worker, slow, (2e-2,), may_leave=True),
+        "first": workers.Entrant(worker, slow_with_seven_threads, (1e-4,), leaves="peer"),
+        "slow": workers.Entrant(worker, slow, (2e-2,), leaves="peer"),
         "kept": workers.Entrant(worker, slow, (2e-2,)),
         "wrong": workers.Entrant(worker, wrong, ()),
     }
