@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import kernels
+from . import steps
 from .state import FLOATS, Array, check_state
 
 __all__ = ["SGD", "Adam", "RMSprop"]
@@ -130,7 +130,7 @@ class SGD(Optimizer):
         super().__init__(model, lr, ("momentum_buffer",) if self.momentum else ())
 
     def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
-        kernels.optim.sgd(params, grads, self._buffers, self.lr, self.momentum, self.nesterov, self.weight_decay)
+        steps.sgd(params, grads, self._buffers, self.lr, self.momentum, self.nesterov, self.weight_decay)
 
 
 class RMSprop(Optimizer):
@@ -182,9 +182,7 @@ class RMSprop(Optimizer):
         super().__init__(model, lr, ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",))
 
     def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
-        kernels.optim.rmsprop(
-            params, grads, self._buffers, self.lr, self.alpha, self.eps, self.weight_decay, self.momentum
-        )
+        steps.rmsprop(params, grads, self._buffers, self.lr, self.alpha, self.eps, self.weight_decay, self.momentum)
 
 
 class Adam(Optimizer):
@@ -245,7 +243,7 @@ class Adam(Optimizer):
         power2 = self._state["beta2_power"].item() * b2
         lr, correction = self.lr, math.sqrt(1 - power2)
         kept = 1 - lr * self.weight_decay if self.weight_decay else 1.0
-        kernels.optim.adam(params, grads, self._buffers, lr / (1 - power1), b1, b2, correction, self.eps, kept)
+        steps.adam(params, grads, self._buffers, lr / (1 - power1), b1, b2, correction, self.eps, kept)
         self._state["beta1_power"][()], self._state["beta2_power"][()] = power1, power2
 
 

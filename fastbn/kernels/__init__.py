@@ -37,4 +37,4 @@ if BUILD not in BUILDS:
     raise ImportError(f"FASTBN_ISA must name a build that this processor runs: expected one of {BUILDS}, got {BUILD!r}")
 
 table = import_module(f"{__name__}.batchnorm_{BUILD}").table_of_kernels
-optim = import_module(f"{__name__}.optim_{BUILD}")
+updates = import_module(f"{__name__}.optim_{BUILD}").updates

@@ -1,0 +1,34 @@
+from collections.abc import Mapping
+
+from .state import Array
+
+def sgd(
+    params: Mapping[str, Array],
+    grads: Mapping[str, Array],
+    buffers: dict[str, list[Array]],
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> None: ...
+def rmsprop(
+    params: Mapping[str, Array],
+    grads: Mapping[str, Array],
+    buffers: dict[str, list[Array]],
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+) -> None: ...
+def adam(
+    params: Mapping[str, Array],
+    grads: Mapping[str, Array],
+    buffers: dict[str, list[Array]],
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    correction: float,
+    eps: float,
+    kept: float,
+) -> None: ...
