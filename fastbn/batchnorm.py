@@ -145,7 +145,7 @@ class BatchNorm(calls.Callable):
         self._constants = calls.Constants(
             self._num_features, self._weight, self._bias, self._eps, mean=self._running_mean, var=self._running_var,
             unbiased=self._unbiased, axis=self._axis, activation=self._activation, num_threads=self._num_threads,
-            renorm=self._renorm,
+            renorm=self._renorm, lasting=True,
         )  # fmt: skip
         self._saved = None
 
@@ -179,7 +179,7 @@ class BatchNorm(calls.Callable):
         numpy.exceptions.AxisError
             Where x has no such axis.
         """
-        return self(x, out, mask=mask)
+        return super().__call__(x, out, mask=mask)
 
     def _forward_in_batches(self, x: ArrayLike, out: Array | None, mask: ArrayLike | None, training: bool) -> Array:
         ghost_size = self._ghost_size if self.training and not self.frozen else None

@@ -14,7 +14,8 @@ cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport NAN
-from libc.string cimport memset
+from libc.stdint cimport uintptr_t
+from libc.string cimport memcmp, memcpy, memset
 
 from fastbn.arguments cimport (
     activation_of,
@@ -33,7 +34,9 @@ from fastbn.arguments cimport (
 )
 from fastbn.batchstats cimport BatchStats, new_stats
 from fastbn.kernels cimport machine, memory
+from fastbn.kernels.cut cimport NARROW_LANES
 from fastbn.kernels.job cimport Activation, Job, Kernel, Table
+from fastbn.kernels.types cimport LINE_BYTES
 from fastbn.renorm cimport correct_gradients, correct_parameters, corrections
 
 from fastbn import kernels
@@ -41,16 +44,21 @@ from fastbn import kernels
 cnp.import_array()
 
 cdef enum:
-    SHORT = 16384    # elements read; below, giving the GIL away costs more than it gives others
+    SHORT = 16384        # elements read; below, giving the GIL away costs more than it gives others
+    FEW_VALUES = 4096    # of each feature; above, what is done once for each does not weigh
 
 cdef Table *KERNELS = <Table *>PyCapsule_GetPointer(kernels.table, "fastbn.kernels.Table")
+
+
+cdef class Prepared
 
 
 cdef class Constants:
     """What is the same in every call of a layer, checked and in C types: a short call spends most of its time on arguments.
 
     features: the expected number, or -1.  weight, bias, mean, var: (C,) or None; a training forward updates the running averages mean
-    and var in place, which then must be contiguous float64.  renorm: None, or (r_max, d_max), which needs mean and var.
+    and var in place, which then must be contiguous float64.  renorm: None, or (r_max, d_max), which needs mean and var.  lasting: a layer's,
+    whose arrays stay the same ones, contiguous, and whose inference is called again and again.
     """
     cdef Py_ssize_t features
     cdef object weight
@@ -63,9 +71,11 @@ cdef class Constants:
     cdef Activation activation
     cdef int num_threads
     cdef public tuple renorm
+    cdef bint lasting
+    cdef Prepared prepared
 
     def __init__(self, features=-1, weight=None, bias=None, eps=1e-5, *, mean=None, var=None, unbiased=True, axis=1, activation=None,
-                 num_threads=None, renorm=None):
+                 num_threads=None, renorm=None, lasting=False):
         self.features = features
         self.weight = weight
         self.bias = bias
@@ -77,6 +87,7 @@ cdef class Constants:
         self.activation = activation_of(activation)
         self.num_threads = 0 if num_threads is None else machine.checked_threads(num_threads)
         self.renorm = renorm
+        self.lasting = lasting
 
     def like(self, mean, var, axis):
         """The same with other averages and another feature axis."""
@@ -282,16 +293,85 @@ cdef int renormalized(Job *job, BatchStats stats, double *running_mean, double *
     return call(&KERNELS.normalize, job)
 
 
+cdef class Prepared:
+    """The kernels' parameter rows of an inference, kept with what they were made of: in a short call a root and a division for each feature weigh."""
+    cdef BatchStats stats
+    cdef char *made_of          # the bytes of weight, bias, mean and var: whoever wrote into one of these arrays is seen
+    cdef void *table
+    cdef Py_ssize_t key[5]
+
+    def __dealloc__(self):
+        PyMem_Free(self.made_of)
+        PyMem_Free(self.table)
+
+    cdef int make(self, Constants constants, Job *job) except -1:
+        cdef Py_ssize_t at = 0
+        self.table = job.table = PyMem_Malloc(KERNELS.table_bytes(job))
+        self.made_of = <char *>PyMem_Malloc(4 * job.C * sizeof(double))
+        if self.table == NULL or self.made_of == NULL:
+            raise MemoryError()
+        write_key(job, self.key)
+        for array in (constants.weight, constants.bias, constants.mean, constants.var):
+            if array is not None:
+                memcpy(self.made_of + at, cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array))
+                at += cnp.PyArray_NBYTES(array)
+        return 0
+
+    cdef bint fits(self, Constants constants, const Job *job) except -1:
+        cdef Py_ssize_t key[5]
+        cdef Py_ssize_t at = 0
+        write_key(job, key)
+        if memcmp(key, self.key, sizeof(key)):
+            return False
+        return (same_bytes(constants.weight, self.made_of, &at) and same_bytes(constants.bias, self.made_of, &at)
+                and same_bytes(constants.mean, self.made_of, &at) and same_bytes(constants.var, self.made_of, &at))
+
+
+cdef void write_key(const Job *job, Py_ssize_t *key) noexcept:
+    """What a table belongs to, besides the parameters."""
+    key[0] = job.M if job.C * job.S < NARROW_LANES else 0    # short rows are folded, as many as there are
+    key[1] = job.C
+    key[2] = job.S
+    key[3] = job.is_float64
+    key[4] = <uintptr_t>job.y % LINE_BYTES
+
+
+cdef inline bint same_bytes(cnp.ndarray array, const char *kept, Py_ssize_t *at) noexcept:
+    """Whether the array's bytes are those that were kept, from number `at` on, which moves on."""
+    cdef Py_ssize_t first = at[0]
+    if array is None:
+        return True
+    at[0] += cnp.PyArray_NBYTES(array)
+    return memcmp(cnp.PyArray_DATA(array), kept + first, cnp.PyArray_NBYTES(array)) == 0
+
+
 cdef Call inferred(Constants constants, object x, object out):
     """An inference forward, done; its statistics are the running ones as they were at the call."""
     cdef cnp.ndarray given = floating(x, "x")
-    cdef Call c = forward_call(constants, given, out, False)
-    c.stats = new_stats(c.job.C, 0)
-    c.statistics(c.stats)
-    load(constants.mean, c.job.mean, c.job.C, 0, "running_mean")
-    load(None, c.job.mean_low, c.job.C, 0, "mean_low")
-    load(constants.var, c.job.var, c.job.C, 1, "running_var")
-    call(&KERNELS.normalize, &c.job)
+    cdef Call c = Call.__new__(Call)
+    cdef Prepared prepared = constants.prepared
+    cdef Job *job = &c.job
+    c.begin(constants, given, &KERNELS.normalize)
+    c.output(out, given, None)
+    if prepared is not None and prepared.fits(constants, job):
+        c.stats = prepared.stats
+        job.table, job.prepared = prepared.table, True
+        call(&KERNELS.normalize, job)
+    else:
+        c.parameters(constants, 2)
+        c.stats = new_stats(job.C, 0)
+        c.statistics(c.stats)
+        load(constants.mean, job.mean, job.C, 0, "running_mean")
+        load(None, job.mean_low, job.C, 0, "mean_low")
+        load(constants.var, job.var, job.C, 1, "running_var")
+        prepared = None
+        if constants.lasting and job.M * job.S <= FEW_VALUES:
+            prepared = Prepared.__new__(Prepared)
+            prepared.make(constants, job)
+            prepared.stats = c.stats
+        call(&KERNELS.normalize, job)
+        if prepared is not None and job.prepared:
+            constants.prepared = prepared
     c.finish()
     c.x_kept = c.kept(x, given)
     return c

@@ -31,7 +31,6 @@ from fastbn.kernels.job cimport IDENTITY, LEAKY_RELU, RELU, Activation, Job, Tab
 from fastbn.kernels.params cimport (
     HIGH,
     INVSTD,
-    LOW,
     MEAN_DY,
     PARAMETERS,
     SHIFT,
@@ -42,11 +41,12 @@ from fastbn.kernels.params cimport (
     backward_fits,
     fill_gradients,
     fill_table,
+    finish_gradients,
     forward_fits,
     repeat_first,
     spread,
 )
-from fastbn.kernels.schedule cimport FEATURE_BY_FEATURE, SPREAD, Schedule, schedule
+from fastbn.kernels.schedule cimport FEATURE_BY_FEATURE, Schedule, schedule
 from fastbn.kernels.types cimport LINE_BYTES, STEP, add, aligned, ceil_div, f32, f64, real, row, summed_exactly, table
 
 cdef enum:
@@ -105,7 +105,7 @@ cdef void prepare_gradients(Work *w, Py_ssize_t b, table params) noexcept nogil:
     cdef Job *job = w.job
     cdef Py_ssize_t at = b * w.plan.block
     cdef Py_ssize_t n = min(w.plan.block, job.C - at)
-    fill_gradients(job.var + at, job.dweight + at, job.dbias + at, job.eps, job.count, n, params + at, w.pitch)
+    fill_gradients(job.mean + at, job.mean_low + at, job.var + at, job.eps, job.dweight + at, job.dbias + at, job.count, n, params + at, w.pitch)
     w.beyond[b] |= table is f32 and not all_backward_fit(params + at, w.pitch, n, job.dweight + at)
     spread_rows(w, at, n, params, MEAN_DY, PARAMETERS)
 
@@ -165,7 +165,7 @@ cdef void do(Work *w, Step step, Py_ssize_t i, int thread, row x, table params) 
     elif step == SUM_GRADIENTS:
         add_up_gradients(w, i // w.plan.blocks, i % w.plan.blocks, x, params, scratch)
     elif step == MERGE_GRADIENTS:
-        merge_gradients(w, i * w.plan.block, min(w.plan.block, w.cut.C - i * w.plan.block), x)
+        merge_gradients(w, i * w.plan.block, min(w.plan.block, w.cut.C - i * w.plan.block), params)
     elif step == PREPARE_GRADIENTS:
         prepare_gradients(w, i, params)
     else:
@@ -219,48 +219,59 @@ cdef inline Py_ssize_t sums_pitch(Py_ssize_t n) noexcept nogil:
     return ((n + 127) // 128 | 1) * 128
 
 
-cdef Py_ssize_t lay_out(Work *w, Py_ssize_t size) noexcept nogil:
-    """Sets the pitches; the bytes of the work space."""
-    cdef Job *job = w.job
+cdef Py_ssize_t lay_out_table(Work *w, Py_ssize_t size) noexcept nogil:
+    """Sets the pitches of the parameter table, and gives its bytes."""
+    cdef Py_ssize_t C = w.job.C
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
     # Room for the first lanes again, and for a start where y is within its line, so that lines of y meet lines of parameters.
-    w.pitch = table_pitch(job.C + 2 * STEP, size)
-    w.lane_table = not w.cut.planes and lanes > job.C and (w.cut.S < SPREAD or job.dy != NULL)
+    w.lane_table = not w.cut.planes and lanes > C and (not w.plan.runs or w.job.dy != NULL)
+    w.pitch = table_pitch(C + 2 * STEP, size)
     w.lane_pitch = table_pitch(lanes + 2 * STEP, size) if w.lane_table else w.pitch
-    w.sums_pitch = sums_pitch(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold))
-    return (LINE_BYTES + PARAMETERS * (w.pitch + w.lane_table * w.lane_pitch) * size
-            + (3 * w.cut.chunks * job.C + w.plan.threads * SCRATCH_ROWS * w.sums_pitch) * <Py_ssize_t>sizeof(double) + w.plan.blocks)
+    return LINE_BYTES + PARAMETERS * (w.pitch + w.lane_table * w.lane_pitch) * size
+
+
+cdef void place_table(Work *w, void *memory, table params, Py_ssize_t size) noexcept nogil:
+    w.params = <table>aligned(memory) + <uintptr_t>w.job.y % LINE_BYTES // size
+    w.lanes = <table>w.params + w.lane_table * PARAMETERS * w.pitch
 
 
 cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table params) noexcept nogil:
-    """arrays: how many of x's size are summed."""
+    """arrays: how many of x's size are summed. params: of the table's type, no more."""
     cdef double room[ROOM]
     cdef void *taken = room
     cdef Py_ssize_t size = sizeof(x[0])
     cdef Py_ssize_t nbytes
+    cdef Py_ssize_t doubles
     cdef Work w
     w.job = job
     cut(&w.cut, job.M, job.C, job.S)
     schedule(&w.plan, &w.cut, job, arrays, size)
-    nbytes = lay_out(&w, size)
-    if nbytes > <Py_ssize_t>sizeof(room):
+    w.sums_pitch = sums_pitch(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold)) if arrays else 0
+    doubles = (3 * w.cut.chunks * job.C if arrays else 0) + w.plan.threads * SCRATCH_ROWS * w.sums_pitch
+    nbytes = lay_out_table(&w, size)
+    if job.table != NULL:
+        place_table(&w, job.table, params, size)
+        nbytes = 0
+    if nbytes + doubles * <Py_ssize_t>sizeof(double) + w.plan.blocks > <Py_ssize_t>sizeof(room):
         # malloc weighs in a short call
-        taken = malloc(nbytes)
+        taken = malloc(nbytes + doubles * sizeof(double) + w.plan.blocks)
         if taken == NULL:
             return -1
-    params = <table>aligned(taken) + <uintptr_t>job.y % LINE_BYTES // size
-    w.params = params
-    w.lanes = params + w.lane_table * PARAMETERS * w.pitch
-    w.part = <double *>aligned(taken) + PARAMETERS * (w.pitch + w.lane_table * w.lane_pitch) * size // 8
-    w.scratch = w.part + 3 * w.cut.chunks * job.C
-    w.beyond = <unsigned char *>(w.scratch + w.plan.threads * SCRATCH_ROWS * w.sums_pitch)
-    run(&w, steps, n, x, params)
+    w.part = <double *>taken
+    w.scratch = w.part + (3 * w.cut.chunks * job.C if arrays else 0)
+    if job.table == NULL:
+        place_table(&w, w.part + doubles, params, size)
+    w.beyond = <unsigned char *>(w.part + doubles) + nbytes
+    memset(w.beyond, 0, w.plan.blocks)
+    run(&w, steps, n, x, <table>w.params)
+    job.prepared = True
     if table is f32:
-        if (arrays == 2 or job.y != NULL) and any_beyond(&w):
+        if any_beyond(&w):
+            job.prepared = False
             if arrays == 2:
-                sum_beyond(&w, params)
+                sum_beyond(&w, <table>w.params)
             if job.y != NULL:
-                write_beyond(&w, params)
+                write_beyond(&w, <table>w.params)
     if taken != room:
         free(taken)
     return 0
@@ -279,7 +290,18 @@ cdef int moments(Job *job) noexcept nogil:
 
 cdef int normalize(Job *job) noexcept nogil:
     cdef Step[2] steps = [PREPARE, WRITE]
+    if job.prepared:
+        return kernel_of(job, &steps[1], 1, 0)
     return kernel_of(job, steps, 2, 0)
+
+
+cdef Py_ssize_t table_bytes(Job *job) noexcept nogil:
+    cdef Work w
+    cdef Py_ssize_t size = 8 if job.is_float64 else 4
+    w.job = job
+    cut(&w.cut, job.M, job.C, job.S)
+    schedule(&w.plan, &w.cut, job, 0, size)
+    return lay_out_table(&w, size)
 
 
 cdef int forward(Job *job) noexcept nogil:
@@ -311,5 +333,6 @@ TABLE.forward.run, TABLE.forward.reads = forward, 2
 TABLE.gradients.run, TABLE.gradients.reads = gradients, 2
 TABLE.input_gradient.run, TABLE.input_gradient.reads = input_gradient, 2
 TABLE.backward.run, TABLE.backward.reads = backward, 4
+TABLE.table_bytes = table_bytes
 
 table_of_kernels = PyCapsule_New(&TABLE, "fastbn.kernels.Table", NULL)

@@ -1,10 +1,10 @@
 # The gradients of weight and bias, from the loops over x and dy to their sums. Included in batchnorm.pyx.
 #
-# s1 += sum g and s2 += sum g*x_hat (float64: g*(x - mean)), g the gradient before the activation. Trees of four are in the arithmetic's type. p is the
+# s1 += sum g and s2 += sum g*d*INVSTD (float64: g*d), d = x - HIGH and g the gradient before the activation. Trees of four are in the arithmetic's type. p is the
 # parameter table (PARAMETERS, step): a column for each lane, or of a run its one feature's.
 
 cdef inline real scaled(real d, real invstd) noexcept nogil:
-    """x_hat, or x - mean in float64, whose sums are scaled at the end."""
+    """x_hat, but for the mean's low part; or x - HIGH in float64, whose sums are scaled at the end."""
     return d * invstd if real is float else d
 
 
@@ -15,7 +15,6 @@ cdef inline void four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, tabl
     for i in range(n):
         k = 0 if run else i
         hi = p[k]
-        lo = p[LOW * step + k]
         w = p[WEIGHT * step + k]
         b = p[SHIFT * step + k]
         r = p[INVSTD * step + k]
@@ -28,7 +27,7 @@ cdef inline void four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, tabl
         g2 = unact(dy[2 * ld + i], d2 * w + b, activation)
         g3 = unact(dy[3 * ld + i], d3 * w + b, activation)
         add(s1, e1, i, (g0 + g1) + (g2 + g3), not summed_exactly(x))
-        add(s2, e2, i, (g0 * scaled(d0 - lo, r) + g1 * scaled(d1 - lo, r)) + (g2 * scaled(d2 - lo, r) + g3 * scaled(d3 - lo, r)), not summed_exactly(x))
+        add(s2, e2, i, (g0 * scaled(d0, r) + g1 * scaled(d1, r)) + (g2 * scaled(d2, r) + g3 * scaled(d3, r)), not summed_exactly(x))
 
 
 cdef inline void one_gradient(row x, row dy, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Activation activation,
@@ -40,7 +39,7 @@ cdef inline void one_gradient(row x, row dy, Py_ssize_t n, table p, Py_ssize_t s
         d = x[i] - p[k]
         g = unact(dy[i], d * p[WEIGHT * step + k] + p[SHIFT * step + k], activation)
         add(s1, e1, i, g, not summed_exactly(x))
-        add(s2, e2, i, <double>g * <double>scaled(d - p[LOW * step + k], p[INVSTD * step + k]), not summed_exactly(x))
+        add(s2, e2, i, <double>g * <double>scaled(d, p[INVSTD * step + k]), not summed_exactly(x))
 
 
 cdef inline void add_gradients(row x, row dy, const Strip *s, table p, Py_ssize_t step, const bint run, const Activation activation,
@@ -126,8 +125,8 @@ cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x, table par
         part[2 * C + c] = s2[c]
 
 
-cdef void merge_some_gradients(Work *w, Py_ssize_t at, Py_ssize_t n, const bint of_differences) noexcept nogil:
-    """The chunks' sums of n features, at most MERGED, the first number `at`. of_differences: whether they are of g*(x - mean)."""
+cdef void merge_some_gradients(Work *w, Py_ssize_t at, Py_ssize_t n) noexcept nogil:
+    """The chunks' sums of n features, at most MERGED, the first number `at`."""
     cdef double lost_bias[MERGED]
     cdef double lost_weight[MERGED]
     cdef Py_ssize_t C = w.cut.C
@@ -148,11 +147,11 @@ cdef void merge_some_gradients(Work *w, Py_ssize_t at, Py_ssize_t n, const bint 
     for c in range(n):
         dbias[c] += lost_bias[c]
         dweight[c] += lost_weight[c]
-        if of_differences:
-            dweight[c] /= sqrt(w.job.var[at + c] + w.job.eps)
 
 
-cdef void merge_gradients(Work *w, Py_ssize_t at, Py_ssize_t n, row x) noexcept nogil:
+cdef void merge_gradients(Work *w, Py_ssize_t at, Py_ssize_t n, table params) noexcept nogil:
+    cdef Job *job = w.job
     cdef Py_ssize_t c
     for c in range(ceil_div(n, MERGED)):
-        merge_some_gradients(w, at + c * MERGED, min(<Py_ssize_t>MERGED, n - c * MERGED), not summed_exactly(x))
+        merge_some_gradients(w, at + c * MERGED, min(<Py_ssize_t>MERGED, n - c * MERGED))
+    finish_gradients(job.mean + at, job.mean_low + at, job.var + at, job.eps, job.dweight + at, job.dbias + at, n, params + at, w.pitch)

@@ -31,6 +31,9 @@ ctypedef struct Job:
     double *dbias
     bint training    # [in] gradient kernels: whether mean and var depend on x
     double count     # [in] input_gradient: values of a feature that dweight and dbias are summed over
+    # normalize alone: the parameter rows, in memory that lasts beyond the call, or NULL.
+    void *table      # [out] or, where prepared, [in]: table_bytes, which suit the shape, the dtype and the place of y within its cache line
+    bint prepared    # [in, out] whether the rows are there
 
 ctypedef struct Kernel:
     int (*run)(Job *job) noexcept nogil    # 0, or -1 where memory ran out, before anything is written
@@ -43,3 +46,4 @@ ctypedef struct Table:
     Kernel gradients         # dweight, dbias
     Kernel input_gradient    # dx from dweight and dbias
     Kernel backward          # gradients and input_gradient in one
+    Py_ssize_t (*table_bytes)(Job *job) noexcept nogil

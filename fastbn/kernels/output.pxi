@@ -16,8 +16,11 @@ cdef inline Operation operation(const Job *job) noexcept nogil:
     return DX if job.training else DX_SCALED
 
 
-cdef inline real element(real x, real dy, real hi, real lo, real w, real b, real m, real slope, const Operation op, const Activation activation) noexcept nogil:
-    """dx is weight*invstd*(g - mean(g) - x_hat*mean(g*x_hat))  (Ioffe & Szegedy 2015, section 3, gathered), or weight*invstd*g."""
+cdef inline real element(real x, real dy, real hi, real w, real b, real m, real slope, const Operation op, const Activation activation) noexcept nogil:
+    """dx is weight*invstd*(g - mean(g) - x_hat*mean(g*x_hat))  (Ioffe & Szegedy 2015, section 3, gathered), or weight*invstd*g.
+
+    m and slope are MEAN_DY and SLOPE: the mean's low part is in m, as it is in b.
+    """
     cdef real d = x - hi
     cdef real g
     if op == Y:
@@ -25,7 +28,7 @@ cdef inline real element(real x, real dy, real hi, real lo, real w, real b, real
     g = unact(dy, d * w + b, activation)
     if op == DX_SCALED:
         return g * w
-    return ((g - m) - (d - lo) * slope) * w
+    return ((g - m) - d * slope) * w
 
 
 cdef inline void write(row x, row dy, row y, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Operation op, const Activation activation) noexcept nogil:
@@ -34,8 +37,7 @@ cdef inline void write(row x, row dy, row y, Py_ssize_t n, table p, Py_ssize_t s
     cdef Py_ssize_t k
     for i in range(n):
         k = 0 if run else i
-        y[i] = element(x[i], dy[i], p[k], p[LOW * step + k], p[WEIGHT * step + k], p[SHIFT * step + k], p[MEAN_DY * step + k],
-                       p[SLOPE * step + k], op, activation)
+        y[i] = element(x[i], dy[i], p[k], p[WEIGHT * step + k], p[SHIFT * step + k], p[MEAN_DY * step + k], p[SLOPE * step + k], op, activation)
 
 
 cdef inline void write_four(row x, row dy, row y0, row y1, row y2, row y3, Py_ssize_t apart, Py_ssize_t n, table p, Py_ssize_t step,
@@ -44,23 +46,21 @@ cdef inline void write_four(row x, row dy, row y0, row y1, row y2, row y3, Py_ss
     cdef Py_ssize_t i
     for i in range(n):
         hi = p[i]
-        lo = p[LOW * step + i]
         w = p[WEIGHT * step + i]
         b = p[SHIFT * step + i]
         m = p[MEAN_DY * step + i]
         slope = p[SLOPE * step + i]
-        y0[i] = element(x[i], dy[i], hi, lo, w, b, m, slope, op, activation)
-        y1[i] = element(x[apart + i], dy[apart + i], hi, lo, w, b, m, slope, op, activation)
-        y2[i] = element(x[2 * apart + i], dy[2 * apart + i], hi, lo, w, b, m, slope, op, activation)
-        y3[i] = element(x[3 * apart + i], dy[3 * apart + i], hi, lo, w, b, m, slope, op, activation)
+        y0[i] = element(x[i], dy[i], hi, w, b, m, slope, op, activation)
+        y1[i] = element(x[apart + i], dy[apart + i], hi, w, b, m, slope, op, activation)
+        y2[i] = element(x[2 * apart + i], dy[2 * apart + i], hi, w, b, m, slope, op, activation)
+        y3[i] = element(x[3 * apart + i], dy[3 * apart + i], hi, w, b, m, slope, op, activation)
 
 
 cdef inline void write_two_runs(row x, row dy, row y, int left, table p, table q, Py_ssize_t step, const Operation op, const Activation activation) noexcept nogil:
     """STEP elements: `left` of one feature, the rest of another."""
     cdef int i
     for i in range(STEP):
-        y[i] = element(x[i], dy[i], p[0] if i < left else q[0], p[LOW * step] if i < left else q[LOW * step],
-                       p[WEIGHT * step] if i < left else q[WEIGHT * step], p[SHIFT * step] if i < left else q[SHIFT * step],
+        y[i] = element(x[i], dy[i], p[0] if i < left else q[0], p[WEIGHT * step] if i < left else q[WEIGHT * step], p[SHIFT * step] if i < left else q[SHIFT * step],
                        p[MEAN_DY * step] if i < left else q[MEAN_DY * step], p[SLOPE * step] if i < left else q[SLOPE * step], op, activation)
 
 

@@ -4,16 +4,16 @@ from libc.math cimport sqrt
 
 from fastbn.kernels.types cimport STEP, f64, table
 
-# Rows of the parameter table, each (C,) in the arithmetic's type, or (lanes,) once spread over the lanes of a row.
+# Rows of the parameter table, each (C,) in the arithmetic's type, or (lanes,) once spread over the lanes of a row. The mean is HIGH + low; low is at most
+# half a unit in the last place of HIGH, and folded into the rows that are added, where nothing cancels.
 cdef enum Parameter:
-    HIGH = 0     # the mean's high part
-    WEIGHT = 1   # weight * invstd
-    SHIFT = 2    # bias - low*weight*invstd, low what HIGH leaves of the mean
-    LOW = 3      # low, where the gradients cannot do without
-    INVSTD = 4   # which the sums of float64 leave to the end: g*(x - mean) has one rounding less, but in float32 it could overflow
-    MEAN_DY = 5
-    SLOPE = 6    # invstd * mean(dy * x_hat)
-    PARAMETERS = 7
+    HIGH = 0
+    WEIGHT = 1   # weight*invstd
+    SHIFT = 2    # bias - low*WEIGHT
+    INVSTD = 3   # which the sums of float64 leave to the end: g*(x - HIGH) has one rounding less, but in float32 it could overflow
+    MEAN_DY = 4  # mean(dy) - low*SLOPE
+    SLOPE = 5    # invstd*mean(dy*x_hat)
+    PARAMETERS = 6
 
 
 cdef inline double split_high(double a) noexcept nogil:
@@ -65,26 +65,37 @@ cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, do
     cdef double v
     cdef double invstd
     cdef double w
-    cdef double lo
     for c in range(n):
         v = var[c] + eps
         invstd = 1 / sqrt(v)
         w = rounded_once(weight[c], var[c], eps, v, invstd) if table is f64 else weight[c] * invstd
         p[c] = mean[c]
-        lo = (mean[c] - p[c]) + low[c]
-        p[LOW * pitch + c] = lo
         p[WEIGHT * pitch + c] = w
-        # lo is at most half a unit in the last place of the mean: nothing cancels here.
-        p[SHIFT * pitch + c] = bias[c] - lo * w
+        p[SHIFT * pitch + c] = bias[c] - ((mean[c] - p[c]) + low[c]) * w
         p[INVSTD * pitch + c] = invstd
 
 
-cdef inline void fill_gradients(f64 var, f64 dweight, f64 dbias, double eps, double count, Py_ssize_t n, table p, Py_ssize_t pitch) noexcept nogil:
+cdef inline void finish_gradients(f64 mean, f64 low, f64 var, double eps, f64 dweight, f64 dbias, Py_ssize_t n, table p, Py_ssize_t pitch) noexcept nogil:
+    """dweight, from the sums of g*(x - HIGH), times INVSTD in float32."""
+    cdef Py_ssize_t c
+    cdef double lo
+    for c in range(n):
+        lo = (mean[c] - p[c]) + low[c]
+        if table is f64:
+            dweight[c] = (dweight[c] - lo * dbias[c]) / sqrt(var[c] + eps)
+        else:
+            dweight[c] -= lo * <double>p[INVSTD * pitch + c] * dbias[c]
+
+
+cdef inline void fill_gradients(f64 mean, f64 low, f64 var, double eps, f64 dweight, f64 dbias, double count, Py_ssize_t n, table p,
+                                Py_ssize_t pitch) noexcept nogil:
     """The rows of the means of the gradients, which `count` values of each feature were summed into."""
     cdef Py_ssize_t c
+    cdef double slope
     for c in range(n):
-        p[MEAN_DY * pitch + c] = dbias[c] / count
-        p[SLOPE * pitch + c] = dweight[c] / (count * sqrt(var[c] + eps))
+        slope = dweight[c] / (count * sqrt(var[c] + eps))
+        p[SLOPE * pitch + c] = slope
+        p[MEAN_DY * pitch + c] = dbias[c] / count - ((mean[c] - p[c]) + low[c]) * slope
 
 
 # Whether float32 holds a feature's parameters with full precision, as it may not for data of 1e30 or of 1e-30. What is too small for it may be so where

@@ -19,7 +19,6 @@ cdef enum:
     BLOCK_LANES = COLUMN_LANES    # most lanes whose sums stay in the first-level cache while a chunk goes by
     BLOCK_BYTES = 16384           # of planes that lie side by side and are summed together: shorter pieces of memory are not fetched ahead
     LONG_PLANE_BYTES = 2048       # from here on it pays to jump from a plane to its feature's next one
-    SPREAD = 64                   # a shorter S has a parameter for each lane when outputs are written, a longer one a run for each plane
     PARTS = 64                    # of the output, for one thread; the last one is written first, since it is what the sums left in cache
     PART_ELEMENTS = 16384         # fewest that are worth a part
 
@@ -55,7 +54,7 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
     cdef Py_ssize_t beside
     plan.threads = job.num_threads
     plan.traversal = PASS_BY_PASS
-    plan.runs = cut.S >= SPREAD
+    plan.runs = cut.planes
     plan.write_ahead = plan.apart = plan.read_ahead = plan.before = 0
     plan.streamed = False
     plan.part = elements
