@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("fastbn", "numpy", "torch", "jax", "onnxruntime", "scikit-learn", "numba", "numexpr")
-# Bytes of the last-level cache where the system does not say, and the most that a process can count on where others
-# share it.
-USUAL_CACHE = 32 * 2**20
 
 
 def processors() -> int:
@@ -22,30 +19,13 @@ def processors() -> int:
 def caches() -> dict[str, Any]:
     """The processor's family and caches: all that the benchmarks know of them.
 
-    "family", a name such as "amd-zen3"; "l2_bytes", "l3_bytes" and "l3_sharers", None where nobody says; and
+    "family", a name such as "zen3"; "l2_bytes", "l3_bytes" and "l3_sharers", None where nobody says; and
     "usable_bytes", what a process can count on of the last-level cache.
     """
-    try:
-        from fastbn.kernels import FAMILY
-        from fastbn.kernels import machine as known
-    except ImportError:
-        return _caches_by_system()
-    told = {key: known.caches()[key] or None for key in ("l2_bytes", "l3_bytes", "l3_sharers")}
-    return {"family": FAMILY, **told, "usable_bytes": known.get_settings()["l3_bytes"]}
+    from fastbn import kernels
 
-
-def _caches_by_system() -> dict[str, Any]:
-    sizes: dict[int, int] = {}
-    sharers = None
-    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        level = int((folder / "level").read_text())
-        number, unit = re.fullmatch(r"(\d+)([KM]?)", (folder / "size").read_text().strip()).groups()
-        sizes[level] = int(number) * {"": 1, "K": 2**10, "M": 2**20}[unit]
-        if level == 3:
-            sharers = sum(int(word, 16).bit_count() for word in (folder / "shared_cpu_map").read_text().split(","))
-    last = sizes.get(3) or sizes.get(2) or USUAL_CACHE
-    told = {"l2_bytes": sizes.get(2), "l3_bytes": sizes.get(3), "l3_sharers": sharers}
-    return {"family": "unknown", **told, "usable_bytes": min(last, USUAL_CACHE)}
+    told = {key: kernels.machine.caches()[key] or None for key in ("l2_bytes", "l3_bytes", "l3_sharers")}
+    return {"family": kernels.FAMILY, **told, "usable_bytes": kernels.machine.get_settings()["l3_bytes"]}
 
 
 def processor_name() -> str:

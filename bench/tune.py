@@ -81,7 +81,7 @@ def beyond(rounds: Sequence[float], noise: float) -> float:
 def prepared(operation: str, nbytes: int, threads: int = 1, features: int = FEATURES) -> Callable[[], Any]:
     """A call on an x of so many bytes."""
     case = Case((max(2, nbytes // (4 * features)), features), operation=operation, threads=threads)
-    return layer(case, Arrays(case.shape, False, case.dtype, aligned=False))[0]
+    return layer(case, Arrays(case.shape, False, case.dtype, None))[0]
 
 
 def by_size(
