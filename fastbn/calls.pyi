@@ -1,3 +1,4 @@
+from collections.abc import Callable as Function
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,20 @@ class Constants:
         activation: str | None = None,
         num_threads: int | None = None,
         renorm: tuple[float, float] | None = None,
+        lasting: bool = False,
     ) -> None: ...
     def like(self, mean: Array | None, var: Array | None, axis: int) -> Constants: ...
+
+class Callable:
+    training: bool
+    frozen: bool
+    num_batches_tracked: int
+    _momentum: float | None
+    _ghost_size: int | None
+    _constants: Constants
+    # The function that goes back, x, the statistics that it was normalised with, and whether they are its own.
+    _saved: tuple[Function[..., Array], ArrayLike, Any, bool] | None
+    def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array: ...
 
 # The functions take all arguments by position.
 def moments(constants: Constants, x: ArrayLike) -> BatchStats: ...
@@ -49,6 +62,17 @@ def backward_into(
     out: Array | None,
     dweight: Array | None,
     dbias: Array | None,
+) -> Array: ...
+def normalize(constants: Constants, x: ArrayLike, stats: BatchStats, out: Array | None) -> Array: ...
+def gradients(constants: Constants, dy: ArrayLike, x: ArrayLike, stats: BatchStats) -> tuple[Float64, Float64]: ...
+def input_gradient(
+    constants: Constants,
+    dy: ArrayLike,
+    x: ArrayLike,
+    stats: BatchStats,
+    dweight: ArrayLike,
+    dbias: ArrayLike,
+    out: Array | None,
 ) -> Array: ...
 def arrays_of_forward(
     constants: Constants, x: ArrayLike, out: Array | None, training: bool

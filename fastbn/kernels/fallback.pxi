@@ -35,7 +35,8 @@ cdef void sum_beyond(Work *w, f32 params) noexcept nogil:
                     job.dweight[c] += g * x_hat
 
 
-cdef inline float element_beyond(const Job *job, float x, float dy, f32 p, Py_ssize_t pitch, bint forward_fit, const Operation op, Py_ssize_t c) noexcept nogil:
+cdef inline float element_beyond(const Job *job, float x, float dy, f32 p, Py_ssize_t pitch, bint forward_fit, const Operation op,
+                                 Py_ssize_t c) noexcept nogil:
     cdef double x_hat = x_hat_of(job, x, c)
     cdef float z = z_of(job, x_hat, c)
     cdef double g

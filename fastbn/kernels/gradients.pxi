@@ -1,7 +1,7 @@
 # The gradients of weight and bias, from the loops over x and dy to their sums. Included in batchnorm.pyx.
 #
-# s1 += sum g and s2 += sum g*d*INVSTD (float64: g*d), d = x - HIGH and g the gradient before the activation. Trees of four are in the arithmetic's type. p is the
-# parameter table (PARAMETERS, step): a column for each lane, or of a run its one feature's.
+# s1 += sum g and s2 += sum g*d*INVSTD (float64: g*d), d = x - HIGH and g the gradient before the activation. Trees of four are in the arithmetic's
+# type. p is the parameter table (PARAMETERS, step): a column for each lane, or of a run its one feature's.
 
 cdef inline real scaled(real d, real invstd) noexcept nogil:
     """x_hat, but for the mean's low part; or x - HIGH in float64, whose sums are scaled at the end."""

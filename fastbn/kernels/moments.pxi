@@ -1,8 +1,8 @@
 # The statistics, from the loops over x to the mean and the variance of each feature. Included in batchnorm.pyx.
 #
-# s1 += sum d and s2 += sum d*d, d = x - pivot, or x itself where not centred: float32 data is summed as it is first, since a float's square is exact in
-# float64, whose digits allow a mean of 32 standard deviations. float64 data is summed about the mean of some elements. Where that was not enough (`far`),
-# a chunk is summed again about its mean, while it is still in cache.
+# s1 += sum d and s2 += sum d*d, d = x - pivot, or x itself where not centred: float32 data is summed as it is first, since a float's square is exact
+# in float64, whose digits allow a mean of 32 standard deviations. float64 data is summed about the mean of some elements. Where that was not enough
+# (`far`), a chunk is summed again about its mean, while it is still in cache.
 
 # --- the loops: lanes of rows ld elements apart; (lanes,) pivot, s1, s2, and e1, e2 for what those lost ---------------------------------------
 

@@ -1,8 +1,8 @@
 # Writing y, or dx, from one element to a stream of cache lines: once for all three operations. Included in batchnorm.pyx.
 #
-# A range of the output, in the order of memory, is written in whole cache lines that start on one, whatever the alignment of x and the number of lanes:
-# a store that touches two lines costs as much as two. So a line may begin at one row's end and end in the next; the parameter table has its first STEP
-# lanes once more behind the last (rows), or a line takes the parameters of two features (runs: planes, and rows of not too short a S).
+# A range of the output, in the order of memory, is written in whole cache lines, whatever the alignment of x and the number of lanes: a store that
+# touches two lines costs as much as two. So a line may begin at one row's end and end in the next; the parameter table has its first STEP lanes once
+# more behind the last. Planes are written run by run, and only past the caches in whole lines: there, one may take the parameters of two features.
 
 cdef enum Operation:
     Y            # activation((x - mean)*weight*invstd + bias)
@@ -16,7 +16,8 @@ cdef inline Operation operation(const Job *job) noexcept nogil:
     return DX if job.training else DX_SCALED
 
 
-cdef inline real element(real x, real dy, real hi, real w, real b, real m, real slope, const Operation op, const Activation activation) noexcept nogil:
+cdef inline real element(real x, real dy, real hi, real w, real b, real m, real slope, const Operation op,
+                         const Activation activation) noexcept nogil:
     """dx is weight*invstd*(g - mean(g) - x_hat*mean(g*x_hat))  (Ioffe & Szegedy 2015, section 3, gathered), or weight*invstd*g.
 
     m and slope are MEAN_DY and SLOPE: the mean's low part is in m, as it is in b.
@@ -31,7 +32,8 @@ cdef inline real element(real x, real dy, real hi, real w, real b, real m, real 
     return ((g - m) - d * slope) * w
 
 
-cdef inline void write(row x, row dy, row y, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Operation op, const Activation activation) noexcept nogil:
+cdef inline void write(row x, row dy, row y, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Operation op,
+                       const Activation activation) noexcept nogil:
     """n elements. p: (PARAMETERS, step), a column for each, or of a run one for all. Nothing is read of rows that the operation does not need."""
     cdef Py_ssize_t i
     cdef Py_ssize_t k
@@ -56,12 +58,14 @@ cdef inline void write_four(row x, row dy, row y0, row y1, row y2, row y3, Py_ss
         y3[i] = element(x[3 * apart + i], dy[3 * apart + i], hi, w, b, m, slope, op, activation)
 
 
-cdef inline void write_two_runs(row x, row dy, row y, int left, table p, table q, Py_ssize_t step, const Operation op, const Activation activation) noexcept nogil:
+cdef inline void write_two_runs(row x, row dy, row y, int left, table p, table q, Py_ssize_t step, const Operation op,
+                                const Activation activation) noexcept nogil:
     """STEP elements: `left` of one feature, the rest of another."""
     cdef int i
     for i in range(STEP):
-        y[i] = element(x[i], dy[i], p[0] if i < left else q[0], p[WEIGHT * step] if i < left else q[WEIGHT * step], p[SHIFT * step] if i < left else q[SHIFT * step],
-                       p[MEAN_DY * step] if i < left else q[MEAN_DY * step], p[SLOPE * step] if i < left else q[SLOPE * step], op, activation)
+        y[i] = element(x[i], dy[i], p[0] if i < left else q[0], p[WEIGHT * step] if i < left else q[WEIGHT * step],
+                       p[SHIFT * step] if i < left else q[SHIFT * step], p[MEAN_DY * step] if i < left else q[MEAN_DY * step],
+                       p[SLOPE * step] if i < left else q[SLOPE * step], op, activation)
 
 
 cdef inline Py_ssize_t to_line(row y) noexcept nogil:
@@ -138,7 +142,8 @@ cdef inline Place place_of(const Cut *cut, Py_ssize_t first) noexcept nogil:
     return at
 
 
-cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op, const Activation activation) noexcept nogil:
+cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op,
+                            const Activation activation) noexcept nogil:
     """n elements: run by run, since most are too short for a start on a line to pay."""
     cdef Py_ssize_t j = 0
     cdef Py_ssize_t k
@@ -159,7 +164,8 @@ cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p
             j += k
 
 
-cdef inline void stream_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op, const Activation activation) noexcept nogil:
+cdef inline void stream_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op,
+                             const Activation activation) noexcept nogil:
     """n elements in whole lines."""
     cdef double room[STEP + 8]
     cdef row line = <row>aligned(room)

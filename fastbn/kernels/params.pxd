@@ -4,8 +4,8 @@ from libc.math cimport sqrt
 
 from fastbn.kernels.types cimport STEP, f64, table
 
-# Rows of the parameter table, each (C,) in the arithmetic's type, or (lanes,) once spread over the lanes of a row. The mean is HIGH + low; low is at most
-# half a unit in the last place of HIGH, and folded into the rows that are added, where nothing cancels.
+# Rows of the parameter table, each (C,) in the arithmetic's type, or (lanes,) once spread over the lanes of a row. The mean is HIGH + low; low is at
+# most half a unit in the last place of HIGH, and folded into the rows that are added, where nothing cancels.
 cdef enum Parameter:
     HIGH = 0
     WEIGHT = 1   # weight*invstd
@@ -59,7 +59,8 @@ cdef inline double rounded_once(double weight, double var, double eps, double v,
     return p + lost if -1e290 < lost < 1e290 else p
 
 
-cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, double eps, Py_ssize_t n, table p, Py_ssize_t pitch) noexcept nogil:
+cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, double eps, Py_ssize_t n, table p,
+                            Py_ssize_t pitch) noexcept nogil:
     """The rows that do not depend on the gradients' sums."""
     cdef Py_ssize_t c
     cdef double v
@@ -75,7 +76,8 @@ cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, do
         p[INVSTD * pitch + c] = invstd
 
 
-cdef inline void finish_gradients(f64 mean, f64 low, f64 var, double eps, f64 dweight, f64 dbias, Py_ssize_t n, table p, Py_ssize_t pitch) noexcept nogil:
+cdef inline void finish_gradients(f64 mean, f64 low, f64 var, double eps, f64 dweight, f64 dbias, Py_ssize_t n, table p,
+                                  Py_ssize_t pitch) noexcept nogil:
     """dweight, from the sums of g*(x - HIGH), times INVSTD in float32."""
     cdef Py_ssize_t c
     cdef double lo
@@ -98,8 +100,9 @@ cdef inline void fill_gradients(f64 mean, f64 low, f64 var, double eps, f64 dwei
         p[MEAN_DY * pitch + c] = dbias[c] / count - ((mean[c] - p[c]) + low[c]) * slope
 
 
-# Whether float32 holds a feature's parameters with full precision, as it may not for data of 1e30 or of 1e-30. What is too small for it may be so where
-# all that it scales is next to nothing, as weights that decay leaves behind: where std is below 8e7, it belongs to weights or gradients below 1e-30.
+# Whether float32 holds a feature's parameters with full precision, as it may not for data of 1e30 or of 1e-30. What is too small for it may be so
+# where all that it scales is next to nothing, as weights that decay leaves behind: where std is below 8e7, it belongs to weights or gradients below
+# 1e-30.
 # NaN is held: it stays in its feature anyway.
 
 cdef inline bint fits(double a, double exact, double invstd) noexcept nogil:

@@ -86,7 +86,8 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
     if not plan.streamed and job.settings.write_ahead_from_bytes <= nbytes <= job.settings.write_ahead_to_bytes:
         plan.write_ahead = job.settings.write_ahead_bytes
     plan.before = min(elements, <Py_ssize_t>(-<uintptr_t>job.y % LINE_BYTES) // size)
-    if not plan.runs and not plan.streamed and job.settings.rows_at_once > 1 and nbytes * (3 if job.dy != NULL else 2) <= job.settings.rows_at_once_to_bytes:
+    if (not plan.runs and not plan.streamed and job.settings.rows_at_once > 1
+            and nbytes * (3 if job.dy != NULL else 2) <= job.settings.rows_at_once_to_bytes):
         plan.apart = whole_rows_and_lines(lanes)
         # Four rows of three arrays at a multiple of 4 KB would share the eight ways of a set in the first-level cache.
         if job.dy != NULL and plan.apart * size % 4096 == 0:
