@@ -2,7 +2,7 @@
 #
 # A range of the output, in the order of memory, is written in whole cache lines, whatever the alignment of x and the number of lanes: a store that
 # touches two lines costs as much as two. So a line may begin at one row's end and end in the next; the parameter table has its first STEP lanes once
-# more behind the last. Planes are written run by run, and only past the caches in whole lines: there, one may take the parameters of two features.
+# more behind the last. Planes are written run by run, and only past the caches in whole lines, of which one may belong to two features.
 
 cdef enum Operation:
     Y            # activation((x - mean)*weight*invstd + bias)
@@ -56,16 +56,6 @@ cdef inline void write_four(row x, row dy, row y0, row y1, row y2, row y3, Py_ss
         y1[i] = element(x[apart + i], dy[apart + i], hi, w, b, m, slope, op, activation)
         y2[i] = element(x[2 * apart + i], dy[2 * apart + i], hi, w, b, m, slope, op, activation)
         y3[i] = element(x[3 * apart + i], dy[3 * apart + i], hi, w, b, m, slope, op, activation)
-
-
-cdef inline void write_two_runs(row x, row dy, row y, int left, table p, table q, Py_ssize_t step, const Operation op,
-                                const Activation activation) noexcept nogil:
-    """STEP elements: `left` of one feature, the rest of another."""
-    cdef int i
-    for i in range(STEP):
-        y[i] = element(x[i], dy[i], p[0] if i < left else q[0], p[WEIGHT * step] if i < left else q[WEIGHT * step],
-                       p[SHIFT * step] if i < left else q[SHIFT * step], p[MEAN_DY * step] if i < left else q[MEAN_DY * step],
-                       p[SLOPE * step] if i < left else q[SLOPE * step], op, activation)
 
 
 cdef inline Py_ssize_t to_line(row y) noexcept nogil:
@@ -164,32 +154,40 @@ cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p
             j += k
 
 
+cdef inline void set_lanes(table lanes, table p, Py_ssize_t pitch, const Operation op) noexcept nogil:
+    """STEP lanes of rows of 2*STEP, from a feature's column: the rows that the operation reads."""
+    cdef int r
+    cdef int i
+    for r in range(INVSTD if op == Y else PARAMETERS):
+        for i in range(STEP):
+            lanes[r * 2 * STEP + i] = p[r * pitch]
+
+
 cdef inline void stream_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op,
                              const Activation activation) noexcept nogil:
-    """n elements in whole lines."""
+    """n elements in whole lines. One may end a run and begin the next: it takes its parameters from where two features' lanes meet."""
     cdef double room[STEP + 8]
+    cdef double lane_room[PARAMETERS * 2 * STEP + 8]
     cdef row line = <row>aligned(room)
+    cdef table lanes = <table>aligned(lane_room)
     cdef Py_ssize_t j = min(to_line(y), n)
-    cdef Py_ssize_t end
-    cdef Py_ssize_t next
+    cdef Py_ssize_t first
     write_runs(w, x, dy, y, j, p, at, op, activation)
+    set_lanes(lanes, p + at.c, w.pitch, op)
     while j + STEP <= n:
-        end = j + min(at.left, n - j) // STEP * STEP
-        at.left -= end - j
-        while j < end:
-            fetch_step(x + j, dy + j, y + j, &w.plan, True, op)
-            write(x + j, dy + j, line, STEP, p + at.c, w.pitch, True, op, activation)
-            stream_step(y + j, line)
-            j += STEP
-        if j + STEP <= n:
-            next = at.c + 1 if at.c + 1 < w.cut.C else 0
-            if at.left:
-                write_two_runs(x + j, dy + j, line, <int>at.left, p + at.c, p + next, w.pitch, op, activation)
-                stream_step(y + j, line)
-                at.left -= STEP
-                j += STEP
+        first = 0
+        if at.left < STEP:
+            first = STEP - at.left
+            at.c = at.c + 1 if at.c + 1 < w.cut.C else 0
             at.left += w.cut.S
-            at.c = next
+            set_lanes(lanes + STEP, p + at.c, w.pitch, op)
+        fetch_step(x + j, dy + j, y + j, &w.plan, True, op)
+        write(x + j, dy + j, line, STEP, lanes + first, 2 * STEP, False, op, activation)
+        stream_step(y + j, line)
+        if first:
+            set_lanes(lanes, p + at.c, w.pitch, op)
+        at.left -= STEP
+        j += STEP
     write_runs(w, x + j, dy + j, y + j, n - j, p, at, op, activation)
 
 

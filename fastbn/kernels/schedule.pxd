@@ -54,7 +54,7 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
     cdef Py_ssize_t beside
     plan.threads = job.num_threads
     plan.traversal = PASS_BY_PASS
-    plan.runs = cut.planes
+    plan.runs = False
     plan.write_ahead = plan.apart = plan.read_ahead = plan.before = 0
     plan.streamed = False
     plan.part = elements
@@ -83,6 +83,8 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
     plan.blocks = ceil_div(cut.C, plan.block)
     plan.streamed = (FASTBN_STREAMS and not inplace
                      and nbytes >= (job.settings.stream_from_bytes if arrays else job.settings.stream_inference_from_bytes))
+    # A table of all lanes of such rows would not stay in the first-level cache.
+    plan.runs = cut.planes or (plan.streamed and cut.S >= STEP)
     if not plan.streamed and job.settings.write_ahead_from_bytes <= nbytes <= job.settings.write_ahead_to_bytes:
         plan.write_ahead = job.settings.write_ahead_bytes
     plan.before = min(elements, <Py_ssize_t>(-<uintptr_t>job.y % LINE_BYTES) // size)
