@@ -53,6 +53,7 @@ cdef enum:
     MERGED = 128                 # features whose sums are merged at once, on the stack
     ROOM = 2048                  # float64 values that a call has on its stack: threads may have 64 KB of it
     STREAM_AHEAD_BYTES = 2048    # from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
+    WAITING_BYTES = 1024         # stores on their way to memory, for which a load may have to wait
     LONG_RUN = 512               # elements of one feature from which an output is started on a line
     SCRATCH_ROWS = 6             # of sums_pitch: two sums for each lane and what they lost, pivots for each lane and each feature
 

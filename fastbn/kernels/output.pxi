@@ -63,29 +63,40 @@ cdef inline Py_ssize_t to_line(row y) noexcept nogil:
     return <Py_ssize_t>(-<uintptr_t>y % LINE_BYTES) // <Py_ssize_t>sizeof(y[0])
 
 
-cdef inline void stream_step(row y, row source) noexcept nogil:
-    stream_line(y, source)
-    if sizeof(y[0]) == 8:
-        stream_line(y + 8, source + 8)
+cdef inline bint less_behind(const void *x, const void *y) noexcept nogil:
+    """Whether y lies a little behind x, modulo 4096."""
+    cdef Py_ssize_t behind = (<uintptr_t>y - <uintptr_t>x) % 4096
+    return 0 < behind < WAITING_BYTES
 
 
-cdef inline void fetch_step(row x, row dy, row y, const Schedule *plan, const bint streamed, const Operation op) noexcept nogil:
+cdef inline Py_ssize_t direction(const void *x, const void *dy, const void *y) noexcept nogil:
+    """1, or -1 where lines are streamed from the last to the first.
+
+    A load waits for an earlier store, which is long on its way to memory, where the low 12 bits of their addresses agree. So the loads must not come
+    to where the stores have just been: upwards they do where y lies a little behind x or dy, downwards where those lie a little behind y.
+    """
+    return -1 if (less_behind(x, y) or less_behind(dy, y)) and not (less_behind(y, x) or less_behind(y, dy)) else 1
+
+
+cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py_ssize_t step, const Operation op, const Activation activation) noexcept nogil:
+    """STEP elements past the caches; asks for those that are read `ahead` bytes further on."""
+    cdef double room[STEP + 8]
+    cdef row line = <row>aligned(room)
     cdef int lines = sizeof(x[0]) * STEP // LINE_BYTES
-    if streamed:
-        prefetch(<char *>x + STREAM_AHEAD_BYTES, lines, LINE_BYTES)
-        if op != Y:
-            prefetch(<char *>dy + STREAM_AHEAD_BYTES, lines, LINE_BYTES)
-    elif plan.write_ahead:
-        prefetch(<char *>y + plan.write_ahead, lines, LINE_BYTES)
+    prefetch(<char *>x + ahead, lines, LINE_BYTES)
+    if op != Y:
+        prefetch(<char *>dy + ahead, lines, LINE_BYTES)
+    write(x, dy, line, STEP, p, step, False, op, activation)
+    stream_line(y, line)
+    if sizeof(y[0]) == 8:
+        stream_line(y + 8, line + 8)
 
 
 # --- rows: a column of the table for each lane -------------------------------------------------------------------------------------------------
 
-cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const bint streamed, const Operation op,
+cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
                             const Activation activation) noexcept nogil:
     """n elements from element `first` on."""
-    cdef double room[STEP + 8]
-    cdef row line = <row>aligned(room)
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
     cdef Py_ssize_t step = w.lane_pitch
     cdef Py_ssize_t apart = w.plan.apart
@@ -94,7 +105,7 @@ cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_
     cdef Py_ssize_t end
     write(x, dy, y, j, p + lane, step, False, op, activation)
     lane += j
-    if not streamed and apart:
+    if apart:
         while n - j >= 4 * apart:
             end = j + apart
             while j < end:
@@ -105,53 +116,65 @@ cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_
             j += 3 * apart
     while j + STEP <= n:
         lane -= lanes if lane >= lanes else 0
-        fetch_step(x + j, dy + j, y + j, &w.plan, streamed, op)
-        if streamed:
-            write(x + j, dy + j, line, STEP, p + lane, step, False, op, activation)
-            stream_step(y + j, line)
-        else:
-            write(x + j, dy + j, y + j, STEP, p + lane, step, False, op, activation)
+        if w.plan.write_ahead:
+            prefetch(<char *>(y + j) + w.plan.write_ahead, sizeof(y[0]) * STEP // LINE_BYTES, LINE_BYTES)
+        write(x + j, dy + j, y + j, STEP, p + lane, step, False, op, activation)
         j += STEP
         lane += STEP
     lane -= lanes if lane >= lanes else 0
     write(x + j, dy + j, y + j, n - j, p + lane, step, False, op, activation)
 
 
+cdef inline void stream_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
+                             const Activation activation) noexcept nogil:
+    """n elements from element `first` on, in whole lines."""
+    cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
+    cdef Py_ssize_t step = w.lane_pitch
+    cdef Py_ssize_t begin = min(to_line(y), n)
+    cdef Py_ssize_t steps = (n - begin) // STEP
+    cdef Py_ssize_t end = begin + steps * STEP
+    cdef Py_ssize_t by = direction(x, dy, y) * STEP
+    cdef Py_ssize_t j = begin if by > 0 else end - STEP
+    cdef Py_ssize_t lane
+    cdef Py_ssize_t i
+    write(x, dy, y, begin, p + first % lanes, step, False, op, activation)
+    write(x + end, dy + end, y + end, n - end, p + (first + end) % lanes, step, False, op, activation)
+    lane = (first + j) % lanes if steps else 0
+    for i in range(steps):
+        stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, p + lane, step, op, activation)
+        j += by
+        lane += by
+        lane -= lanes if lane >= lanes else 0
+        lane += lanes if lane < 0 else 0
+
+
 # --- runs: S elements of one feature after the other -------------------------------------------------------------------------------------------
 
-ctypedef struct Place:
-    Py_ssize_t c       # the feature
-    Py_ssize_t left    # elements of its run that are still to be written
+cdef inline Py_ssize_t after(const Cut *cut, Py_ssize_t c) noexcept nogil:
+    """The feature of the next run."""
+    return c + 1 if c + 1 < cut.C else 0
 
 
-cdef inline Place place_of(const Cut *cut, Py_ssize_t first) noexcept nogil:
-    cdef Place at
-    cdef Py_ssize_t plane = first // cut.S
-    at.c = plane % cut.C
-    at.left = cut.S - (first - plane * cut.S)
-    return at
-
-
-cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op,
+cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
                             const Activation activation) noexcept nogil:
-    """n elements: run by run, since most are too short for a start on a line to pay."""
+    """n elements from element `first` on, run by run: most are too short for a start on a line to pay."""
+    cdef Py_ssize_t plane = first // w.cut.S
+    cdef Py_ssize_t left = w.cut.S - (first - plane * w.cut.S)
+    cdef Py_ssize_t c = plane % w.cut.C
     cdef Py_ssize_t j = 0
     cdef Py_ssize_t k
     while j < n:
-        if at.left == 0:
-            at.left = w.cut.S
-            at.c = at.c + 1 if at.c + 1 < w.cut.C else 0
-        k = min(at.left, n - j)
+        k = min(left, n - j)
+        left -= k
         if k >= LONG_RUN:
-            k = to_line(y + j)
-        write(x + j, dy + j, y + j, k, p + at.c, w.pitch, True, op, activation)
-        at.left -= k
+            write(x + j, dy + j, y + j, to_line(y + j), p + c, w.pitch, True, op, activation)
+            k -= to_line(y + j)
+            j += to_line(y + j)
+        write(x + j, dy + j, y + j, k, p + c, w.pitch, True, op, activation)
         j += k
-        if at.left >= LONG_RUN and n - j >= LONG_RUN:
-            k = min(at.left, n - j)
-            write(x + j, dy + j, y + j, k, p + at.c, w.pitch, True, op, activation)
-            at.left -= k
-            j += k
+        if left == 0:
+            left = w.cut.S
+            c = after(&w.cut, c)
 
 
 cdef inline void set_lanes(table lanes, table p, Py_ssize_t pitch, const Operation op) noexcept nogil:
@@ -163,49 +186,55 @@ cdef inline void set_lanes(table lanes, table p, Py_ssize_t pitch, const Operati
             lanes[r * 2 * STEP + i] = p[r * pitch]
 
 
-cdef inline void stream_runs(Work *w, row x, row dy, row y, Py_ssize_t n, table p, Place *at, const Operation op,
+cdef inline void stream_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
                              const Activation activation) noexcept nogil:
-    """n elements in whole lines. One may end a run and begin the next: it takes its parameters from where two features' lanes meet."""
-    cdef double room[STEP + 8]
+    """n elements from element `first` on, in whole lines. One that ends a run takes its parameters from where two features' lanes meet."""
     cdef double lane_room[PARAMETERS * 2 * STEP + 8]
-    cdef row line = <row>aligned(room)
     cdef table lanes = <table>aligned(lane_room)
-    cdef Py_ssize_t j = min(to_line(y), n)
-    cdef Py_ssize_t first
-    write_runs(w, x, dy, y, j, p, at, op, activation)
-    set_lanes(lanes, p + at.c, w.pitch, op)
-    while j + STEP <= n:
-        first = 0
-        if at.left < STEP:
-            first = STEP - at.left
-            at.c = at.c + 1 if at.c + 1 < w.cut.C else 0
-            at.left += w.cut.S
-            set_lanes(lanes + STEP, p + at.c, w.pitch, op)
-        fetch_step(x + j, dy + j, y + j, &w.plan, True, op)
-        write(x + j, dy + j, line, STEP, lanes + first, 2 * STEP, False, op, activation)
-        stream_step(y + j, line)
-        if first:
-            set_lanes(lanes, p + at.c, w.pitch, op)
-        at.left -= STEP
-        j += STEP
-    write_runs(w, x + j, dy + j, y + j, n - j, p, at, op, activation)
+    cdef Py_ssize_t S = w.cut.S
+    cdef Py_ssize_t begin = min(to_line(y), n)
+    cdef Py_ssize_t steps = (n - begin) // STEP
+    cdef Py_ssize_t end = begin + steps * STEP
+    cdef Py_ssize_t by = direction(x, dy, y) * STEP
+    cdef Py_ssize_t j = begin if by > 0 else end - STEP
+    cdef Py_ssize_t plane = (first + j) // S
+    cdef Py_ssize_t within = first + j - plane * S      # of its run, where the line begins
+    cdef Py_ssize_t c = plane % w.cut.C
+    cdef Py_ssize_t beside
+    cdef Py_ssize_t i
+    write_runs(w, x, dy, y, first, begin, p, op, activation)
+    write_runs(w, x + end, dy + end, y + end, first + end, n - end, p, op, activation)
+    if steps:
+        set_lanes(lanes, p + c, w.pitch, op)
+    for i in range(steps):
+        beside = max(<Py_ssize_t>0, within + STEP - S)
+        if beside:
+            set_lanes(lanes + STEP, p + after(&w.cut, c), w.pitch, op)
+        stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, lanes + beside, 2 * STEP, op, activation)
+        j += by
+        within += by
+        if within >= S:
+            within -= S
+            c = after(&w.cut, c)
+            set_lanes(lanes, p + c, w.pitch, op)
+        elif within < 0:
+            within += S
+            c = c - 1 if c else w.cut.C - 1
+            set_lanes(lanes, p + c, w.pitch, op)
 
 
 # --- a range: each operation, activation and kind of store is a loop of its own ------------------------------------------------------------------
 
 cdef inline void write_as(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table params, const Operation op,
                           const Activation activation) noexcept nogil:
-    cdef Place at
-    if w.plan.runs:
-        at = place_of(&w.cut, first)
-        if w.plan.streamed:
-            stream_runs(w, x, dy, y, n, params, &at, op, activation)
-        else:
-            write_runs(w, x, dy, y, n, params, &at, op, activation)
+    if w.plan.runs and w.plan.streamed:
+        stream_runs(w, x, dy, y, first, n, params, op, activation)
+    elif w.plan.runs:
+        write_runs(w, x, dy, y, first, n, params, op, activation)
     elif w.plan.streamed:
-        write_rows(w, x, dy, y, first, n, <table>w.lanes, True, op, activation)
+        stream_rows(w, x, dy, y, first, n, <table>w.lanes, op, activation)
     else:
-        write_rows(w, x, dy, y, first, n, <table>w.lanes, False, op, activation)
+        write_rows(w, x, dy, y, first, n, <table>w.lanes, op, activation)
 
 
 cdef void write_range(Work *w, Py_ssize_t first, Py_ssize_t n, row x, table params) noexcept nogil:
