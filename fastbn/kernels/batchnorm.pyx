@@ -2,8 +2,8 @@
 """The kernels: their steps and their threads; compiled, with the loops over x, once for each instruction set.
 
 Design: cut.pxd says how sums are cut, by shape alone; schedule.pxd in what order the work is done. A call is a few steps, one after the other within
-one parallel region, each a loop over tasks (chunks of blocks of features), blocks, or parts of the output. A task owns its partial sums, and those of a
-feature are merged in the order of the chunks, so the bits do not depend on the number of threads.
+one parallel region, each a loop over tasks (chunks of blocks of features), blocks, or parts of the output. A task owns its partial sums, and those of
+a feature are merged in the order of the chunks, so the bits do not depend on the number of threads.
 """
 from cython.parallel cimport parallel, prange, threadid
 from cpython.pycapsule cimport PyCapsule_New

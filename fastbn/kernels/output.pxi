@@ -78,7 +78,8 @@ cdef inline Py_ssize_t direction(const void *x, const void *dy, const void *y) n
     return -1 if (less_behind(x, y) or less_behind(dy, y)) and not (less_behind(y, x) or less_behind(y, dy)) else 1
 
 
-cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py_ssize_t step, const Operation op, const Activation activation) noexcept nogil:
+cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py_ssize_t step, const Operation op,
+                             const Activation activation) noexcept nogil:
     """STEP elements past the caches; asks for those that are read `ahead` bytes further on."""
     cdef double room[STEP + 8]
     cdef row line = <row>aligned(room)
