@@ -205,6 +205,29 @@ def test_the_size_of_the_cache_changes_no_bit(shape, dtype):
             same(results(shape, dtype, "relu", 2, offset=offset, given=True), expected)
 
 
+def beside(like, behind):
+    """An array at an address that is so many bytes behind that of `like`, modulo 4096."""
+    buffer = np.empty(like.nbytes + 4096, np.uint8)
+    start = (like.ctypes.data + behind - buffer.ctypes.data) % 4096
+    return buffer[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(700, 100), (40, 2500), (300, 7), (9, 40, 33), (6, 70, 70), (4, 3, 5001)], ids=str)
+def test_lines_streamed_downwards_change_no_bit(shape, dtype):
+    """Which way they go depends on where the output lies beside the input."""
+    x, dy = values(shape, 1, dtype), values(shape, 2, dtype) - 40
+    with cache_of(HUGE):
+        y, stats = fastbn.batch_norm_forward(x)
+        dx, _, _ = fastbn.batch_norm_backward(dy, x, stats)
+    with cache_of(0):
+        for behind in (-2048, -512, -16, 0, 16, 64, 1000):
+            assert fastbn.batch_norm_forward(x, out=beside(x, behind))[0].tobytes() == y.tobytes(), behind
+            for first in (x, dy):
+                found, _, _ = fastbn.batch_norm_backward(dy, x, stats, out=beside(first, behind))
+                assert found.tobytes() == dx.tobytes(), behind
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_more_blocks_than_rows_past_the_cache(dtype):
     """Many threads cut wide rows into many blocks, but write whole rows: some threads get none."""

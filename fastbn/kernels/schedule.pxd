@@ -54,7 +54,7 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
     cdef Py_ssize_t beside
     plan.threads = job.num_threads
     plan.traversal = PASS_BY_PASS
-    plan.runs = False
+    plan.runs = cut.planes
     plan.write_ahead = plan.apart = plan.read_ahead = plan.before = 0
     plan.streamed = False
     plan.part = elements
@@ -84,7 +84,7 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
     plan.streamed = (FASTBN_STREAMS and not inplace
                      and nbytes >= (job.settings.stream_from_bytes if arrays else job.settings.stream_inference_from_bytes))
     # y alone: for dx, whose runs have twice the parameters to change from one to the next, a table of all lanes is the faster one.
-    plan.runs = cut.planes or (plan.streamed and cut.S >= 2 * STEP and job.dy == NULL)
+    plan.runs = plan.runs or (plan.streamed and cut.S >= 2 * STEP and job.dy == NULL)
     if not plan.streamed and job.settings.write_ahead_from_bytes <= nbytes <= job.settings.write_ahead_to_bytes:
         plan.write_ahead = job.settings.write_ahead_bytes
     plan.before = min(elements, <Py_ssize_t>(-<uintptr_t>job.y % LINE_BYTES) // size)
