@@ -1,22 +1,11 @@
 # cython: cdivision=True
 """How sums are cut: by shape alone. It decides bits, and nothing else here does but the loops themselves.
 
-    rows, S < 64                                     planes, S >= 64
+CONTRIBUTING.md draws rows and planes, lanes, units and chunks. Short rows are *folded*: several of them, side by side, are one row of lanes, so that
+C = 3 runs as wide as C = 1000. The compiler vectorises across lanes, and no sum crosses a vector register: one arithmetic for all instruction sets.
 
-      a row of x, C*S lanes                            feature 0       feature 1
-      +------------------+                           +-----------+  +-----------+
-      | c0 c1 c2 c3 ...  |  unit 0   \\                | S elements|  |           |   m = 0
-      | c0 c1 c2 c3 ...  |  unit 1    } chunk 0      +-----------+  +-----------+
-      | c0 c1 c2 c3 ...  |  unit 2   /               +-----------+  +-----------+
-      | c0 c1 c2 c3 ...  |  unit 3   \\                |           |  |           |   m = 1
-      | ...              |            } chunk 1      +-----------+  +-----------+
-
-A *lane* is a column of partial sums and belongs to one feature, so that the compiler vectorises across lanes, and no sum crosses a vector register:
-one arithmetic for all instruction sets. Rows are their own lanes. Short rows are *folded*: several of them, side by side, are one row of lanes, so
-that C = 3 runs as wide as C = 1000. A plane, or a *piece* of a long one, runs over STEP lanes of its feature.
-
-Sums run down the lanes of a *chunk* of the *units* (rows of lanes, or pieces of a feature's planes), and chunks are merged in their order. So bits
-depend neither on the number of threads nor on which lanes are worked on together.
+Sums run down the lanes of a chunk, and chunks are merged in their order. So bits depend neither on the number of threads nor on which lanes are
+worked on together.
 """
 from fastbn.kernels.types cimport STEP, ceil_div
 
