@@ -44,6 +44,7 @@ from fastbn.kernels.params cimport (
     finish_gradients,
     forward_fits,
     repeat_first,
+    split_high,
     spread,
 )
 from fastbn.kernels.schedule cimport FEATURE_BY_FEATURE, Schedule, schedule
@@ -107,7 +108,7 @@ cdef void prepare_gradients(Work *w, Py_ssize_t b, table params) noexcept nogil:
     cdef Py_ssize_t at = b * w.plan.block
     cdef Py_ssize_t n = min(w.plan.block, job.C - at)
     fill_gradients(job.mean + at, job.mean_low + at, job.var + at, job.eps, job.dweight + at, job.dbias + at, job.count, n, params + at, w.pitch)
-    w.beyond[b] |= table is f32 and not all_backward_fit(params + at, w.pitch, n, job.dweight + at)
+    w.beyond[b] |= table is f32 and job.training and not all_backward_fit(params + at, w.pitch, n, job.dweight + at)
     spread_rows(w, at, n, params, MEAN_DY, PARAMETERS)
 
 # --- steps: what a kernel is made of --------------------------------------------------------------------------------------------

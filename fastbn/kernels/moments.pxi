@@ -90,14 +90,14 @@ cdef inline void add_moments(row x, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n
             # Eight rows 4 KB apart run out of ways in the first-level cache.
             trees = 2 if not centred and rows >= 8 and ld % 1024 else 1
         end = in_steps(n, (4 * trees - 1) * ld, left)
-        ahead = ahead if ahead + 4 * trees * ld <= left else 0
+        ahead = ahead if trees * ahead + 4 * trees * ld <= left else 0
         if row is f32:
             if not centred:
                 while j < end:
                     if ahead:
-                        fetch_four(x, ld, n, j, ahead)
+                        fetch_four(x, ld, n, j, trees * ahead if n < ld else ahead)
                         if trees == 2:
-                            fetch_four(x + 4 * ld, ld, n, j, ahead)
+                            fetch_four(x + 4 * ld, ld, n, j, trees * ahead if n < ld else ahead)
                     if trees == 2:
                         add_trees(x + j, ld, 2, s1 + j, s2 + j)
                     else:
@@ -182,7 +182,7 @@ cdef inline double mean_of_eight(row x, const Py_ssize_t *at, Py_ssize_t i) noex
 
 
 cdef inline void means_of_32(row x, const Py_ssize_t *at, Py_ssize_t S, Py_ssize_t n, f64 mean) noexcept nogil:
-    """Of 32 elements of each of n features. A tree of equal values is exact: a constant feature is its own pivot."""
+    """Of 32 elements of each of n features."""
     cdef Py_ssize_t i
     for i in range(n):
         mean[i] = ((mean_of_eight(x, at, i * S) + mean_of_eight(x, at + 8, i * S))
@@ -190,7 +190,7 @@ cdef inline void means_of_32(row x, const Py_ssize_t *at, Py_ssize_t S, Py_ssize
 
 
 cdef void choose_pivots(Work *w, const Task *t, row x, f64 pivot) noexcept nogil:
-    """The mean of 32 elements spread over the chunk, of each feature."""
+    """The upper digits of the mean of 32 elements spread over the chunk, of each feature."""
     cdef Py_ssize_t S = w.cut.S
     cdef Py_ssize_t first = t.unit
     cdef Py_ssize_t units = t.end - t.unit
@@ -207,10 +207,13 @@ cdef void choose_pivots(Work *w, const Task *t, row x, f64 pivot) noexcept nogil
             m = first * w.cut.fold + (2 * i + 1) * rows // 64
         # Steps of 21/32 of a run, near the golden ratio, so that the places within the runs differ, however many there are.
         at[i] = (m * w.cut.C + t.feature) * S + begin + (2 * (i * 21 % 32) + 1) * n // 64
-    if S == 1:
+    if S == 1:  # as a constant, so that it is vectorised
         means_of_32(x, at, 1, t.features, pivot)
     else:
         means_of_32(x, at, S, t.features, pivot)
+    # With half the digits, x - pivot is exact for nearly every x that weighs in the squares: an outlier's rounding errors do not average out.
+    for i in range(t.features):
+        pivot[i] = split_high(pivot[i])
 
 
 cdef inline bint far(row x, double s1, double s2, double per) noexcept nogil:
