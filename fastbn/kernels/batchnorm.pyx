@@ -264,7 +264,7 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
     w.beyond = <unsigned char *>(w.part + doubles) + nbytes
     memset(w.beyond, 0, w.plan.blocks)
     run(&w, steps, n, x, <table>w.params)
-    job.prepared = True
+    job.prepared = job.table != NULL
     if table is f32:
         if any_beyond(&w):
             job.prepared = False
