@@ -365,7 +365,7 @@ cdef Call inferred(Constants constants, object x, object out):
         load(None, job.mean_low, job.C, 0, "mean_low")
         load(constants.var, job.var, job.C, 1, "running_var")
         prepared = None
-        if constants.lasting and job.C and 0 < job.M * job.S <= FEW_VALUES:
+        if constants.lasting and 0 < job.M * job.S <= FEW_VALUES and job.C:
             prepared = Prepared.__new__(Prepared)
             prepared.make(constants, job)
             prepared.stats = c.stats

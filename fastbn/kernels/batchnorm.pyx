@@ -83,7 +83,7 @@ cdef inline void spread_rows(Work *w, Py_ssize_t at, Py_ssize_t n, table params,
     cdef Py_ssize_t S = w.cut.S
     cdef table lanes = <table>w.lanes
     cdef int r
-    if (w.cut.planes or w.plan.runs) and not w.lane_table:
+    if w.plan.runs and not w.lane_table:
         return
     for r in range(first, end):
         if w.lane_table:
@@ -264,10 +264,9 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
     w.beyond = <unsigned char *>(w.part + doubles) + nbytes
     memset(w.beyond, 0, w.plan.blocks)
     run(&w, steps, n, x, <table>w.params)
-    job.prepared = job.table != NULL
+    job.prepared = job.table != NULL and not any_beyond(&w)
     if table is f32:
         if any_beyond(&w):
-            job.prepared = False
             if arrays == 2:
                 sum_beyond(&w, <table>w.params)
             if job.y != NULL:
