@@ -12,6 +12,7 @@ from test_functional import STD_RTOL, bounded
 from twin import within
 
 import fastbn
+from fastbn.kernels import machine
 
 EPS64 = 2.0**-52
 
@@ -99,6 +100,27 @@ def test_empty_batches_leave_the_layer_as_it_was(empty_case):
         assert bn.backward(case.dy).shape == case.x.shape
         assert all((g == 0).all() for g in bn.grads.values())
         bn.eval()
+
+
+def test_an_inference_keeps_nothing_that_another_one_must_not_use():
+    """Whatever differs from the call before: the batch's size, dtype and place, how y is written, the parameters."""
+    rng = np.random.default_rng(0)
+    for c, s in ((3, 1), (9, 40), (70, 1), (5, 70)):
+        bn = fastbn.BatchNorm(c).eval()
+        for step in range(60):
+            changed = [bn.weight, bn.bias, bn.running_mean, bn.running_var][step % 4]
+            if step % 3 == 0:
+                changed[rng.integers(c)] = rng.uniform(0.5, 2)
+            dtype = ("float32", "float64")[step // 7 % 2]
+            shape = (rng.choice([1, 2, 7, 40]), c, s)
+            x, y = (np.empty(np.prod(shape) + 16, dtype)[k : k - 16].reshape(shape) for k in rng.integers(16, size=2))
+            x[...] = rng.standard_normal(shape)
+            expected, measure = twin.forward(x, twin.given(bn.running_mean, bn.running_var), bn.weight, bn.bias)
+            limit = int(rng.choice([0, 1 << 40]))
+            before = machine.set_settings(stream_inference_from_bytes=limit)
+            bn(x, out=x if step % 5 == 0 else y)
+            machine.set_settings(**before)
+            within(x if step % 5 == 0 else y, *bounded(5 * twin.unit(dtype), (expected, measure)))
 
 
 def test_averages_follow_the_exponentially_weighted_formula():

@@ -221,12 +221,12 @@ cdef inline Py_ssize_t sums_pitch(Py_ssize_t n) noexcept nogil:
     return ((n + 127) // 128 | 1) * 128
 
 
-cdef Py_ssize_t lay_out_table(Work *w, Py_ssize_t size) noexcept nogil:
-    """Sets the pitches of the parameter table, and gives its bytes."""
+cdef Py_ssize_t lay_out_table(Work *w, Py_ssize_t size, bint lasting) noexcept nogil:
+    """Sets the pitches of the parameter table, and gives its bytes. One that lasts has all rows: the next call may write y in another way."""
     cdef Py_ssize_t C = w.job.C
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
     # Room for the first lanes again, and for a start where y is within its line, so that lines of y meet lines of parameters.
-    w.lane_table = not w.cut.planes and lanes > C and (not w.plan.runs or w.job.dy != NULL)
+    w.lane_table = not w.cut.planes and lanes > C and (lasting or not w.plan.runs or w.job.dy != NULL)
     w.pitch = table_pitch(C + 2 * STEP, size)
     w.lane_pitch = table_pitch(lanes + 2 * STEP, size) if w.lane_table else w.pitch
     return LINE_BYTES + PARAMETERS * (w.pitch + w.lane_table * w.lane_pitch) * size
@@ -250,7 +250,7 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
     schedule(&w.plan, &w.cut, job, arrays, size)
     w.sums_pitch = sums_pitch(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold)) if arrays else 0
     doubles = (3 * w.cut.chunks * job.C if arrays else 0) + w.plan.threads * SCRATCH_ROWS * w.sums_pitch
-    nbytes = lay_out_table(&w, size)
+    nbytes = lay_out_table(&w, size, job.table != NULL)
     if job.table != NULL:
         place_table(&w, job.table, params, size)
         nbytes = 0
@@ -302,7 +302,7 @@ cdef Py_ssize_t table_bytes(Job *job) noexcept nogil:
     w.job = job
     cut(&w.cut, job.M, job.C, job.S)
     schedule(&w.plan, &w.cut, job, 0, size)
-    return lay_out_table(&w, size)
+    return lay_out_table(&w, size, True)
 
 
 cdef int forward(Job *job) noexcept nogil:

@@ -90,7 +90,7 @@ typedef __m256d fastbn_vec;
 #elif defined(__SSE2__) || defined(_M_X64)
 typedef __m128d fastbn_vec;
 #define FASTBN_WIDTH 2
-#define fastbn_widen(p) _mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd((const double *)(p))))
+#define fastbn_widen(p) _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(p))))
 #define fastbn_vec_load _mm_loadu_pd
 #define fastbn_vec_store _mm_storeu_pd
 #define fastbn_vec_add _mm_add_pd
