@@ -48,14 +48,14 @@ from fastbn.kernels.params cimport (
     spread,
 )
 from fastbn.kernels.schedule cimport FEATURE_BY_FEATURE, Schedule, schedule
-from fastbn.kernels.types cimport LINE_BYTES, STEP, add, aligned, ceil_div, f32, f64, real, row, summed_exactly, table
+from fastbn.kernels.types cimport LINE_BYTES, STEP, add, aligned, ceil_div, f32, f64, real, row, digits_to_spare, table
 
 cdef enum:
-    MERGED = 128                 # features whose sums are merged at once, on the stack
-    ROOM = 2048                  # float64 values that a call has on its stack: threads may have 64 KB of it
+    MERGED_FEATURES = 128                 # features whose sums are merged at once, on the stack
+    ROOM_DOUBLES = 2048                  # float64 values that a call has on its stack: threads may have 64 KB of it
     STREAM_AHEAD_BYTES = 2048    # from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
     WAITING_BYTES = 1024         # stores on their way to memory, for which a load may have to wait
-    LONG_RUN = 512               # elements of one feature from which an output is started on a line
+    LONG_RUN_ELEMENTS = 512               # elements of one feature from which an output is started on a line
     SCRATCH_ROWS = 6             # of sums_pitch: two sums for each lane and what they lost, pivots for each lane and each feature
 
 ctypedef struct Work:
@@ -64,7 +64,7 @@ ctypedef struct Work:
     Schedule plan
     void *params             # (PARAMETERS, pitch) in the arithmetic's type: a column for each feature
     void *lanes              # (PARAMETERS, lane_pitch): a column for each lane of a row; params itself where each lane is a feature
-    double *part             # (chunks, 3, C): pivot and the two sums of each chunk
+    double *partial          # (chunks, 3, C): of each chunk the pivot (of the statistics) and the two sums
     double *scratch          # (threads, SCRATCH_ROWS, sums_pitch)
     unsigned char *beyond    # (blocks,): whether float32 cannot hold the parameters of one of its features
     bint lane_table          # whether lanes is a table of its own
@@ -239,7 +239,7 @@ cdef void place_table(Work *w, void *memory, table params, Py_ssize_t size) noex
 
 cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table params) noexcept nogil:
     """arrays: how many of x's size are summed. params: of the table's type, no more."""
-    cdef double room[ROOM]
+    cdef double room[ROOM_DOUBLES]
     cdef void *taken = room
     cdef Py_ssize_t size = sizeof(x[0])
     cdef Py_ssize_t nbytes
@@ -259,11 +259,11 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
         taken = malloc(nbytes + doubles * sizeof(double) + w.plan.blocks)
         if taken == NULL:
             return -1
-    w.part = <double *>taken
-    w.scratch = w.part + (3 * w.cut.chunks * job.C if arrays else 0)
+    w.partial = <double *>taken
+    w.scratch = w.partial + (3 * w.cut.chunks * job.C if arrays else 0)
     if job.table == NULL:
-        place_table(&w, w.part + doubles, params, size)
-    w.beyond = <unsigned char *>(w.part + doubles) + nbytes
+        place_table(&w, w.partial + doubles, params, size)
+    w.beyond = <unsigned char *>(w.partial + doubles) + nbytes
     memset(w.beyond, 0, w.plan.blocks)
     run(&w, steps, n, x, <table>w.params)
     job.prepared = job.table != NULL and not any_beyond(&w)

@@ -10,7 +10,7 @@ worked on together.
 from fastbn.kernels.types cimport STEP, ceil_div
 
 cdef enum:
-    PLANE = 64                  # S from here on is a plane
+    PLANE_ELEMENTS = 64                  # S from here on is a plane
     NARROW_LANES = 64           # rows shorter than this are folded
     FOLDED_LANES = 128          # into rows of up to so many lanes
     PIECE_ELEMENTS = 16384      # a longer plane is cut into pieces of this many
@@ -46,7 +46,7 @@ cdef inline void cut(Cut *cut, Py_ssize_t M, Py_ssize_t C, Py_ssize_t S) noexcep
     cdef Py_ssize_t columns
     cdef Py_ssize_t worth
     cut.M, cut.C, cut.S = M, C, S
-    cut.planes = S >= PLANE
+    cut.planes = S >= PLANE_ELEMENTS
     cut.width = C * S
     cut.fold = cut.pieces = 1
     cut.piece = S

@@ -1,7 +1,7 @@
 # float32 features whose parameters float32 cannot hold, in float64: serial, plain loops, since they are rare. Included in batchnorm.pyx.
 #
 # The other features get the bits that they would have had without these: their output is the loops' own arithmetic, element by element. All of it is
-# written here, since x may be the output's own memory, where nothing can be written twice.
+# written here, at once: x may be the output's own memory.
 
 cdef inline double x_hat_of(const Job *job, double x, Py_ssize_t c) noexcept nogil:
     return (x - job.mean[c] - job.mean_low[c]) * (1 / sqrt(job.var[c] + job.eps))

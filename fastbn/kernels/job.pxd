@@ -20,7 +20,7 @@ ctypedef struct Job:
     # (M, C, S), the dtype above.
     void *x        # [in]
     void *dy       # [in] gradient kernels
-    void *y        # [out] y, or dx; may be x (y) or dy (dx) itself, never a part of it
+    void *y        # [out] y, or dx where a kernel gives that; may be x (y) or dy (dx) itself, never a part of it
     # (C,)
     double *weight  # [in]
     double *bias    # [in]
@@ -30,7 +30,7 @@ ctypedef struct Job:
     double *dweight   # [out] backward and gradients, [in] input_gradient
     double *dbias
     bint training    # [in] gradient kernels: whether mean and var depend on x
-    double count     # [in] input_gradient: values of a feature that dweight and dbias are summed over
+    double count     # [in] input_gradient, [out] backward: values of a feature that dweight and dbias are summed over
     # normalize alone: the parameter rows, in memory that lasts beyond the call, or NULL.
     void *table      # [out] or, where prepared, [in]: table_bytes, which suit the shape, the dtype and the place of y within its cache line
     bint prepared    # [in, out] whether the rows are there

@@ -1,8 +1,8 @@
 # The statistics, from the loops over x to the mean and the variance of each feature. Included in batchnorm.pyx.
 #
 # s1 += sum d and s2 += sum d*d, d = x - pivot, or x itself where not centred: float32 data is summed as it is first, since a float's square is exact
-# in float64, whose digits allow a mean of 32 standard deviations. float64 data is summed about the mean of some elements. Where that was not enough
-# (`far`), a chunk is summed again about its mean, while it is still in cache.
+# in float64, whose digits allow a mean of 32 standard deviations. float64 data is summed about a pivot near the mean of 32 elements. Where that was
+# not enough (`far`), a chunk is summed again about its mean, while it is still in cache.
 
 # --- the loops: lanes of rows ld elements apart; (lanes,) pivot, s1, s2, and e1, e2 for what those lost ---------------------------------------
 
@@ -31,8 +31,8 @@ cdef inline void four_moments(row x, Py_ssize_t ld, Py_ssize_t n, f64 pivot, con
         b = <double>x[ld + i] - p if centred else x[ld + i]
         c = <double>x[2 * ld + i] - p if centred else x[2 * ld + i]
         d = <double>x[3 * ld + i] - p if centred else x[3 * ld + i]
-        add(s1, e1, i, (a + b) + (c + d), not summed_exactly(x))
-        add(s2, e2, i, (a * a + b * b) + (c * c + d * d), not summed_exactly(x))
+        add(s1, e1, i, (a + b) + (c + d), not digits_to_spare(x))
+        add(s2, e2, i, (a * a + b * b) + (c * c + d * d), not digits_to_spare(x))
 
 
 cdef inline void one_moment(row x, Py_ssize_t n, f64 pivot, const bint centred, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
@@ -40,8 +40,8 @@ cdef inline void one_moment(row x, Py_ssize_t n, f64 pivot, const bint centred, 
     cdef double d
     for i in range(n):
         d = <double>x[i] - pivot[i] if centred else x[i]
-        add(s1, e1, i, d, not summed_exactly(x))
-        add(s2, e2, i, d * d, not summed_exactly(x))
+        add(s1, e1, i, d, not digits_to_spare(x))
+        add(s2, e2, i, d * d, not digits_to_spare(x))
 
 
 cdef inline void add_tree(const float *x, Py_ssize_t ld, vec *s1, vec *s2) noexcept nogil:
@@ -224,13 +224,13 @@ cdef inline bint far(row x, double s1, double s2, double per) noexcept nogil:
     """
     cdef double d = s1 * per
     cdef double q = s2 * per
-    return d * d > (0.999 if summed_exactly(x) else 0.5) * q
+    return d * d > (0.999 if digits_to_spare(x) else 0.5) * q
 
 
 cdef void add_up_moments(Work *w, Py_ssize_t k, Py_ssize_t b, row x, double *scratch) noexcept nogil:
     cdef Py_ssize_t C = w.cut.C
     cdef Task t = task_of(w, k, b)
-    cdef Py_ssize_t S = STEP if w.cut.planes else w.cut.S
+    cdef Py_ssize_t lanes = STEP if w.cut.planes else w.cut.S    # of a feature
     cdef double m = count(&w.cut, k)
     cdef double per = 1 / m
     cdef f64 sums = scratch
@@ -238,35 +238,35 @@ cdef void add_up_moments(Work *w, Py_ssize_t k, Py_ssize_t b, row x, double *scr
     cdef f64 s2 = sums + 2 * w.sums_pitch
     cdef f64 pivots = sums + 4 * w.sums_pitch
     cdef f64 pivot = sums + 5 * w.sums_pitch
-    cdef f64 part = w.part + 3 * k * C + t.feature
+    cdef f64 partial = w.partial + 3 * k * C + t.feature
     cdef Py_ssize_t again = 0
     cdef Py_ssize_t c
-    if summed_exactly(x):
+    if digits_to_spare(x):
         for c in range(t.features):
             pivot[c] = 0
         total_moments(w, t, x, False, pivots, sums)
     else:
         choose_pivots(w, &t, x, pivot)
-        spread(pivot, t.features, S, w.cut.fold, pivots)
+        spread(pivot, t.features, lanes, w.cut.fold, pivots)
         total_moments(w, t, x, True, pivots, sums)
     for c in range(t.features):
-        part[c] = pivot[c]
-        part[C + c] = s1[c]
-        part[2 * C + c] = s2[c]
+        partial[c] = pivot[c]
+        partial[C + c] = s1[c]
+        partial[2 * C + c] = s2[c]
         again += far(x, s1[c], s2[c], per)
     if again == 0:
         return
     # The data is still in cache. A quotient, and not a product with 1/m: a constant feature's mean is then the constant itself.
     for c in range(t.features):
         pivot[c] += s1[c] / m
-    spread(pivot, t.features, S, w.cut.fold, pivots)
+    spread(pivot, t.features, lanes, w.cut.fold, pivots)
     total_moments(w, t, x, True, pivots, sums)
     # Features that were right the first time keep their bits, whatever stands beside them.
     for c in range(t.features):
-        if far(x, part[C + c], part[2 * C + c], per):
-            part[c] = pivot[c]
-            part[C + c] = s1[c]
-            part[2 * C + c] = s2[c]
+        if far(x, partial[C + c], partial[2 * C + c], per):
+            partial[c] = pivot[c]
+            partial[C + c] = s1[c]
+            partial[2 * C + c] = s2[c]
 
 
 # --- the merge: the chunks' sums, each about a pivot of its own, into mean and variance (Chan, Golub & LeVeque 1979) ------------------------------
@@ -323,26 +323,26 @@ cdef inline void finish_var(f64 lost, Py_ssize_t n, double m, f64 var) noexcept 
 
 
 cdef void merge_some_moments(Work *w, Py_ssize_t at, Py_ssize_t n) noexcept nogil:
-    """Of n features, at most MERGED, the first number `at`."""
-    cdef double shift[MERGED]
-    cdef double lost[MERGED]
+    """Of n features, at most MERGED_FEATURES, the first number `at`."""
+    cdef double shift[MERGED_FEATURES]
+    cdef double lost[MERGED_FEATURES]
     cdef Py_ssize_t C = w.cut.C
     cdef Py_ssize_t k
     cdef double m = <double>w.cut.M * w.cut.S
     cdef f64 var = w.job.var + at
-    cdef f64 first = w.part + at
-    cdef f64 part
+    cdef f64 first = w.partial + at
+    cdef f64 partial
     memset(shift, 0, n * sizeof(double))
     memset(lost, 0, n * sizeof(double))
     for k in range(w.cut.chunks):
-        part = w.part + 3 * k * C + at
-        add_shifts(part, part + C, first, n, count(&w.cut, k), shift, lost)
+        partial = w.partial + 3 * k * C + at
+        add_shifts(partial, partial + C, first, n, count(&w.cut, k), shift, lost)
     finish_mean(first, lost, n, m, shift, w.job.mean + at, w.job.mean_low + at)
     memset(var, 0, n * sizeof(double))
     memset(lost, 0, n * sizeof(double))
     for k in range(w.cut.chunks):
-        part = w.part + 3 * k * C + at
-        add_squares(part, part + C, part + 2 * C, first, shift, n, count(&w.cut, k), var, lost)
+        partial = w.partial + 3 * k * C + at
+        add_squares(partial, partial + C, partial + 2 * C, first, shift, n, count(&w.cut, k), var, lost)
     finish_var(lost, n, m, var)
 
 
@@ -350,8 +350,8 @@ cdef void merge_moments(Work *w, Py_ssize_t at, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t C = w.cut.C
     cdef Py_ssize_t c
     if w.cut.chunks == 1:
-        moments_of_one(w.part + at, w.part + C + at, w.part + 2 * C + at, n, <double>w.cut.M * w.cut.S,
+        moments_of_one(w.partial + at, w.partial + C + at, w.partial + 2 * C + at, n, <double>w.cut.M * w.cut.S,
                        w.job.mean + at, w.job.mean_low + at, w.job.var + at)
         return
-    for c in range(ceil_div(n, MERGED)):
-        merge_some_moments(w, at + c * MERGED, min(<Py_ssize_t>MERGED, n - c * MERGED))
+    for c in range(ceil_div(n, MERGED_FEATURES)):
+        merge_some_moments(w, at + c * MERGED_FEATURES, min(<Py_ssize_t>MERGED_FEATURES, n - c * MERGED_FEATURES))

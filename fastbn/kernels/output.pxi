@@ -32,26 +32,28 @@ cdef inline real element(real x, real dy, real hi, real w, real b, real m, real 
     return ((g - m) - d * slope) * w
 
 
-cdef inline void write(row x, row dy, row y, Py_ssize_t n, table p, Py_ssize_t step, const bint run, const Operation op,
+cdef inline void write(row x, row dy, row y, Py_ssize_t n, table p, Py_ssize_t pitch, const bint run, const Operation op,
                        const Activation activation) noexcept nogil:
-    """n elements. p: (PARAMETERS, step), a column for each, or of a run one for all. Nothing is read of rows that the operation does not need."""
+    """n elements. p: (PARAMETERS, pitch), a column for each, or of a run one for all; p[0] is HIGH. The compiler drops the loads that an operation does
+    not need.
+    """
     cdef Py_ssize_t i
     cdef Py_ssize_t k
     for i in range(n):
         k = 0 if run else i
-        y[i] = element(x[i], dy[i], p[k], p[WEIGHT * step + k], p[SHIFT * step + k], p[MEAN_DY * step + k], p[SLOPE * step + k], op, activation)
+        y[i] = element(x[i], dy[i], p[k], p[WEIGHT * pitch + k], p[SHIFT * pitch + k], p[MEAN_DY * pitch + k], p[SLOPE * pitch + k], op, activation)
 
 
-cdef inline void write_four(row x, row dy, row y0, row y1, row y2, row y3, Py_ssize_t apart, Py_ssize_t n, table p, Py_ssize_t step,
+cdef inline void write_four(row x, row dy, row y0, row y1, row y2, row y3, Py_ssize_t apart, Py_ssize_t n, table p, Py_ssize_t pitch,
                             const Operation op, const Activation activation) noexcept nogil:
     """n lanes of four rows, `apart` elements from each other, which share what is loaded of the parameters."""
     cdef Py_ssize_t i
     for i in range(n):
         hi = p[i]
-        w = p[WEIGHT * step + i]
-        b = p[SHIFT * step + i]
-        m = p[MEAN_DY * step + i]
-        slope = p[SLOPE * step + i]
+        w = p[WEIGHT * pitch + i]
+        b = p[SHIFT * pitch + i]
+        m = p[MEAN_DY * pitch + i]
+        slope = p[SLOPE * pitch + i]
         y0[i] = element(x[i], dy[i], hi, w, b, m, slope, op, activation)
         y1[i] = element(x[apart + i], dy[apart + i], hi, w, b, m, slope, op, activation)
         y2[i] = element(x[2 * apart + i], dy[2 * apart + i], hi, w, b, m, slope, op, activation)
@@ -78,7 +80,7 @@ cdef inline Py_ssize_t direction(const void *x, const void *dy, const void *y) n
     return -1 if (less_behind(x, y) or less_behind(dy, y)) and not (less_behind(y, x) or less_behind(y, dy)) else 1
 
 
-cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py_ssize_t step, const Operation op,
+cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py_ssize_t pitch, const Operation op,
                              const Activation activation) noexcept nogil:
     """STEP elements past the caches; asks for those that are read `ahead` bytes further on."""
     cdef double room[STEP + 8]
@@ -87,7 +89,7 @@ cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py
     prefetch(<char *>x + ahead, lines, LINE_BYTES)
     if op != Y:
         prefetch(<char *>dy + ahead, lines, LINE_BYTES)
-    write(x, dy, line, STEP, p, step, False, op, activation)
+    write(x, dy, line, STEP, p, pitch, False, op, activation)
     stream_line(y, line)
     if sizeof(y[0]) == 8:
         stream_line(y + 8, line + 8)
@@ -99,19 +101,19 @@ cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_
                             const Activation activation) noexcept nogil:
     """n elements from element `first` on."""
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
-    cdef Py_ssize_t step = w.lane_pitch
+    cdef Py_ssize_t pitch = w.lane_pitch
     cdef Py_ssize_t apart = w.plan.apart
     cdef Py_ssize_t lane = first % lanes
     cdef Py_ssize_t j = min(to_line(y), n)
     cdef Py_ssize_t end
-    write(x, dy, y, j, p + lane, step, False, op, activation)
+    write(x, dy, y, j, p + lane, pitch, False, op, activation)
     lane += j
     if apart:
         while n - j >= 4 * apart:
             end = j + apart
             while j < end:
                 lane -= lanes if lane >= lanes else 0
-                write_four(x + j, dy + j, y + j, y + apart + j, y + 2 * apart + j, y + 3 * apart + j, apart, STEP, p + lane, step, op, activation)
+                write_four(x + j, dy + j, y + j, y + apart + j, y + 2 * apart + j, y + 3 * apart + j, apart, STEP, p + lane, pitch, op, activation)
                 j += STEP
                 lane += STEP
             j += 3 * apart
@@ -119,18 +121,18 @@ cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_
         lane -= lanes if lane >= lanes else 0
         if w.plan.write_ahead:
             prefetch(<char *>(y + j) + w.plan.write_ahead, sizeof(y[0]) * STEP // LINE_BYTES, LINE_BYTES)
-        write(x + j, dy + j, y + j, STEP, p + lane, step, False, op, activation)
+        write(x + j, dy + j, y + j, STEP, p + lane, pitch, False, op, activation)
         j += STEP
         lane += STEP
     lane -= lanes if lane >= lanes else 0
-    write(x + j, dy + j, y + j, n - j, p + lane, step, False, op, activation)
+    write(x + j, dy + j, y + j, n - j, p + lane, pitch, False, op, activation)
 
 
 cdef inline void stream_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
                              const Activation activation) noexcept nogil:
     """n elements from element `first` on, in whole lines."""
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
-    cdef Py_ssize_t step = w.lane_pitch
+    cdef Py_ssize_t pitch = w.lane_pitch
     cdef Py_ssize_t begin = min(to_line(y), n)
     cdef Py_ssize_t steps = (n - begin) // STEP
     cdef Py_ssize_t end = begin + steps * STEP
@@ -138,11 +140,11 @@ cdef inline void stream_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py
     cdef Py_ssize_t j = begin if by > 0 else end - STEP
     cdef Py_ssize_t lane
     cdef Py_ssize_t i
-    write(x, dy, y, begin, p + first % lanes, step, False, op, activation)
-    write(x + end, dy + end, y + end, n - end, p + (first + end) % lanes, step, False, op, activation)
+    write(x, dy, y, begin, p + first % lanes, pitch, False, op, activation)
+    write(x + end, dy + end, y + end, n - end, p + (first + end) % lanes, pitch, False, op, activation)
     lane = (first + j) % lanes if steps else 0
     for i in range(steps):
-        stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, p + lane, step, op, activation)
+        stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, p + lane, pitch, op, activation)
         j += by
         lane += by
         lane -= lanes if lane >= lanes else 0
@@ -167,7 +169,7 @@ cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_
     while j < n:
         k = min(left, n - j)
         left -= k
-        if k >= LONG_RUN:
+        if k >= LONG_RUN_ELEMENTS:
             write(x + j, dy + j, y + j, to_line(y + j), p + c, w.pitch, True, op, activation)
             k -= to_line(y + j)
             j += to_line(y + j)

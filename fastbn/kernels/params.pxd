@@ -37,8 +37,6 @@ cdef inline double square_root_error(double v, double r) noexcept nogil:
     return ((1 - q) - q_error) - v * p_error
 
 
-# Loops over features are functions of their own: a compiler believes in pointers that do not alias where they are parameters.
-
 cdef inline double product_error(double a, double b, double p) noexcept nogil:
     """a*b - p, where p is the rounded product (Dekker)."""
     cdef double a_high = split_high(a)
@@ -59,6 +57,13 @@ cdef inline double rounded_once(double weight, double var, double eps, double v,
     return p + lost if -1e290 < lost < 1e290 else p
 
 
+cdef inline double low_of(double mean, double high, double low) noexcept nogil:
+    """What HIGH leaves of mean + low."""
+    return (mean - high) + low
+
+
+# Loops over features are functions of their own: a compiler believes in pointers that do not alias where they are parameters.
+
 cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, double eps, Py_ssize_t n, table p,
                             Py_ssize_t pitch) noexcept nogil:
     """The rows that do not depend on the gradients' sums."""
@@ -72,7 +77,7 @@ cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, do
         w = rounded_once(weight[c], var[c], eps, v, invstd) if table is f64 else weight[c] * invstd
         p[c] = mean[c]
         p[WEIGHT * pitch + c] = w
-        p[SHIFT * pitch + c] = bias[c] - ((mean[c] - p[c]) + low[c]) * w
+        p[SHIFT * pitch + c] = bias[c] - low_of(mean[c], p[c], low[c]) * w
         p[INVSTD * pitch + c] = invstd
 
 
@@ -82,7 +87,7 @@ cdef inline void finish_gradients(f64 mean, f64 low, f64 var, double eps, f64 dw
     cdef Py_ssize_t c
     cdef double lo
     for c in range(n):
-        lo = (mean[c] - p[c]) + low[c]
+        lo = low_of(mean[c], p[c], low[c])
         if table is f64:
             dweight[c] = (dweight[c] - lo * dbias[c]) / sqrt(var[c] + eps)
         else:
@@ -97,7 +102,7 @@ cdef inline void fill_gradients(f64 mean, f64 low, f64 var, double eps, f64 dwei
     for c in range(n):
         slope = dweight[c] / (count * sqrt(var[c] + eps))
         p[SLOPE * pitch + c] = slope
-        p[MEAN_DY * pitch + c] = dbias[c] / count - ((mean[c] - p[c]) + low[c]) * slope
+        p[MEAN_DY * pitch + c] = dbias[c] / count - low_of(mean[c], p[c], low[c]) * slope
 
 
 # Whether float32 holds a feature's parameters with full precision, as it may not for data of 1e30 or of 1e-30. What is too small for it may be so

@@ -52,10 +52,10 @@ ctypedef fused real:
 
 cdef enum:
     LINE_BYTES = 64    # of a cache line
-    STEP = 16          # lanes worked on at once, a line of floats or two of doubles: a loop of eight is unrolled before it is vectorised
+    STEP = 16          # lanes worked on at once, a line of floats or two of doubles; gcc unrolls a loop of eight before it would vectorise it
 
 
-cdef inline bint summed_exactly(row x) noexcept nogil:
+cdef inline bint digits_to_spare(row x) noexcept nogil:
     """Whether plain float64 sums have digits to spare for data of this type; else what rounding loses is kept beside (`add`)."""
     if row is f32:
         return True
