@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import twin
+from test_exactness import GRADIENT
 from twin import within
 
 import fastbn
@@ -52,7 +53,7 @@ def test_halves_of_two_arrays_are_those_of_both_together(shape, dtype):
     dx = np.concatenate([calls.input_gradient(by, dy[part], x[part], stats, dweight, dbias, None) for part in parts])
     results, sizes = twin.backward(dy, x, twin.statistics(x), weight, activation="relu", y=y)
     for got, true, size in zip((dx, dweight, dbias), results, sizes, strict=True):
-        within(got, true, 8 * u * size)
+        within(got, true, GRADIENT[dtype] * u * size)
 
 
 def test_a_half_that_does_not_fit_is_refused():

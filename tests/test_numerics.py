@@ -7,6 +7,7 @@ import pytest
 import twin
 from hypothesis import given
 from hypothesis import strategies as st
+from test_exactness import GRADIENT
 from test_functional import bounded, check_stats
 from twin import within
 
@@ -175,7 +176,7 @@ def check_contract(x, weight, bias):
     dx, dweight, dbias = fastbn.batch_norm_backward(dy, x, stats, weight, bias)
     results, sizes = twin.backward(dy, x, truth, weight)
     for got, true, size in zip((dx, dweight, dbias), results, sizes, strict=True):
-        within(got, true, 8 * u * size)
+        within(got, true, GRADIENT[dtype] * u * size)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -240,7 +241,7 @@ def test_gradient_of_uneven_dy(dtype, outlier, n, c):
     stats, u = fastbn.moments(x), twin.unit(dtype)
     results, sizes = twin.backward(dy, x, twin.statistics(x))
     for got, true, size in zip(fastbn.batch_norm_backward(dy, x, stats), results, sizes, strict=True):
-        within(got, true, 8 * u * size)
+        within(got, true, GRADIENT[dtype] * u * size)
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 8, 9, 33, 100_000])

@@ -126,7 +126,7 @@ ZEN1 = replace(
     name="zen1",
     models=((AMD, 0x17, 0x00, 0x2F), (AMD, 0x17, 0x50, 0x5F), (HYGON, 0x18, 0x00, 0xFF)),
     l3_ceiling_bytes=8 * MIB,
-    # y of (512, 512) 87 us by one row, 56 by four; of (777, 333) 93 and 53; dx 187 and 126, 200 and 118; beyond L3 the same.
+    # y of (512, 512) 87 us by one row, 56 by four; of (777, 333) 93 and 53; dx 187 and 126, 200 and 118.
     rows_at_once_to_bytes=Times(1, "l3"),
     read_ahead_bytes=16 * KIB,  # sums of (65536, 256) 6.5 ms, 11.1 without; of (1000000, 32) 14.8 and 29.1
     read_ahead_from_bytes=Times(1, "l2"),  # nothing gained or lost in L3

@@ -34,8 +34,9 @@ cdef inline real element(real x, real dy, real hi, real w, real b, real m, real 
 
 cdef inline void write(row x, row dy, row y, Py_ssize_t n, table p, Py_ssize_t pitch, const bint run, const Operation op,
                        const Activation activation) noexcept nogil:
-    """n elements. p: (PARAMETERS, pitch), a column for each, or of a run one for all; p[0] is HIGH. The compiler drops the loads that an operation does
-    not need.
+    """n elements. p: (PARAMETERS, pitch), a column for each, or of a run one for all; p[0] is HIGH.
+
+    The compiler drops the loads that an operation does not need.
     """
     cdef Py_ssize_t i
     cdef Py_ssize_t k
