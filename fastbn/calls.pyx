@@ -323,8 +323,8 @@ cdef class Prepared:
         write_key(job, key)
         if memcmp(key, self.key, sizeof(key)):
             return False
-        return (same_bytes(constants.weight, self.made_of, &at) and same_bytes(constants.bias, self.made_of, &at)
-                and same_bytes(constants.mean, self.made_of, &at) and same_bytes(constants.var, self.made_of, &at))
+        return (same_bytes(constants.weight, job.C, self.made_of, &at) and same_bytes(constants.bias, job.C, self.made_of, &at)
+                and same_bytes(constants.mean, job.C, self.made_of, &at) and same_bytes(constants.var, job.C, self.made_of, &at))
 
 
 cdef void write_key(const Job *job, Py_ssize_t *key) noexcept:
@@ -336,11 +336,13 @@ cdef void write_key(const Job *job, Py_ssize_t *key) noexcept:
     key[4] = <uintptr_t>job.y % LINE_BYTES
 
 
-cdef inline bint same_bytes(cnp.ndarray array, const char *kept, Py_ssize_t *at) noexcept:
-    """Whether the array's bytes are those that were kept, from number `at` on, which moves on."""
+cdef inline bint same_bytes(cnp.ndarray array, Py_ssize_t C, const char *kept, Py_ssize_t *at) noexcept:
+    """Whether an array still has C elements, and their bytes are those that were kept, from number `at` on, which moves on."""
     cdef Py_ssize_t first = at[0]
     if array is None:
         return True
+    if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != C:
+        return False
     at[0] += cnp.PyArray_NBYTES(array)
     return memcmp(cnp.PyArray_DATA(array), kept + first, cnp.PyArray_NBYTES(array)) == 0
 

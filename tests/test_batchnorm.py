@@ -123,6 +123,17 @@ def test_an_inference_keeps_nothing_that_another_one_must_not_use():
             within(x if step % 5 == 0 else y, *bounded(5 * twin.unit(dtype), (expected, measure)))
 
 
+def test_an_inference_sees_that_an_array_was_resized():
+    bn = fastbn.BatchNorm(64, dtype="float64").eval()
+    x = np.ones((2, 64))
+    for array in (bn.running_mean, bn.weight):
+        bn(x)
+        array.resize(1000, refcheck=False)
+        with pytest.raises(ValueError, match=r"\(64,\)"):
+            bn(x)
+        array.resize(64, refcheck=False)
+
+
 def test_averages_follow_the_exponentially_weighted_formula():
     """running = sum over batches of momentum (1 - momentum)^(t - k) batch_k, plus what is left of the start."""
     rng = np.random.default_rng(0)
