@@ -217,6 +217,8 @@ cdef inline void stream_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py
         stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, lanes + beside, 2 * STEP, op, activation)
         j += by
         within += by
+        if i + 1 == steps:
+            return  # a neighbour's column may still be in the making
         if within >= S:
             within -= S
             c = after(&w.cut, c)
