@@ -138,6 +138,8 @@ cdef void write_number(Work *w, Py_ssize_t i, row x, table params) noexcept nogi
     cdef Py_ssize_t end = min(w.plan.before + (part + 1) * w.plan.part, w.cut.M * w.cut.width)
     if not any_beyond(w):
         write_range(w, first, end - first, x, params)
+        if w.plan.streamed:
+            stream_fence()
 
 
 cdef void write_feature(Work *w, Py_ssize_t c, row x, table params) noexcept nogil:
@@ -146,6 +148,8 @@ cdef void write_feature(Work *w, Py_ssize_t c, row x, table params) noexcept nog
     if not w.beyond[c]:
         for m in range(w.cut.M - 1, -1, -1):
             write_range(w, (m * w.cut.C + c) * w.cut.S, w.cut.S, x, params)
+        if w.plan.streamed:
+            stream_fence()
 
 
 cdef inline Py_ssize_t numbers(const Work *w, Step step) noexcept nogil:

@@ -244,7 +244,7 @@ cdef inline void write_as(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ss
 
 
 cdef void write_range(Work *w, Py_ssize_t first, Py_ssize_t n, row x, table params) noexcept nogil:
-    """n elements of the output, from element `first` on."""
+    """n elements of the output, from element `first` on; what was streamed waits for a fence."""
     cdef Operation op = operation(w.job)
     cdef Activation a = w.job.activation
     cdef row y = <row>w.job.y + first
@@ -271,5 +271,3 @@ cdef void write_range(Work *w, Py_ssize_t first, Py_ssize_t n, row x, table para
         write_as(w, x, dy, y, first, n, params, DX_SCALED, RELU)
     else:
         write_as(w, x, dy, y, first, n, params, DX_SCALED, LEAKY_RELU)
-    if w.plan.streamed:
-        stream_fence()

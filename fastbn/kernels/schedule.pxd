@@ -17,8 +17,7 @@ cdef enum Traversal:
 
 cdef enum:
     BLOCK_LANES = COLUMN_LANES    # most lanes whose sums stay in the first-level cache while a chunk goes by
-    BLOCK_BYTES = 16384           # of planes that lie side by side and are summed together: shorter pieces of memory are not fetched ahead
-    LONG_PLANE_BYTES = 2048       # from here on it pays to jump from a plane to its feature's next one
+    BLOCK_BYTES = 65536           # of planes that lie side by side and are summed together: shorter pieces of memory are not fetched ahead
     PARTS = 64                    # of the output, for one thread; the last one is written first, since it is what the sums left in cache
     PART_ELEMENTS = 16384         # fewest that are worth a part
 
@@ -77,7 +76,8 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
     if job.y == NULL:
         plan.blocks = ceil_div(cut.C, plan.block)
         return
-    if cut.planes and arrays and not inplace and cut.S * size >= LONG_PLANE_BYTES and (plan.threads == 1 or cut.C >= 2 * plan.threads):
+    if (cut.planes and arrays and not inplace and cut.S * size >= job.settings.feature_by_feature_from_bytes
+            and (plan.threads == 1 or cut.C >= 2 * plan.threads)):
         plan.traversal = FEATURE_BY_FEATURE
         plan.block = 1
     plan.blocks = ceil_div(cut.C, plan.block)
