@@ -97,7 +97,7 @@ cdef inline void spread_rows(Work *w, Py_ssize_t at, Py_ssize_t n, table params,
 cdef void prepare(Work *w, Py_ssize_t b, table params) noexcept nogil:
     cdef Job *job = w.job
     cdef Py_ssize_t at = b * w.plan.block
-    cdef Py_ssize_t n = min(w.plan.block, job.C - at)
+    cdef Py_ssize_t n = features(w, b)
     fill_table(job.mean + at, job.mean_low + at, job.var + at, job.weight + at, job.bias + at, job.eps, n, params + at, w.pitch)
     w.beyond[b] = table is f32 and not all_forward_fit(params + at, w.pitch, n, job.weight + at)
     spread_rows(w, at, n, params, HIGH, SHIFT + 1 if job.dy == NULL else MEAN_DY)
@@ -106,7 +106,7 @@ cdef void prepare(Work *w, Py_ssize_t b, table params) noexcept nogil:
 cdef void prepare_gradients(Work *w, Py_ssize_t b, table params) noexcept nogil:
     cdef Job *job = w.job
     cdef Py_ssize_t at = b * w.plan.block
-    cdef Py_ssize_t n = min(w.plan.block, job.C - at)
+    cdef Py_ssize_t n = features(w, b)
     fill_gradients(job.mean + at, job.mean_low + at, job.var + at, job.eps, job.dweight + at, job.dbias + at, job.count, n, params + at, w.pitch)
     w.beyond[b] |= table is f32 and job.training and not all_backward_fit(params + at, w.pitch, n, job.dweight + at)
     spread_rows(w, at, n, params, MEAN_DY, PARAMETERS)
@@ -165,13 +165,13 @@ cdef void do(Work *w, Step step, Py_ssize_t i, int thread, row x, table params) 
     if step == SUM_MOMENTS:
         add_up_moments(w, i // w.plan.blocks, i % w.plan.blocks, x, scratch)
     elif step == MERGE_MOMENTS:
-        merge_moments(w, i * w.plan.block, min(w.plan.block, w.cut.C - i * w.plan.block))
+        merge_moments(w, i * w.plan.block, features(w, i))
     elif step == PREPARE:
         prepare(w, i, params)
     elif step == SUM_GRADIENTS:
         add_up_gradients(w, i // w.plan.blocks, i % w.plan.blocks, x, params, scratch)
     elif step == MERGE_GRADIENTS:
-        merge_gradients(w, i * w.plan.block, min(w.plan.block, w.cut.C - i * w.plan.block), params)
+        merge_gradients(w, i * w.plan.block, features(w, i), params)
     elif step == PREPARE_GRADIENTS:
         prepare_gradients(w, i, params)
     else:
@@ -247,13 +247,15 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
     cdef void *taken = room
     cdef Py_ssize_t size = sizeof(x[0])
     cdef Py_ssize_t nbytes
+    cdef Py_ssize_t partial
     cdef Py_ssize_t doubles
     cdef Work w
     w.job = job
     cut(&w.cut, job.M, job.C, job.S)
     schedule(&w.plan, &w.cut, job, arrays, size)
     w.sums_pitch = sums_pitch(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold)) if arrays else 0
-    doubles = (3 * w.cut.chunks * job.C if arrays else 0) + w.plan.threads * SCRATCH_ROWS * w.sums_pitch
+    partial = 3 * w.cut.chunks * job.C if arrays else 0
+    doubles = partial + w.plan.threads * SCRATCH_ROWS * w.sums_pitch
     nbytes = lay_out_table(&w, size, job.table != NULL)
     if job.table != NULL:
         place_table(&w, job.table, params, size)
@@ -264,7 +266,7 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
         if taken == NULL:
             return -1
     w.partial = <double *>taken
-    w.scratch = w.partial + (3 * w.cut.chunks * job.C if arrays else 0)
+    w.scratch = w.partial + partial
     if job.table == NULL:
         place_table(&w, w.partial + doubles, params, size)
     w.beyond = <unsigned char *>(w.partial + doubles) + nbytes

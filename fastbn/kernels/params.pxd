@@ -108,7 +108,7 @@ cdef inline void fill_gradients(f64 mean, f64 low, f64 var, double eps, f64 dwei
 # Whether float32 holds a feature's parameters with full precision, as it may not for data of 1e30 or of 1e-30. What is too small for it may be so
 # where all that it scales is next to nothing, as weights that decay leaves behind: where std is below 8e7, it belongs to weights or gradients below
 # 1e-30.
-# NaN is held: it stays in its feature anyway.
+# NaN fits: it stays in its feature anyway.
 
 cdef inline bint fits(double a, double exact, double invstd) noexcept nogil:
     """Whether the row's value a, a float, does for the exact one."""

@@ -20,11 +20,16 @@ ctypedef struct Task:
     Py_ssize_t end
 
 
+cdef inline Py_ssize_t features(const Work *w, Py_ssize_t b) noexcept nogil:
+    """How many features block b has: the last one may have fewer."""
+    return min(w.plan.block, w.cut.C - b * w.plan.block)
+
+
 cdef inline Task task_of(Work *w, Py_ssize_t k, Py_ssize_t b) noexcept nogil:
     cdef Task t
     t.k = k
     t.feature = b * w.plan.block
-    t.features = min(w.plan.block, w.cut.C - t.feature)
+    t.features = features(w, b)
     t.lanes = t.features * (STEP if w.cut.planes else w.cut.S * w.cut.fold)
     t.unit = k * w.cut.chunk
     t.end = min(t.unit + w.cut.chunk, w.cut.units)
