@@ -189,39 +189,6 @@ class BatchNorm(calls.Callable):
         self._saved = (batches.backward, x, parts, training) if kept else None
         return y
 
-    def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
-        """Gradients of the last forward, a training or an inference one; may be called again.
-
-        ``dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))`` after a training forward,
-        ``weight/sqrt(var + eps)*g`` after an inference one, where g is the gradient before the activation.
-        ``grads["weight"] = sum g*x_hat``, ``grads["bias"] = sum g``.
-
-        Parameters
-        ----------
-        dy : array_like of x's shape
-            The gradient of the loss with respect to y.
-        out : numpy.ndarray, optional
-            Of x's shape and dtype, receives dx. May be dy itself, never x.
-
-        Returns
-        -------
-        numpy.ndarray
-            dx, of x's shape, dtype and memory order; `out` itself where given.
-
-        Raises
-        ------
-        RuntimeError
-            Before the first forward, and after one whose out was x.
-        ValueError, TypeError
-            For arrays that do not fit.
-        """
-        saved = self._saved
-        if saved is None:
-            raise RuntimeError("expected a forward before backward, and one that did not overwrite x")
-        back, x, stats, training = saved
-        dweight, dbias = self.grads.get("weight"), self.grads.get("bias")
-        return back(self._constants, dy, x, stats, training, out, dweight, dbias)
-
     def fold(self) -> tuple[Array, Array]:
         """The inference forward as one affine map.
 
@@ -313,7 +280,7 @@ class BatchNorm(calls.Callable):
 
     def __getstate__(self) -> dict[str, Any]:
         made_anew = ("_weight", "_bias")
-        compiled = ("training", "frozen", "num_batches_tracked", "_momentum", "_ghost_size")
+        compiled = ("training", "frozen", "num_batches_tracked", "_momentum", "_ghost_size", "grads")
         state = {name: value for name, value in self.__dict__.items() if name not in made_anew}
         return state | {name: getattr(self, name) for name in compiled}
 

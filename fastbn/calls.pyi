@@ -39,12 +39,14 @@ class Callable:
     training: bool
     frozen: bool
     num_batches_tracked: int
+    grads: dict[str, Array]
     _momentum: float | None
     _ghost_size: int | None
     _constants: Constants
     # The function that goes back, x, the statistics that it was normalised with, and whether they are its own.
     _saved: tuple[Function[..., Array], ArrayLike, Any, bool] | None
     def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array: ...
+    def backward(self, dy: ArrayLike, out: Array | None = None) -> Array: ...
 
 # The functions take all arguments by position.
 def moments(constants: Constants, x: ArrayLike) -> BatchStats: ...

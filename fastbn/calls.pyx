@@ -470,6 +470,7 @@ cdef class Callable:
     cdef public bint training
     cdef public bint frozen
     cdef public object num_batches_tracked
+    cdef public object grads
     cdef public object _momentum
     cdef public object _ghost_size
     cdef public Constants _constants
@@ -490,6 +491,40 @@ cdef class Callable:
             c = inferred(self._constants, x, out)
         self._saved = (backward_into, x, c.stats, training) if c.x_kept else None
         return c.out
+
+    def backward(self, dy, out=None):
+        """Gradients of the last forward, a training or an inference one; may be called again.
+
+        ``dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))`` after a training forward,
+        ``weight/sqrt(var + eps)*g`` after an inference one, where g is the gradient before the activation.
+        ``grads["weight"] = sum g*x_hat``, ``grads["bias"] = sum g``.
+
+        Parameters
+        ----------
+        dy : array_like of x's shape
+            The gradient of the loss with respect to y.
+        out : numpy.ndarray, optional
+            Of x's shape and dtype, receives dx. May be dy itself, never x.
+
+        Returns
+        -------
+        numpy.ndarray
+            dx, of x's shape, dtype and memory order; `out` itself where given.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first forward, and after one whose out was x.
+        ValueError, TypeError
+            For arrays that do not fit.
+        """
+        if self._saved is None:
+            raise RuntimeError("expected a forward before backward, and one that did not overwrite x")
+        back, x, stats, training = self._saved
+        dweight = dbias = None
+        if self._constants.weight is not None:
+            dweight, dbias = self.grads["weight"], self.grads["bias"]
+        return back(self._constants, dy, x, stats, training, out, dweight, dbias)
 
 
 # --- halves of a call, for statistics and gradients that are summed over more than one array (as over processes) ------------

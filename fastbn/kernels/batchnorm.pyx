@@ -16,6 +16,7 @@ from fastbn.kernels.activation cimport act, unact
 from fastbn.kernels.cut cimport Cut, count, cut, plane_of
 from fastbn.kernels.intrinsics cimport (
     WIDTH,
+    Line,
     add_square,
     prefetch,
     square,
@@ -55,6 +56,8 @@ cdef enum:
     ROOM_DOUBLES = 2048                  # float64 values that a call has on its stack: threads may have 64 KB of it
     STREAM_AHEAD_BYTES = 2048    # from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
     WAITING_BYTES = 1024         # stores on their way to memory, for which a load may have to wait
+    SHORT_RUN_ELEMENTS = 96               # elements of one feature, below which several runs are streamed at a time
+    SHORT_RUNS_LINES = 16                 # of STEP elements, that are then streamed at once: in the first-level cache beside x and dy
     LONG_RUN_ELEMENTS = 512               # elements of one feature from which an output is started on a line
     SCRATCH_ROWS = 6             # of sums_pitch: two sums for each lane and what they lost, pivots for each lane and each feature
 
@@ -64,6 +67,7 @@ ctypedef struct Work:
     Schedule plan
     void *params             # (PARAMETERS, pitch) in the arithmetic's type: a column for each feature
     void *lanes              # (PARAMETERS, lane_pitch): a column for each lane of a row; params itself where each lane is a feature
+    double *std              # (C,): sqrt(var + eps)
     double *partial          # (chunks, 3, C): of each chunk the pivot (of the statistics) and the two sums
     double *scratch          # (threads, SCRATCH_ROWS, sums_pitch)
     unsigned char *beyond    # (blocks,): whether float32 cannot hold the parameters of one of its features
@@ -98,7 +102,7 @@ cdef void prepare(Work *w, Py_ssize_t b, table params) noexcept nogil:
     cdef Job *job = w.job
     cdef Py_ssize_t at = b * w.plan.block
     cdef Py_ssize_t n = features(w, b)
-    fill_table(job.mean + at, job.mean_low + at, job.var + at, job.weight + at, job.bias + at, job.eps, n, params + at, w.pitch)
+    fill_table(job.mean + at, job.mean_low + at, job.var + at, job.weight + at, job.bias + at, job.eps, n, params + at, w.pitch, w.std + at)
     w.beyond[b] = table is f32 and not all_forward_fit(params + at, w.pitch, n, job.weight + at)
     spread_rows(w, at, n, params, HIGH, SHIFT + 1 if job.dy == NULL else MEAN_DY)
 
@@ -107,7 +111,7 @@ cdef void prepare_gradients(Work *w, Py_ssize_t b, table params) noexcept nogil:
     cdef Job *job = w.job
     cdef Py_ssize_t at = b * w.plan.block
     cdef Py_ssize_t n = features(w, b)
-    fill_gradients(job.mean + at, job.mean_low + at, job.var + at, job.eps, job.dweight + at, job.dbias + at, job.count, n, params + at, w.pitch)
+    fill_gradients(job.mean + at, job.mean_low + at, w.std + at, job.dweight + at, job.dbias + at, job.count, n, params + at, w.pitch)
     w.beyond[b] |= table is f32 and job.training and not all_backward_fit(params + at, w.pitch, n, job.dweight + at)
     spread_rows(w, at, n, params, MEAN_DY, PARAMETERS)
 
@@ -255,7 +259,7 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
     schedule(&w.plan, &w.cut, job, arrays, size)
     w.sums_pitch = sums_pitch(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold)) if arrays else 0
     partial = 3 * w.cut.chunks * job.C if arrays else 0
-    doubles = partial + w.plan.threads * SCRATCH_ROWS * w.sums_pitch
+    doubles = job.C + partial + w.plan.threads * SCRATCH_ROWS * w.sums_pitch
     nbytes = lay_out_table(&w, size, job.table != NULL)
     if job.table != NULL:
         place_table(&w, job.table, params, size)
@@ -265,11 +269,12 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
         taken = malloc(nbytes + doubles * sizeof(double) + w.plan.blocks)
         if taken == NULL:
             return -1
-    w.partial = <double *>taken
+    w.std = <double *>taken
+    w.partial = w.std + job.C
     w.scratch = w.partial + partial
     if job.table == NULL:
-        place_table(&w, w.partial + doubles, params, size)
-    w.beyond = <unsigned char *>(w.partial + doubles) + nbytes
+        place_table(&w, w.std + doubles, params, size)
+    w.beyond = <unsigned char *>(w.std + doubles) + nbytes
     memset(w.beyond, 0, w.plan.blocks)
     run(&w, steps, n, x, <table>w.params)
     job.prepared = job.table != NULL and not any_beyond(&w)

@@ -10,6 +10,10 @@ cdef inline real scaled(real d, real invstd) noexcept nogil:
 
 cdef inline void four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, table p, Py_ssize_t pitch, const bint run, const Activation activation,
                                 f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    """n lanes of four rows, at most STEP."""
+    # Not into the sums at once: of float64, a compiler cannot know that these are not what is read here.
+    cdef double t1[STEP]
+    cdef double t2[STEP]
     cdef Py_ssize_t i
     cdef Py_ssize_t k
     for i in range(n):
@@ -26,8 +30,11 @@ cdef inline void four_gradients(row x, row dy, Py_ssize_t ld, Py_ssize_t n, tabl
         g1 = unact(dy[ld + i], d1 * w + b, activation)
         g2 = unact(dy[2 * ld + i], d2 * w + b, activation)
         g3 = unact(dy[3 * ld + i], d3 * w + b, activation)
-        add(s1, e1, i, (g0 + g1) + (g2 + g3), not digits_to_spare(x))
-        add(s2, e2, i, (g0 * scaled(d0, r) + g1 * scaled(d1, r)) + (g2 * scaled(d2, r) + g3 * scaled(d3, r)), not digits_to_spare(x))
+        t1[i] = (g0 + g1) + (g2 + g3)
+        t2[i] = (g0 * scaled(d0, r) + g1 * scaled(d1, r)) + (g2 * scaled(d2, r) + g3 * scaled(d3, r))
+    for i in range(n):
+        add(s1, e1, i, t1[i], not digits_to_spare(x))
+        add(s2, e2, i, t2[i], not digits_to_spare(x))
 
 
 cdef inline void one_gradient(row x, row dy, Py_ssize_t n, table p, Py_ssize_t pitch, const bint run, const Activation activation,
@@ -110,7 +117,7 @@ cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x, table par
     cdef f64 partial = w.partial + 3 * k * C + t.feature
     cdef table p = params + t.feature if w.cut.planes else <table>w.lanes + t.feature * w.cut.S
     cdef Py_ssize_t c
-    memset(s1, 0, 4 * w.sums_pitch * sizeof(double))
+    clear(w, &t, s1)
     start(&t, &s)
     if w.cut.planes:
         while next_run(w, &t, &s):
@@ -123,6 +130,14 @@ cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x, table par
     for c in range(t.features):
         partial[C + c] = s1[c]
         partial[2 * C + c] = s2[c]
+
+
+cdef inline void gradients_of_one(f64 s1, f64 s2, Py_ssize_t n, f64 dweight, f64 dbias) noexcept nogil:
+    """What the function below comes to for a single chunk."""
+    cdef Py_ssize_t c
+    for c in range(n):
+        dbias[c] = s1[c] + 0.0    # no minus zero
+        dweight[c] = s2[c] + 0.0
 
 
 cdef void merge_some_gradients(Work *w, Py_ssize_t at, Py_ssize_t n) noexcept nogil:
@@ -152,6 +167,9 @@ cdef void merge_some_gradients(Work *w, Py_ssize_t at, Py_ssize_t n) noexcept no
 cdef void merge_gradients(Work *w, Py_ssize_t at, Py_ssize_t n, table params) noexcept nogil:
     cdef Job *job = w.job
     cdef Py_ssize_t c
-    for c in range(ceil_div(n, MERGED_FEATURES)):
-        merge_some_gradients(w, at + c * MERGED_FEATURES, min(<Py_ssize_t>MERGED_FEATURES, n - c * MERGED_FEATURES))
-    finish_gradients(job.mean + at, job.mean_low + at, job.var + at, job.eps, job.dweight + at, job.dbias + at, n, params + at, w.pitch)
+    if w.cut.chunks == 1:
+        gradients_of_one(w.partial + w.cut.C + at, w.partial + 2 * w.cut.C + at, n, job.dweight + at, job.dbias + at)
+    else:
+        for c in range(ceil_div(n, MERGED_FEATURES)):
+            merge_some_gradients(w, at + c * MERGED_FEATURES, min(<Py_ssize_t>MERGED_FEATURES, n - c * MERGED_FEATURES))
+    finish_gradients(job.mean + at, job.mean_low + at, w.std + at, job.dweight + at, job.dbias + at, n, params + at, w.pitch)

@@ -2,6 +2,8 @@
 
 cdef extern from "intrinsics.h" nogil:
     const bint FASTBN_STREAMS    # whether streaming stores differ from plain ones here
+    ctypedef struct Line "fastbn_line":
+        double elements[16]
     void stream_line "fastbn_stream_line"(void *to, const void *source) noexcept
     void stream_fence "fastbn_stream_fence"() noexcept
     void prefetch "fastbn_prefetch"(const void *p, int lines, Py_ssize_t apart) noexcept

@@ -164,7 +164,7 @@ cdef void total_moments(Work *w, Task t, row x, const bint centred, f64 pivots, 
     cdef f64 s2 = sums + 2 * w.sums_pitch
     cdef f64 e2 = sums + 3 * w.sums_pitch
     cdef Strip s
-    memset(sums, 0, 4 * w.sums_pitch * sizeof(double))
+    clear(w, &t, sums)
     start(&t, &s)
     if w.cut.planes:
         while next_run(w, &t, &s):

@@ -81,19 +81,24 @@ cdef inline Py_ssize_t direction(const void *x, const void *dy, const void *y) n
     return -1 if (less_behind(x, y) or less_behind(dy, y)) and not (less_behind(y, x) or less_behind(y, dy)) else 1
 
 
+cdef inline void stream(row y, row lines) noexcept nogil:
+    """STEP elements, whole lines, past the caches."""
+    stream_line(y, lines)
+    if sizeof(y[0]) == 8:
+        stream_line(y + 8, lines + 8)
+
+
 cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py_ssize_t pitch, const Operation op,
                              const Activation activation) noexcept nogil:
     """STEP elements past the caches; asks for those that are read `ahead` bytes further on."""
-    cdef double room[STEP + 8]
-    cdef row line = <row>aligned(room)
-    cdef int lines = sizeof(x[0]) * STEP // LINE_BYTES
-    prefetch(<char *>x + ahead, lines, LINE_BYTES)
+    cdef Line room
+    cdef row lines = <row>room.elements
+    cdef int count = sizeof(x[0]) * STEP // LINE_BYTES
+    prefetch(<char *>x + ahead, count, LINE_BYTES)
     if op != Y:
-        prefetch(<char *>dy + ahead, lines, LINE_BYTES)
-    write(x, dy, line, STEP, p, pitch, False, op, activation)
-    stream_line(y, line)
-    if sizeof(y[0]) == 8:
-        stream_line(y + 8, line + 8)
+        prefetch(<char *>dy + ahead, count, LINE_BYTES)
+    write(x, dy, lines, STEP, p, pitch, False, op, activation)
+    stream(y, lines)
 
 
 # --- rows: a column of the table for each lane -------------------------------------------------------------------------------------------------
@@ -104,6 +109,7 @@ cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
     cdef Py_ssize_t pitch = w.lane_pitch
     cdef Py_ssize_t apart = w.plan.apart
+    cdef Py_ssize_t ahead = w.plan.write_ahead
     cdef Py_ssize_t lane = first % lanes
     cdef Py_ssize_t j = min(to_line(y), n)
     cdef Py_ssize_t end
@@ -120,8 +126,8 @@ cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_
             j += 3 * apart
     while j + STEP <= n:
         lane -= lanes if lane >= lanes else 0
-        if w.plan.write_ahead:
-            prefetch(<char *>(y + j) + w.plan.write_ahead, sizeof(y[0]) * STEP // LINE_BYTES, LINE_BYTES)
+        if ahead:
+            prefetch(<char *>(y + j) + ahead, sizeof(y[0]) * STEP // LINE_BYTES, LINE_BYTES)
         write(x + j, dy + j, y + j, STEP, p + lane, pitch, False, op, activation)
         j += STEP
         lane += STEP
@@ -131,20 +137,14 @@ cdef inline void write_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_
 
 cdef inline void stream_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
                              const Activation activation) noexcept nogil:
-    """n elements from element `first` on, in whole lines."""
+    """n elements from element `first` on: whole lines."""
     cdef Py_ssize_t lanes = w.cut.width * w.cut.fold
     cdef Py_ssize_t pitch = w.lane_pitch
-    cdef Py_ssize_t begin = min(to_line(y), n)
-    cdef Py_ssize_t steps = (n - begin) // STEP
-    cdef Py_ssize_t end = begin + steps * STEP
     cdef Py_ssize_t by = direction(x, dy, y) * STEP
-    cdef Py_ssize_t j = begin if by > 0 else end - STEP
-    cdef Py_ssize_t lane
-    cdef Py_ssize_t i
-    write(x, dy, y, begin, p + first % lanes, pitch, False, op, activation)
-    write(x + end, dy + end, y + end, n - end, p + (first + end) % lanes, pitch, False, op, activation)
-    lane = (first + j) % lanes if steps else 0
-    for i in range(steps):
+    cdef Py_ssize_t j = 0 if by > 0 else n - STEP
+    cdef Py_ssize_t lane = (first + j) % lanes
+    cdef Py_ssize_t _
+    for _ in range(n // STEP):
         stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, p + lane, pitch, op, activation)
         j += by
         lane += by
@@ -154,31 +154,65 @@ cdef inline void stream_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py
 
 # --- runs: S elements of one feature after the other -------------------------------------------------------------------------------------------
 
+ctypedef struct Place:
+    Py_ssize_t feature
+    Py_ssize_t left       # elements to the end of its run
+
+
 cdef inline Py_ssize_t after(const Cut *cut, Py_ssize_t c) noexcept nogil:
     """The feature of the next run."""
     return c + 1 if c + 1 < cut.C else 0
 
 
-cdef inline void write_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
+cdef inline Place place_of(const Cut *cut, Py_ssize_t first) noexcept nogil:
+    """Where element `first` of the output is."""
+    cdef Place at
+    cdef Py_ssize_t plane = first // cut.S
+    at.feature = plane % cut.C
+    at.left = (plane + 1) * cut.S - first
+    return at
+
+
+cdef inline void write_runs(Work *w, Place *at, row x, row dy, row y, Py_ssize_t n, table p, const Operation op,
                             const Activation activation) noexcept nogil:
-    """n elements from element `first` on, run by run: most are too short for a start on a line to pay."""
-    cdef Py_ssize_t plane = first // w.cut.S
-    cdef Py_ssize_t left = w.cut.S - (first - plane * w.cut.S)
-    cdef Py_ssize_t c = plane % w.cut.C
+    """n elements from a place on, which moves behind them, run by run: most are too short for a start on a line to pay."""
     cdef Py_ssize_t j = 0
     cdef Py_ssize_t k
     while j < n:
-        k = min(left, n - j)
-        left -= k
+        k = min(at.left, n - j)
+        at.left -= k
         if k >= LONG_RUN_ELEMENTS:
-            write(x + j, dy + j, y + j, to_line(y + j), p + c, w.pitch, True, op, activation)
+            write(x + j, dy + j, y + j, to_line(y + j), p + at.feature, w.pitch, True, op, activation)
             k -= to_line(y + j)
             j += to_line(y + j)
-        write(x + j, dy + j, y + j, k, p + c, w.pitch, True, op, activation)
+        write(x + j, dy + j, y + j, k, p + at.feature, w.pitch, True, op, activation)
         j += k
-        if left == 0:
-            left = w.cut.S
-            c = after(&w.cut, c)
+        if at.left == 0:
+            at.left = w.cut.S
+            at.feature = after(&w.cut, at.feature)
+
+
+cdef inline void stream_short_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
+                                   const Activation activation) noexcept nogil:
+    """n elements from element `first` on, whole lines: several runs at a time, written in the first-level cache first.
+
+    Upwards, wherever y is: what is read next was asked for before these lines are streamed.
+    """
+    cdef Line room[SHORT_RUNS_LINES]
+    cdef row lines = <row>room[0].elements
+    cdef Place at = place_of(&w.cut, first)
+    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t k
+    cdef Py_ssize_t i
+    while j < n:
+        k = min(<Py_ssize_t>(SHORT_RUNS_LINES * STEP), n - j)
+        prefetch(<char *>(x + j) + STREAM_AHEAD_BYTES, k * sizeof(x[0]) // LINE_BYTES, LINE_BYTES)
+        if op != Y:
+            prefetch(<char *>(dy + j) + STREAM_AHEAD_BYTES, k * sizeof(x[0]) // LINE_BYTES, LINE_BYTES)
+        write_runs(w, &at, x + j, dy + j, lines, k, p, op, activation)
+        for i in range(k // STEP):
+            stream(y + j + i * STEP, lines + i * STEP)
+        j += k
 
 
 cdef inline void set_lanes(table lanes, table p, Py_ssize_t pitch, const Operation op) noexcept nogil:
@@ -192,55 +226,67 @@ cdef inline void set_lanes(table lanes, table p, Py_ssize_t pitch, const Operati
 
 cdef inline void stream_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
                              const Activation activation) noexcept nogil:
-    """n elements from element `first` on, in whole lines. One that ends a run takes its parameters from where two features' lanes meet."""
+    """n elements from element `first` on, whole lines. One that ends a run takes its parameters from where two features' lanes meet."""
     cdef double lane_room[PARAMETERS * 2 * STEP + 8]
     cdef table lanes = <table>aligned(lane_room)
     cdef Py_ssize_t S = w.cut.S
-    cdef Py_ssize_t begin = min(to_line(y), n)
-    cdef Py_ssize_t steps = (n - begin) // STEP
-    cdef Py_ssize_t end = begin + steps * STEP
     cdef Py_ssize_t by = direction(x, dy, y) * STEP
-    cdef Py_ssize_t j = begin if by > 0 else end - STEP
-    cdef Py_ssize_t plane = (first + j) // S
-    cdef Py_ssize_t within = first + j - plane * S      # of its run, where the line begins
-    cdef Py_ssize_t c = plane % w.cut.C
+    cdef Py_ssize_t j = 0 if by > 0 else n - STEP
+    cdef Place at = place_of(&w.cut, first + j)     # where the line begins
     cdef Py_ssize_t beside
     cdef Py_ssize_t i
-    write_runs(w, x, dy, y, first, begin, p, op, activation)
-    write_runs(w, x + end, dy + end, y + end, first + end, n - end, p, op, activation)
-    if steps:
-        set_lanes(lanes, p + c, w.pitch, op)
-    for i in range(steps):
-        beside = max(<Py_ssize_t>0, within + STEP - S)
+    set_lanes(lanes, p + at.feature, w.pitch, op)
+    for i in range(n // STEP):
+        beside = max(<Py_ssize_t>0, STEP - at.left)
         if beside:
-            set_lanes(lanes + STEP, p + after(&w.cut, c), w.pitch, op)
+            set_lanes(lanes + STEP, p + after(&w.cut, at.feature), w.pitch, op)
         stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, lanes + beside, 2 * STEP, op, activation)
         j += by
-        within += by
-        if i + 1 == steps:
+        at.left -= by
+        if i + 1 == n // STEP:
             return  # a neighbour's column may still be in the making
-        if within >= S:
-            within -= S
-            c = after(&w.cut, c)
-            set_lanes(lanes, p + c, w.pitch, op)
-        elif within < 0:
-            within += S
-            c = c - 1 if c else w.cut.C - 1
-            set_lanes(lanes, p + c, w.pitch, op)
+        if at.left <= 0:
+            at.left += S
+            at.feature = after(&w.cut, at.feature)
+            set_lanes(lanes, p + at.feature, w.pitch, op)
+        elif at.left > S:
+            at.left -= S
+            at.feature = (at.feature if at.feature else w.cut.C) - 1
+            set_lanes(lanes, p + at.feature, w.pitch, op)
 
 
 # --- a range: each operation, activation and kind of store is a loop of its own ------------------------------------------------------------------
 
-cdef inline void write_as(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table params, const Operation op,
-                          const Activation activation) noexcept nogil:
-    if w.plan.runs and w.plan.streamed:
-        stream_runs(w, x, dy, y, first, n, params, op, activation)
-    elif w.plan.runs:
-        write_runs(w, x, dy, y, first, n, params, op, activation)
-    elif w.plan.streamed:
-        stream_rows(w, x, dy, y, first, n, <table>w.lanes, op, activation)
+cdef inline void write_cached(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table params, const Operation op,
+                              const Activation activation) noexcept nogil:
+    cdef Place at
+    if w.plan.runs:
+        at = place_of(&w.cut, first)
+        write_runs(w, &at, x, dy, y, n, params, op, activation)
     else:
         write_rows(w, x, dy, y, first, n, <table>w.lanes, op, activation)
+
+
+cdef inline void write_as(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table params, const Operation op,
+                          const Activation activation) noexcept nogil:
+    """What is streamed is whole lines; parts of lines belong to the neighbours too, and go the usual way."""
+    cdef Py_ssize_t begin = min(to_line(y), n) if w.plan.streamed else n
+    cdef Py_ssize_t lines = (n - begin) // STEP * STEP
+    cdef Py_ssize_t end = begin + lines
+    write_cached(w, x, dy, y, first, begin, params, op, activation)
+    write_cached(w, x + end, dy + end, y + end, first + end, n - end, params, op, activation)
+    if lines == 0:
+        return
+    x += begin
+    dy += begin
+    y += begin
+    first += begin
+    if not w.plan.runs:
+        stream_rows(w, x, dy, y, first, lines, <table>w.lanes, op, activation)
+    elif w.cut.S < SHORT_RUN_ELEMENTS:
+        stream_short_runs(w, x, dy, y, first, lines, params, op, activation)
+    else:
+        stream_runs(w, x, dy, y, first, lines, params, op, activation)
 
 
 cdef void write_range(Work *w, Py_ssize_t first, Py_ssize_t n, row x, table params) noexcept nogil:

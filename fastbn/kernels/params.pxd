@@ -65,15 +65,16 @@ cdef inline double low_of(double mean, double high, double low) noexcept nogil:
 # Loops over features are functions of their own: a compiler believes in pointers that do not alias where they are parameters.
 
 cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, double eps, Py_ssize_t n, table p,
-                            Py_ssize_t pitch) noexcept nogil:
-    """The rows that do not depend on the gradients' sums."""
+                            Py_ssize_t pitch, f64 std) noexcept nogil:
+    """The rows that do not depend on the gradients' sums, and std = sqrt(var + eps)."""
     cdef Py_ssize_t c
     cdef double v
     cdef double invstd
     cdef double w
     for c in range(n):
         v = var[c] + eps
-        invstd = 1 / sqrt(v)
+        std[c] = sqrt(v)
+        invstd = 1 / std[c]
         w = rounded_once(weight[c], var[c], eps, v, invstd) if table is f64 else weight[c] * invstd
         p[c] = mean[c]
         p[WEIGHT * pitch + c] = w
@@ -81,7 +82,7 @@ cdef inline void fill_table(f64 mean, f64 low, f64 var, f64 weight, f64 bias, do
         p[INVSTD * pitch + c] = invstd
 
 
-cdef inline void finish_gradients(f64 mean, f64 low, f64 var, double eps, f64 dweight, f64 dbias, Py_ssize_t n, table p,
+cdef inline void finish_gradients(f64 mean, f64 low, f64 std, f64 dweight, f64 dbias, Py_ssize_t n, table p,
                                   Py_ssize_t pitch) noexcept nogil:
     """dweight, from the sums of g*(x - HIGH), times INVSTD in float32."""
     cdef Py_ssize_t c
@@ -89,18 +90,18 @@ cdef inline void finish_gradients(f64 mean, f64 low, f64 var, double eps, f64 dw
     for c in range(n):
         lo = low_of(mean[c], p[c], low[c])
         if table is f64:
-            dweight[c] = (dweight[c] - lo * dbias[c]) / sqrt(var[c] + eps)
+            dweight[c] = (dweight[c] - lo * dbias[c]) / std[c]
         else:
             dweight[c] -= lo * <double>p[INVSTD * pitch + c] * dbias[c]
 
 
-cdef inline void fill_gradients(f64 mean, f64 low, f64 var, double eps, f64 dweight, f64 dbias, double count, Py_ssize_t n, table p,
+cdef inline void fill_gradients(f64 mean, f64 low, f64 std, f64 dweight, f64 dbias, double count, Py_ssize_t n, table p,
                                 Py_ssize_t pitch) noexcept nogil:
     """The rows of the means of the gradients, which `count` values of each feature were summed into."""
     cdef Py_ssize_t c
     cdef double slope
     for c in range(n):
-        slope = dweight[c] / (count * sqrt(var[c] + eps))
+        slope = dweight[c] / (count * std[c])
         p[SLOPE * pitch + c] = slope
         p[MEAN_DY * pitch + c] = dbias[c] / count - low_of(mean[c], p[c], low[c]) * slope
 

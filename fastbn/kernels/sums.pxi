@@ -46,6 +46,13 @@ cdef inline void start(Task *t, Strip *s) noexcept nogil:
     s.n = 0
 
 
+cdef inline void clear(const Work *w, const Task *t, double *sums) noexcept nogil:
+    """The four sums of each lane, and of those that a last step has besides."""
+    cdef int i
+    for i in range(4):
+        memset(sums + i * w.sums_pitch, 0, ceil_div(t.lanes, STEP) * STEP * sizeof(double))
+
+
 cdef inline bint next_rows(Work *w, Task *t, Strip *s, Py_ssize_t size) noexcept nogil:
     """A chunk's rows of lanes, and then what is left of a folded one."""
     cdef Py_ssize_t ld = w.cut.fold * w.cut.width
