@@ -24,6 +24,7 @@ SHAPES += [(1, 2, 16_385), (2, 1, 16_399)]
 SETTINGS = [
     {"stream_from_bytes": sys.maxsize, "stream_inference_from_bytes": sys.maxsize, "rows_at_once": 1},
     {"stream_from_bytes": 0, "stream_inference_from_bytes": 0, "read_ahead_bytes": 64},
+    {"stream_from_bytes": 0, "stream_inference_from_bytes": 0, "batched_runs_below_elements": sys.maxsize},
     {
         "stream_from_bytes": sys.maxsize,
         "stream_inference_from_bytes": sys.maxsize,

@@ -25,7 +25,7 @@ PAST = [*SHAPES, (126_977, 5), (3, 64_513), (2, 3, 16_389)]
 HUGE = 2**40  # a cache that everything fits into
 # Every kind of loop, small enough to be tried under every setting.
 KINDS = [(3, 2), (40, 3), (300, 64), (33, 1000), (40, 2500), (16, 32, 9, 9), (6, 70, 7), (30, 9, 5, 7), (3, 7, 900)]
-KINDS += [(2, 3, 16_389), (1000, 3, 2)]
+KINDS += [(5, 6, 14, 14), (2, 3, 16_389), (1000, 3, 2)]
 
 
 def values(shape, seed, dtype):
@@ -250,7 +250,9 @@ ALL_ON = dict.fromkeys(machine.get_settings(), 0) | {
     "write_ahead_to_bytes": HUGE,
     "stream_from_bytes": HUGE,
     "stream_inference_from_bytes": HUGE,
+    "batched_runs_below_elements": HUGE,
 }
+STREAMS = {"stream_from_bytes": 0, "stream_inference_from_bytes": 0}
 EXTREMES = (0, 1, HUGE)
 
 
@@ -258,6 +260,8 @@ def one_at_its_extremes():
     for name in ALL_ON:
         for value in (1, 4) if name == "rows_at_once" else EXTREMES:
             yield pytest.param({name: value}, id=f"{name}={value}")
+    for value in EXTREMES:
+        yield pytest.param(STREAMS | {"batched_runs_below_elements": value}, id=f"streams, batches={value}")
 
 
 def mixtures():

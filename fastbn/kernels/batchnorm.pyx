@@ -56,8 +56,7 @@ cdef enum:
     ROOM_DOUBLES = 2048                  # float64 values that a call has on its stack: threads may have 64 KB of it
     STREAM_AHEAD_BYTES = 2048    # from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
     WAITING_BYTES = 1024         # stores on their way to memory, for which a load may have to wait
-    SHORT_RUN_ELEMENTS = 96               # elements of one feature, below which several runs are streamed at a time
-    SHORT_RUNS_LINES = 16                 # of STEP elements, that are then streamed at once: in the first-level cache beside x and dy
+    BATCH_LINES = 16             # of STEP elements, which stay in the first-level cache beside x and dy
     LONG_RUN_ELEMENTS = 512               # elements of one feature from which an output is started on a line
     SCRATCH_ROWS = 6             # of sums_pitch: two sums for each lane and what they lost, pivots for each lane and each feature
 

@@ -32,7 +32,7 @@ Size = int | Times
 
 @dataclass(frozen=True)
 class Family:
-    """One processor family; machine.pxd's Settings says what its last ten members mean.
+    """One processor family; machine.pxd's Settings says what its last eleven members mean.
 
     models: (vendor, CPUID family, first model, last model).
     build: the preferred one; the nearest lower one is taken where it does not run.
@@ -52,6 +52,7 @@ class Family:
     write_ahead_to_bytes: Size
     stream_from_bytes: Size
     stream_inference_from_bytes: Size
+    batched_runs_below_elements: int
     feature_by_feature_from_bytes: int
     parallel_from_elements: int
 
@@ -101,6 +102,7 @@ UNKNOWN = Family(
     write_ahead_to_bytes=0,
     stream_from_bytes=Times(1, "l3"),  # not measured
     stream_inference_from_bytes=Times(1, "l3"),  # not measured
+    batched_runs_below_elements=0,  # not measured
     feature_by_feature_from_bytes=8 * KIB,  # not measured; Zen 1's
     parallel_from_elements=524288,  # not measured; Zen 3's
 )
@@ -119,6 +121,7 @@ ZEN3 = Family(
     write_ahead_to_bytes=0,
     stream_from_bytes=32 * MIB // 6,  # 0.1.0: outputs of 6 to 8 MB 1.1 to 1.5 times as fast, on a guest's 32 MB of L3
     stream_inference_from_bytes=32 * MIB // 6,  # 0.1.0: likewise on one thread; several were faster in L3 up to 8 MB
+    batched_runs_below_elements=0,  # 0.1.0, rows by way of a buffer: as fast or half as fast, from process to process
     feature_by_feature_from_bytes=2 * KIB,  # 0.1.0: a shorter plane took twice the time
     parallel_from_elements=524288,  # 0.1.0: (777, 333) took 121 us on two threads of a guest and 65 on one
 )
@@ -136,6 +139,8 @@ ZEN1 = replace(
     # An output of 2 MB took 1.09 (training), 1.48 (inference), 0.94 (backward) of the time, of 4 MB 0.89, 0.77, 0.85.
     stream_from_bytes=Times(0.4, "l3"),
     stream_inference_from_bytes=Times(0.4, "l3"),
+    # y of planes of 36, 49, 64, 81 elements 0.91, 0.78, 0.77, 0.94 of the time, of 100 the same, of 196 1.06.
+    batched_runs_below_elements=96,
     # Training and backward of planes of 3 and 4 KB (32 x 64 x 28 x 28, 16 x 128 x 1000) 0.85 to 0.93 of the time when
     # pass by pass; of 12 KB (32 x 64 x 56 x 56) 0.97 and 1.04.
     feature_by_feature_from_bytes=8 * KIB,

@@ -11,6 +11,7 @@ ctypedef struct Settings:
     Py_ssize_t write_ahead_to_bytes         # ... and at most this
     Py_ssize_t stream_from_bytes            # an output of this size or more is written past the caches, where x was summed first
     Py_ssize_t stream_inference_from_bytes  # ... in inference
+    Py_ssize_t batched_runs_below_elements  # shorter runs of one feature are written in the first-level cache, several at a time, and then streamed
     Py_ssize_t feature_by_feature_from_bytes    # of a plane: all passes over one feature's come before the next feature
     Py_ssize_t parallel_from_elements       # fewest elements read that are worth a parallel region
 

@@ -192,20 +192,20 @@ cdef inline void write_runs(Work *w, Place *at, row x, row dy, row y, Py_ssize_t
             at.feature = after(&w.cut, at.feature)
 
 
-cdef inline void stream_short_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
-                                   const Activation activation) noexcept nogil:
-    """n elements from element `first` on, whole lines: several runs at a time, written in the first-level cache first.
+cdef inline void stream_batches(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
+                                const Activation activation) noexcept nogil:
+    """n elements from element `first` on, whole lines: short runs, several at a time, by way of the first-level cache.
 
     Upwards, wherever y is: what is read next was asked for before these lines are streamed.
     """
-    cdef Line room[SHORT_RUNS_LINES]
+    cdef Line room[BATCH_LINES]
     cdef row lines = <row>room[0].elements
     cdef Place at = place_of(&w.cut, first)
     cdef Py_ssize_t j = 0
     cdef Py_ssize_t k
     cdef Py_ssize_t i
     while j < n:
-        k = min(<Py_ssize_t>(SHORT_RUNS_LINES * STEP), n - j)
+        k = min(<Py_ssize_t>(BATCH_LINES * STEP), n - j)
         prefetch(<char *>(x + j) + STREAM_AHEAD_BYTES, k * sizeof(x[0]) // LINE_BYTES, LINE_BYTES)
         if op != Y:
             prefetch(<char *>(dy + j) + STREAM_AHEAD_BYTES, k * sizeof(x[0]) // LINE_BYTES, LINE_BYTES)
@@ -283,8 +283,8 @@ cdef inline void write_as(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ss
     first += begin
     if not w.plan.runs:
         stream_rows(w, x, dy, y, first, lines, <table>w.lanes, op, activation)
-    elif w.cut.S < SHORT_RUN_ELEMENTS:
-        stream_short_runs(w, x, dy, y, first, lines, params, op, activation)
+    elif w.plan.batched:
+        stream_batches(w, x, dy, y, first, lines, params, op, activation)
     else:
         stream_runs(w, x, dy, y, first, lines, params, op, activation)
 

@@ -32,6 +32,7 @@ ctypedef struct Schedule:
     bint runs                 # outputs: one parameter for a run of S elements, instead of one for each lane
     Py_ssize_t apart          # elements between rows that are written together, a multiple of rows and of lines; 0: one row at a time
     bint streamed             # past the caches
+    bint batched              # runs, several at a time, by way of the first-level cache
     Py_ssize_t read_ahead     # bytes; 0: nothing is asked for
     Py_ssize_t write_ahead
 
@@ -55,7 +56,7 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
     plan.traversal = PASS_BY_PASS
     plan.runs = cut.planes
     plan.write_ahead = plan.apart = plan.read_ahead = plan.before = 0
-    plan.streamed = False
+    plan.streamed = plan.batched = False
     plan.part = elements
     plan.parts = 1
     if cut.planes:
@@ -85,6 +86,7 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
                      and nbytes >= (job.settings.stream_from_bytes if arrays else job.settings.stream_inference_from_bytes))
     # y alone: for dx, whose runs have twice the parameters to change from one to the next, a table of all lanes is the faster one.
     plan.runs = plan.runs or (plan.streamed and cut.S >= 2 * STEP and job.dy == NULL)
+    plan.batched = plan.streamed and plan.runs and cut.S < job.settings.batched_runs_below_elements
     if not plan.streamed and job.settings.write_ahead_from_bytes <= nbytes <= job.settings.write_ahead_to_bytes:
         plan.write_ahead = job.settings.write_ahead_bytes
     plan.before = min(elements, <Py_ssize_t>(-<uintptr_t>job.y % LINE_BYTES) // size)
