@@ -102,8 +102,9 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         if first:
             self._fading = None if self.momentum is None else 1 - self.momentum
             self.mean_, self.mean_low_, self._spread = np.zeros((3, X.shape[1]))
-            self._weight = self.n_samples_seen_ = 0
-        weight = stats.count
+            self.n_samples_seen_ = 0
+            self._weight: float = 0
+        weight: float = stats.count
         if self._fading is not None:
             weight = 1
             self._weight *= self._fading
