@@ -26,12 +26,22 @@ OPTIMIZER, BEST = "optimizer.", "best."
 MODEL = "fastbn.model"
 _CLASSES = {
     c.__name__: c
-    for c in (BatchNorm, nn.Dense, nn.Dropout, nn.Folded, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.Standardize, nn.Tanh)
+    for c in (
+        BatchNorm,
+        nn.Dense,
+        nn.Dropout,
+        nn.FoldedDense,
+        nn.LeakyReLU,
+        nn.ReLU,
+        nn.Sigmoid,
+        nn.Standardize,
+        nn.Tanh,
+    )
 }
 # Tensors, and the constructor's arguments that are their shapes: for every layer that allocates by its arguments.
 _SIZES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "Dense": [("weight", ("n_out", "n_in"))],
-    "Folded": [("weight", ("n_out", "n_in"))],
+    "FoldedDense": [("weight", ("n_out", "n_in"))],
     "BatchNorm": [("weight", ("num_features",)), ("running_mean", ("num_features",))],
     "Standardize": [("mean", ("num_features",))],
 }
@@ -209,7 +219,7 @@ def _describe(model: Any) -> dict[str, Any]:
     if _CLASSES.get(type(model).__name__) is not type(model):
         raise TypeError(f"cannot save a {type(model).__name__}: expected Sequential, {', '.join(_CLASSES)}")
     frozen = {"frozen": True} if getattr(model, "frozen", False) else {}
-    parts = {"layers": [_describe(layer) for layer in model.layers]} if isinstance(model, nn.Folded) else {}
+    parts = {"layers": [_describe(layer) for layer in model.layers]} if isinstance(model, nn.FoldedDense) else {}
     return {"class": type(model).__name__, "training": model.training, "config": model.config(), **frozen, **parts}
 
 
@@ -222,7 +232,7 @@ def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "
         case {"class": str(name), "training": bool(training), "config": dict(config)} if name in _CLASSES:
             _check_sizes(name, config, shapes, prefix)
             layer = _CLASSES[name](**config).train(training)
-            if isinstance(layer, nn.Folded):
+            if isinstance(layer, nn.FoldedDense):
                 parts = enumerate(description["layers"])
                 layer.layers = [_build(part, shapes, f"{prefix}layers.{i}.") for i, part in parts]
             return layer.freeze() if isinstance(layer, BatchNorm) and description.get("frozen") is True else layer

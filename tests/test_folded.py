@@ -116,13 +116,13 @@ def network(dtype="float64"):
 
 FOLDED = """Sequential(
     BatchNorm(5, dtype='float64'),
-    Folded(n_in=5, n_out=9, activation='relu', dtype='float64'),
-    Folded(n_in=9, n_out=8, activation='relu', dtype='float64'),
-    Folded(n_in=8, n_out=9, activation='leaky_relu', dtype='float64'),
-    Folded(n_in=9, n_out=7, activation='leaky_relu', dtype='float64'),
-    Folded(n_in=7, n_out=7, dtype='float64'),
+    FoldedDense(n_in=5, n_out=9, activation='relu', dtype='float64'),
+    FoldedDense(n_in=9, n_out=8, activation='relu', dtype='float64'),
+    FoldedDense(n_in=8, n_out=9, activation='leaky_relu', dtype='float64'),
+    FoldedDense(n_in=9, n_out=7, activation='leaky_relu', dtype='float64'),
+    FoldedDense(n_in=7, n_out=7, dtype='float64'),
     LeakyReLU(negative_slope=0.3),
-    Folded(n_in=7, n_out=6, dtype='float64'),
+    FoldedDense(n_in=7, n_out=6, dtype='float64'),
     Sigmoid(),
     Dense(n_in=6, n_out=6, activation='relu', dtype='float64'),
     Dense(n_in=6, n_out=3, bias=False, dtype='float64'),
@@ -204,11 +204,11 @@ def test_a_forward_of_ones_own_stays_what_it_is():
         ([Doubled(4, 4), BatchNorm(4)], ["Doubled", "BatchNorm"]),
         (
             [nn.Dense(4, 4), BatchNorm(4), BatchNorm(4)],
-            ["Folded", "BatchNorm"],
+            ["FoldedDense", "BatchNorm"],
         ),  # the second would be a second rounding
-        ([nn.Dense(4, 4), BatchNorm(4), nn.Dense(4, 4), BatchNorm(4, axis=-1)], ["Folded", "Dense"]),
-        ([nn.Standardize(4), nn.Dense(4, 4), BatchNorm(4)], ["Standardize", "Folded"]),
-        ([Block(4), nn.ReLU()], ["Folded"]),
+        ([nn.Dense(4, 4), BatchNorm(4), nn.Dense(4, 4), BatchNorm(4, axis=-1)], ["FoldedDense", "Dense"]),
+        ([nn.Standardize(4), nn.Dense(4, 4), BatchNorm(4)], ["Standardize", "FoldedDense"]),
+        ([Block(4), nn.ReLU()], ["FoldedDense"]),
         ([], []),
     ],
 )
@@ -304,13 +304,13 @@ def test_a_folded_layer_that_was_trained_is_for_rows():
     folded = nn.Sequential(*pair(5, 5, "float32")).folded()
     images, rows = np.ones((4, 5, 5)), np.eye(5)
     folded(images)
-    with pytest.raises(RuntimeError, match=r"Folded\.backward needs a forward .* 2 dimensions"):
+    with pytest.raises(RuntimeError, match=r"FoldedDense\.backward needs a forward .* 2 dimensions"):
         folded.backward(images)
     folded(rows)
     folded.backward(rows)
     optim.SGD(folded, 0.1).step()
     assert folded(rows).shape == (5, 5)
-    for one in (folded, pickle.loads(pickle.dumps(folded)), nn.Sequential(nn.Folded(5, 5))):
+    for one in (folded, pickle.loads(pickle.dumps(folded)), nn.Sequential(nn.FoldedDense(5, 5))):
         with pytest.raises(RuntimeError, match=r"expected x of shape \(N, 5\), got \(4, 5, 5\)"):
             one(images)
 

@@ -1,9 +1,9 @@
 """Inference networks: every Dense, and the BatchNorm and activation behind it, as one Dense.
 
-# Design: BatchNorm's usual axis, 1, is the axis of Dense's features in (N, C) and in no other shape, and what shape
-# comes is not known before the call. So such a pair becomes a Folded, which keeps the two for other shapes. Not folding
-# them would leave nearly every network as it is; keeping a second network for other shapes would leave each single
-# layer wrong, taken out of the network, or behind a layer that reshapes.
+# Design: BatchNorm's usual axis, 1, is the axis of Dense's features in (N, C) and in no other shape, and which shape
+# comes is not known before the call. So such a pair becomes a FoldedDense, which keeps the two for other shapes. To
+# leave the pair unfolded would leave nearly every network as it is. To keep a second network for other shapes would
+# leave a layer wrong that is taken out of its network, or stands behind one that reshapes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..state import Array, as_float, check_state
 from .activations import Dropout, LeakyReLU, ReLU
 from .dense import Dense
 
-__all__ = ["Folded", "folded"]
+__all__ = ["FoldedDense", "folded"]
 
 
-class Folded(Dense):
+class FoldedDense(Dense):
     """A Dense made of a Dense and a BatchNorm (and an activation) of axis 1, as `Sequential.folded` gives it.
 
     Axis 1 is the last axis of (N, C) alone. x of other shapes goes through the layers that this one was made of, which
@@ -56,8 +56,8 @@ class Folded(Dense):
         made = self._again[0].params if self._again else {}
         if not made or any((made[name] != p).any() for name, p in self.params.items()):
             raise RuntimeError(
-                f"Folded expected x of shape (N, {self.n_in}), got {a.shape}: its weights are no longer those of the "
-                "layers that it was made of, which other shapes go through"
+                f"FoldedDense expected x of shape (N, {self.n_in}), got {a.shape}: its weights are no longer those of "
+                "the layers that it was made of, which other shapes go through"
             )
         for layer in self.layers:
             a = layer(a)
@@ -65,7 +65,7 @@ class Folded(Dense):
 
     def _incoming(self, dy: ArrayLike) -> tuple[Array, Array]:
         if self._saved is None:
-            raise RuntimeError("Folded.backward needs a forward call before it, with x of 2 dimensions")
+            raise RuntimeError("FoldedDense.backward needs a forward call before it, with x of 2 dimensions")
         return super()._incoming(dy)
 
     def state_dict(self) -> dict[str, Array]:
@@ -97,9 +97,9 @@ def folded(layers: Iterable[Any]) -> list[Any]:
         if type(layer) is Dropout:
             continue
         last = result[-1] if result else None
-        if last is not None and type(last) in (Dense, Folded) and last.activation is None:
+        if last is not None and type(last) in (Dense, FoldedDense) and last.activation is None:
             if name := _fused_name(layer):
-                parts = [*last.layers, layer] if type(last) is Folded else []
+                parts = [*last.layers, layer] if type(last) is FoldedDense else []
                 result[-1] = _dense(last.params["weight"], last.params.get("bias"), name, last.dtype, parts)
                 continue
             if not whole and type(last) is Dense and type(layer) is BatchNorm and (merged := _merged(last, layer)):
@@ -136,8 +136,8 @@ def _merged(dense: Dense, norm: BatchNorm) -> Dense | None:
 
 def _dense(weight: Array, bias: Array | None, activation: str | None, dtype: Any, parts: list[Any]) -> Dense:
     n_out, n_in = weight.shape
-    dense = (Folded if parts else Dense)(n_in, n_out, bias is not None, activation=activation, dtype=dtype)
-    if isinstance(dense, Folded):
+    dense = (FoldedDense if parts else Dense)(n_in, n_out, bias is not None, activation=activation, dtype=dtype)
+    if isinstance(dense, FoldedDense):
         dense.layers = [copy.deepcopy(part).eval() for part in parts]
     dense.params.update({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return dense

@@ -95,7 +95,7 @@ class Sequential:
         Sequential
             In inference mode, nested ones flattened, without Dropout, sharing no array with this one, which stays as
             it is. A BatchNorm of axis -1 makes a plain Dense; one of axis 1, which is the last axis of (N, C) alone,
-            makes an `nn.Folded`: that keeps the layers that it stands for, and x of other shapes goes through them.
+            makes an `nn.FoldedDense`: that keeps the layers that it stands for, for x of other shapes.
             Copied as they are, in inference mode: a BatchNorm without a Dense before it, or with another number of
             features, another axis, no running averages, or values that would take the weights out of their dtype's
             range; an activation that is not ReLU or LeakyReLU(0.01); a subclass of Sequential with a forward of its
@@ -107,7 +107,7 @@ class Sequential:
         >>> model = nn.Sequential(nn.Dense(4, 8, bias=False), BatchNorm(8), nn.ReLU(), nn.Dropout(0.5), nn.Dense(8, 3))
         >>> model.folded()
         Sequential(
-            Folded(n_in=4, n_out=8, activation='relu'),
+            FoldedDense(n_in=4, n_out=8, activation='relu'),
             Dense(n_in=8, n_out=3),
         )
         """
