@@ -239,32 +239,30 @@ def outcome(model, x):
         return type(error), str(error)
 
 
-SHAPES = [(4, 5), (6, 5, 5), (2, 5, 5, 5), (6, 3, 5), (2, 3, 5, 5), (5,), (0, 5), (0, 5, 5), (5, 6, 5)]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("axis", [1, -1, 0, 2, -2])
-@pytest.mark.parametrize("behind", [[], [nn.ReLU()], [nn.Dropout(0.5), nn.LeakyReLU()], [nn.Tanh()]], ids=str)
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_whatever_comes_goes_through_as_through_the_layers(shape, axis, behind, activation):
+@pytest.mark.parametrize("behind", [[], ["relu"], [nn.ReLU()], [nn.Dropout(0.5), nn.LeakyReLU()], [nn.Tanh()]], ids=str)
+def test_whatever_comes_goes_through_as_through_the_layers(axis, behind):
     """Axis 1 is Dense's last axis in (N, C) alone; where x does not fit, the error is the unfolded network's."""
+    activation = "relu" if behind == ["relu"] else None
     model = nn.Sequential(
-        *pair(5, 5, "float64", axis=axis, activation=activation), *behind,
+        *pair(5, 5, "float64", axis=axis, activation=activation), *([] if activation else behind),
         nn.Dense(5, 5, activation="relu", dtype="float64"), pair(5, 5, "float64", seed=1, axis=axis)[1],
         *pair(5, 5, "float64", seed=2),
     ).eval()  # fmt: skip
-    x = np.random.default_rng(0).normal(size=shape)
-    expected, folded = outcome(model, x), model.folded()
-    same = axis != -1 and len(shape) != 2
-    for one in (folded, folded.folded(), pickle.loads(pickle.dumps(folded)), copy.deepcopy(folded)):
-        y = outcome(one, x)
-        if isinstance(expected, tuple):
-            assert y == expected
-        elif same:
-            np.testing.assert_array_equal(y, expected)
-        else:
-            np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
-    np.testing.assert_array_equal(outcome(folded, x.tolist() if x.size else x), outcome(folded, x))
+    folded = model.folded()
+    copies = folded, folded.folded(), pickle.loads(pickle.dumps(folded)), copy.deepcopy(folded)
+    for shape in [(4, 5), (6, 5, 5), (2, 5, 5, 5), (6, 3, 5), (2, 3, 5, 5), (5,), (0, 5), (0, 5, 5), (5, 6, 5)]:
+        x = np.random.default_rng(0).normal(size=shape)
+        expected = outcome(model, x)
+        for one in copies:
+            y = outcome(one, x)
+            if isinstance(expected, tuple):
+                assert y == expected
+            elif axis != -1 and len(shape) != 2:
+                np.testing.assert_array_equal(y, expected)
+            else:
+                np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
+        np.testing.assert_array_equal(outcome(folded, x.tolist() if x.size else x), outcome(folded, x))
 
 
 class Images(nn.ReLU):

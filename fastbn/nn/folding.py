@@ -39,6 +39,19 @@ class FoldedDense(Dense):
     ----------
     layers : sequence of layers
         What this one was made of, in inference mode. params and grads are not theirs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn import BatchNorm, nn
+    >>> model = nn.Sequential(nn.Dense(3, 5, seed=0), BatchNorm(5)).eval()
+    >>> model.folded()
+    Sequential(
+        FoldedDense(n_in=3, n_out=5),
+    )
+    >>> x = np.ones((2, 5, 3))
+    >>> bool((model.folded()(x) == model(x)).all())
+    True
     """
 
     layers: Sequence[Any] = ()
