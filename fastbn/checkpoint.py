@@ -165,7 +165,7 @@ def restore(path: _Path, model: Any, optimizer: Any = None) -> None:
     ----------
     path : path
         A file of `save`, or, without an optimizer, any safetensors file with the model's keys and shapes,
-        as PyTorch users write it from a `state_dict()`.
+        as PyTorch users write it from a `state_dict()`. A num_batches_tracked that is missing is 0.
     model, optimizer
         Changed in place, or, after an error, not at all.
 

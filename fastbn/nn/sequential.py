@@ -129,7 +129,10 @@ class Sequential:
         return {f"{i}.{k}": v for i, layer in enumerate(self._layers) for k, v in layer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Copy `state` into the layers; ValueError, and nothing changed, unless all keys and shapes fit."""
+        """Copy `state` into the layers; ValueError, and nothing changed, unless all keys and shapes fit.
+
+        As PyTorch's strict load, it takes a state without num_batches_tracked, which is 0 then.
+        """
         arrays = check_state(state, self.state_dict())
         before = [layer.state_dict() for layer in self._layers]
         try:
