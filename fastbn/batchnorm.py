@@ -29,7 +29,8 @@ class BatchNorm(calls.Callable):
         Positive.
     momentum : float or None
         Weight of the newest batch in the running statistics, as PyTorch's (the lectures' beta is ``1 - momentum``;
-        Keras's 0.99 is 0.01 here). None: the plain average of all batches.
+        Keras's 0.99 is 0.01 here). None: the plain average of all batches. running_var averages the variances within
+        batches; how far the batches' means lie apart is not in it (`training.recalibrate` takes it in).
     affine : bool
         Whether there are weight (ones) and bias (zeros), of shape (C,).
     track_running_stats : bool
@@ -259,12 +260,15 @@ class BatchNorm(calls.Callable):
         Parameters
         ----------
         state : mapping of str to array_like
-            All of this layer's keys and no others.
+            All of this layer's keys and no others. ``num_batches_tracked`` may be missing, as from PyTorch before 0.4.1
+            and from layers that do not count: it becomes 0. It may be of any dtype and of shape (1,), as long as it is
+            a whole number.
 
         Raises
         ------
         ValueError
-            For missing or unknown keys, other shapes, and values that are not real numbers; nothing is changed then.
+            For other missing or unknown keys, other shapes, and values that are not real numbers; nothing is changed
+            then.
         """
         given = check_state(state, self.state_dict())
         for name, array in self._arrays().items():

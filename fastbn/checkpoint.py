@@ -25,11 +25,23 @@ _Path = str | os.PathLike[str]
 OPTIMIZER, BEST = "optimizer.", "best."
 MODEL = "fastbn.model"
 _CLASSES = {
-    c.__name__: c for c in (BatchNorm, nn.Dense, nn.Dropout, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.Standardize, nn.Tanh)
+    c.__name__: c
+    for c in (
+        BatchNorm,
+        nn.Dense,
+        nn.Dropout,
+        nn.FoldedDense,
+        nn.LeakyReLU,
+        nn.ReLU,
+        nn.Sigmoid,
+        nn.Standardize,
+        nn.Tanh,
+    )
 }
 # Tensors, and the constructor's arguments that are their shapes: for every layer that allocates by its arguments.
 _SIZES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "Dense": [("weight", ("n_out", "n_in"))],
+    "FoldedDense": [("weight", ("n_out", "n_in"))],
     "BatchNorm": [("weight", ("num_features",)), ("running_mean", ("num_features",))],
     "Standardize": [("mean", ("num_features",))],
 }
@@ -153,7 +165,7 @@ def restore(path: _Path, model: Any, optimizer: Any = None) -> None:
     ----------
     path : path
         A file of `save`, or, without an optimizer, any safetensors file with the model's keys and shapes,
-        as PyTorch users write it from a `state_dict()`.
+        as PyTorch users write it from a `state_dict()`. A num_batches_tracked that is missing is 0.
     model, optimizer
         Changed in place, or, after an error, not at all.
 
@@ -207,7 +219,8 @@ def _describe(model: Any) -> dict[str, Any]:
     if _CLASSES.get(type(model).__name__) is not type(model):
         raise TypeError(f"cannot save a {type(model).__name__}: expected Sequential, {', '.join(_CLASSES)}")
     frozen = {"frozen": True} if getattr(model, "frozen", False) else {}
-    return {"class": type(model).__name__, "training": model.training, "config": model.config(), **frozen}
+    parts = {"layers": [_describe(layer) for layer in model.layers]} if isinstance(model, nn.FoldedDense) else {}
+    return {"class": type(model).__name__, "training": model.training, "config": model.config(), **frozen, **parts}
 
 
 def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> Any:
@@ -219,6 +232,9 @@ def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "
         case {"class": str(name), "training": bool(training), "config": dict(config)} if name in _CLASSES:
             _check_sizes(name, config, shapes, prefix)
             layer = _CLASSES[name](**config).train(training)
+            if isinstance(layer, nn.FoldedDense):
+                parts = enumerate(description["layers"])
+                layer.layers = [_build(part, shapes, f"{prefix}layers.{i}.") for i, part in parts]
             return layer.freeze() if isinstance(layer, BatchNorm) and description.get("frozen") is True else layer
     raise ValueError(f"expected a layer of a known class, got {str(description)[:100]}")
 

@@ -92,7 +92,7 @@ class Curve:
 
     y may hold None: such a point is a cross at the panel's upper edge; so may high: its bar ends at ylim's upper end.
     x may be texts: evenly spaced, and the curves a little beside each other, so that all bars are seen. Curves of one
-    name have one colour, in all panels of a picture.
+    name have one colour in all panels of a picture: `colour`, or where that is None, one by their order.
     """
 
     name: str
@@ -101,6 +101,7 @@ class Curve:
     low: Sequence[float | None] | None = None
     high: Sequence[float | None] | None = None
     style: str = "o-"  # matplotlib's: "-", "--", "o" for points alone
+    colour: str | None = None
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Panel:
 
 
 def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
-    """Draw panels beside each other, as a PNG; more than three are drawn in two rows.
+    """Draw panels beside each other, with one legend below them, as a PNG; more than three are drawn in two rows.
 
     Parameters
     ----------
@@ -133,18 +134,26 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
     ImportError
         matplotlib is not installed.
     """
+    _canvas(drawn).print_png(os.fspath(path), pil_kwargs={"optimize": True})
+
+
+def _canvas(drawn: Sequence[Panel]) -> Any:
+    """The panels on a canvas."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.ticker import PercentFormatter
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "fastbn[train]"') from error
-    names = dict.fromkeys(curve.name for panel in drawn for curve in panel.curves)
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    own = {curve.name: curve.colour for panel in drawn for curve in panel.curves}
+    colours = {name: colour or _COLOURS[i % len(_COLOURS)] for i, (name, colour) in enumerate(own.items())}
+    handles: dict[str, Any] = {}
 
     rows = 1 if len(drawn) <= 3 else 2
     columns = math.ceil(len(drawn) / rows)
-    figure = Figure(figsize=(4.8 * columns, 4.2 if rows == 1 else 7.2), dpi=100, layout="constrained")
+    spaced = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)  # inches
+    figure = Figure(figsize=(4.8 * columns, 4.2 if rows == 1 else 7.2), dpi=100, layout=spaced)
     canvas = FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, drawn, strict=True):
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
@@ -154,12 +163,13 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
         top = panel.ylim[1] if panel.ylim else math.nan
         texts = list(dict.fromkeys(x for curve in panel.curves for x in curve.x if isinstance(x, str)))
         if texts:
-            axes.set_xticks(range(len(texts)), texts)
+            axes.set_xticks(range(len(texts)), texts, fontsize="small")
         for i, curve in enumerate(panel.curves):
             colour = colours[curve.name]
             beside = 0.05 * (i - (len(panel.curves) - 1) / 2)
             places = [texts.index(x) + beside for x in curve.x] if texts else list(curve.x)
-            axes.plot(places, _floats(curve.y), curve.style, color=colour, markersize=5, label=curve.name)
+            (line,) = axes.plot(places, _floats(curve.y), curve.style, color=colour, markersize=5)
+            handles.setdefault(curve.name, line)
             if curve.low is not None and curve.high is not None:
                 low, high = _floats(curve.low), _floats(curve.high, top)
                 if "o" in curve.style:
@@ -170,13 +180,17 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
             if gone:  # one below the other, so that all are seen
                 axes.plot(gone, [0.97 - 0.04 * i] * len(gone), "x", color=colour, transform=axes.get_xaxis_transform())
         if any(y is None for curve in panel.curves for y in curve.y):
-            axes.plot([], [], "x", color="grey", label=panel.missing)
+            handles[panel.missing] = axes.plot([], [], "x", color="grey")[0]
         if panel.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small")
-    canvas.print_png(os.fspath(path), pil_kwargs={"optimize": True})
+    # Below the panels, where it covers nothing; an entry is up to 2.4 inches wide.
+    across = min(len(handles), int(figure.get_figwidth() / 2.4))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=across, frameon=False, fontsize="small"
+    )
+    return canvas
 
 
 def _floats(values: Sequence[float | None], missing: float = math.nan) -> list[float]:

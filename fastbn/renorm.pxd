@@ -17,11 +17,16 @@ cdef inline double within(double a, double low, double high) noexcept nogil:
 cdef inline void corrections(Job *job, double *running_mean, double *running_var, double r_max, double d_max, double *r, double *d) noexcept nogil:
     """``r = std/running_std`` within [1/r_max, r_max], ``d = (mean - running_mean)/running_std`` within [-d_max, d_max].
 
-    Where neither is cut off, y is what inference gives with these averages.
+    Where neither is cut off, y is what inference gives with these averages. Without values there is nothing to correct: the statistics are
+    NaN then, which would make NaN of gradients that are 0.
     """
     cdef Py_ssize_t c
     cdef double running_std
+    cdef bint empty = job.M * job.S == 0
     for c in range(job.C):
+        if empty:
+            r[c], d[c] = 1, 0
+            continue
         running_std = sqrt(running_var[c] + job.eps)
         r[c] = within(sqrt(job.var[c] + job.eps) / running_std, 1 / r_max, r_max)
         d[c] = within(((job.mean[c] - running_mean[c]) + job.mean_low[c]) / running_std, -d_max, d_max)

@@ -10,6 +10,33 @@ from numpy.typing import NDArray
 from .batchstats import BatchStats
 
 Array = NDArray[np.float64]
+Part = tuple[Array, Array, Array]  # a mean's high and low part, and the sum of weighted squared deviations from it
+
+
+def merge(into: Part, weight: float, part: Part, part_weight: float) -> None:
+    """The statistics of two parts as one, in place, by the rule of Chan, Golub & LeVeque (1979).
+
+    Of parts that fade in between, it is the exponentially weighted variance (West 1979).
+    """
+    mean, low, spread = into
+    if not weight:  # a difference to 0 would round the mean to one number
+        for own, given in zip(into, part, strict=True):
+            own[...] = given
+        return
+    total = weight + part_weight
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays in its feature, without a word
+        delta = (part[0] - mean) + (part[1] - low)
+        spread += part[2] + delta * delta * (weight * part_weight / total)
+        if part_weight > weight:  # from the heavier part, the step is no longer than the deviations
+            mean[...], low[...] = part[:2]
+            step = delta * (-weight / total) + low
+        else:
+            step = delta * (part_weight / total) + low
+        # Knuth's TwoSum, so that a mean far above the deviations loses nothing over many parts.
+        high = mean + step
+        back = high - mean
+        low[...] = (mean - (high - back)) + (step - back)
+        mean[...] = high
 
 
 class RunningStats:
@@ -20,7 +47,9 @@ class RunningStats:
     num_features : int
         C.
     momentum : float or None
-        Weight of the newest batch, finite: ``new = (1 - momentum)*old + momentum*batch``, from mean 0 and variance 1.
+        Weight of the newest batch, finite: ``new = (1 - momentum)*old + momentum*batch``, from mean 0 and variance 1,
+        as PyTorch's running averages. So var averages the variances within batches, and how far the means of batches
+        lie apart is not in it (it is in `fastbn.estimators.BatchNormTransformer`'s).
         None keeps the exact statistics of every value seen, merged by the rule of Chan, Golub & LeVeque (1979).
     unbiased : bool
         Whether var is of 1/(m-1), as PyTorch's running variance, or of 1/m, as Keras's and ONNX's.
@@ -33,6 +62,9 @@ class RunningStats:
     mean, var : numpy.ndarray of shape (C,), float64
         Of an exponentially weighted average without debias: the live arrays. Otherwise computed when asked for; NaN
         before the first value.
+    mean_low : numpy.ndarray of shape (C,), float64
+        What rounding took from the exact mean, which is ``mean + mean_low``: far from zero, float64 holds a mean to
+        fewer digits than the deviations have. 0 of exponentially weighted averages. A copy.
     count : int
         Values per feature seen.
     num_batches : int
@@ -89,6 +121,10 @@ class RunningStats:
         if self.momentum is None:
             return self._mean.copy() if self.count else np.full(self.num_features, np.nan)
         return self._debiased(self._mean) if self.debias else self._mean
+
+    @property
+    def mean_low(self) -> Array:
+        return self._low.copy()
 
     @property
     def var(self) -> Array:
@@ -157,15 +193,7 @@ class RunningStats:
         self.num_batches += other.num_batches
 
     def _merge(self, mean: Array, low: Array, spread: Array, count: int) -> None:
-        total = self.count + count
-        delta = (mean - self._mean) + (low - self._low)
-        self._spread += spread + delta * delta * (self.count * count / total)
-        # Knuth's TwoSum, so that a mean far above the deviations loses nothing over many batches.
-        step = delta * (count / total) + self._low
-        high = self._mean + step
-        back = high - self._mean
-        self._low[...] = (self._mean - (high - back)) + (step - back)
-        self._mean[...] = high
+        merge((self._mean, self._low, self._spread), self.count, (mean, low, spread), count)
 
     def _counted(self, stats: BatchStats) -> None:
         """Count a batch whose statistics the averages hold already."""

@@ -25,17 +25,29 @@ def assign(array: Array, value: ArrayLike, name: str) -> None:
 
 
 def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -> dict[str, Array]:
-    """`given` as arrays, once keys, shapes and kinds are those of `expected`; ValueError naming the key if not."""
+    """`given` as arrays, once keys, shapes and kinds are those of `expected`; ValueError naming the key if not.
+
+    As PyTorch's strict load: a missing num_batches_tracked is 0 (PyTorch had none before 0.4.1, and layers that do not
+    count have none), and counts may be of any dtype, as after ``.half()`` of a whole state, and of shape (1,).
+    """
     arrays = {key: np.asarray(value) for key, value in dict(given).items()}
+    for key in expected.keys() - arrays.keys():
+        if key.rpartition(".")[2] == "num_batches_tracked":
+            arrays[key] = np.zeros((), np.int64)
     if wrong := expected.keys() ^ arrays.keys():
         what = "missing" if min(wrong) in expected else "unexpected"
         raise ValueError(f"{what} key {min(wrong)!r}: expected {sorted(expected)}, got {sorted(arrays)}")
     for key, a in arrays.items():
         dtype, shape = expected[key].dtype, expected[key].shape
-        if a.shape != shape or a.dtype.kind not in ("iu" if dtype.kind == "i" else "biuf"):
+        count = dtype.kind == "i"
+        if a.shape not in ((shape, (1,)) if count else (shape,)) or a.dtype.kind not in ("iuf" if count else "biuf"):
             raise ValueError(f"{key!r}: expected {dtype} of shape {shape}, got {a.dtype} of shape {a.shape}")
-        if dtype.kind == "i" and not 0 <= int(a) < 2**63:
-            raise ValueError(f"{key!r}: expected a count of at least 0, got {a}")
+        if count:
+            if not 0 <= a.item() < 2**63 or a.item() % 1:
+                raise ValueError(f"{key!r}: expected a count, a whole number of at least 0, got {a.item()}")
+            arrays[key] = a.astype(dtype).reshape(shape)
+        if isinstance(given.get(key), np.ma.MaskedArray):
+            raise ValueError(f"{key!r}: expected a plain array, got a masked array")
     return arrays
 
 

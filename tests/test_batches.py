@@ -225,20 +225,37 @@ def test_masked_positions_give_nothing_and_get_nothing(shape, axis, training, tr
     assert pickle.dumps(bn.state_dict()) == pickle.dumps(rows.state_dict())
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_mask_with_nothing_valid(training):
-    x, dy, weight, bias = arrays((6, 3, 4), 1, "float32")
-    bn = layer(weight, bias).train(training)
-    before = pickle.dumps(bn.state_dict())
-    assert (bn(x * np.nan, mask=np.zeros((6, 4), bool)) == 0).all()
-    assert (bn.backward(dy) == 0).all()
-    assert all((g == 0).all() for g in bn.grads.values())
-    assert pickle.dumps(bn.state_dict()) == before
-    # A ghost batch without anything is none; the next counts as the first.
-    bn = layer(weight, bias, momentum=None, ghost_size=3)
-    bn(x, mask=np.repeat([[False], [True]], 3, 0) & np.ones((1, 4), bool))
-    assert bn.num_batches_tracked == 1
-    np.testing.assert_allclose(bn.running_mean, x[3:].mean((0, 2)), rtol=1e-5)
+@pytest.mark.parametrize("renorm", [None, (3, 5), (INF, INF)])
+@pytest.mark.parametrize("mode", ["training", "frozen", "inference"])
+def test_what_has_no_examples_touches_no_gradient(mode, renorm):
+    x, dy, weight, bias = arrays((9, 3, 4), 1, "float32")
+
+    def fresh(**options):
+        bn = layer(weight, bias, renorm=renorm, **options).train(mode != "inference").freeze(mode == "frozen")
+        bn.grads["weight"], bn.grads["bias"] = 7, 7
+        return bn
+
+    empty = np.zeros((0, 3, 4)), np.zeros((9, 3, 0), "f4")
+    nothing = [(x * np.nan, np.zeros((9, 4), bool)), *((e, None) for e in empty), (empty[0], np.ones((0, 4), bool))]
+    for (given, mask), size, momentum in itertools.product(nothing, (None, 3), (0.1, None)):
+        bn = fresh(ghost_size=size, momentum=momentum)
+        before = pickle.dumps(bn.state_dict())
+        assert (bn(given, mask=mask) == 0).all()
+        assert (bn.backward(np.full_like(given, np.nan)) == 0).all()
+        assert all((g == 0).all() for g in bn.grads.values())
+        assert pickle.dumps(bn.state_dict()) == before
+    # A ghost batch without anything is none: all is as if its examples were not there.
+    mask = np.repeat([[True], [False], [True]], 3, 0) & np.ones((1, 4), bool)
+    rest = np.r_[0:3, 6:9]
+    for momentum in (0.1, None):
+        bn, other = fresh(ghost_size=3, momentum=momentum), fresh(ghost_size=3, momentum=momentum)
+        y, expected = bn(x, mask=mask), other(x[rest])
+        dx, expected_dx = bn.backward(dy), other.backward(dy[rest])
+        assert (y[rest] == expected).all()
+        assert (dx[rest] == expected_dx).all()
+        assert not y[3:6].any()
+        assert not dx[3:6].any()
+        assert pickle.dumps((bn.grads, bn.state_dict())) == pickle.dumps((other.grads, other.state_dict()))
 
 
 def test_an_example_alone_in_inference():

@@ -212,7 +212,7 @@ def rewrite(path, change):
         (lambda model, arrays, texts: arrays.pop("1.weight"), "1.weight"),
         (lambda model, arrays, texts: arrays.update(more=np.ones(1)), "more"),
         (lambda model, arrays, texts: arrays.update({"0.weight": np.ones((2, 3), np.float32)}), r"0.weight.*\(2, 3\)"),
-        (lambda model, arrays, texts: arrays.update({"1.num_batches_tracked": np.ones(())}), "num_batches_tracked"),
+        (lambda model, arrays, texts: arrays.update({"1.num_batches_tracked": np.array(1.5)}), "num_batches_tracked"),
         (lambda model, arrays, texts: {"class": "system", "training": True, "config": {}}, "known class, got .*system"),
         (lambda model, arrays, texts: {"class": "Sequential", "training": True, "layers": {}}, "known class"),
         (lambda model, arrays, texts: ["Sequential"], "known class"),

@@ -154,7 +154,7 @@ def test_checkpoint_and_folding_take_the_model(tmp_path):
     loaded = checkpoint.load(tmp_path / "model.safetensors").eval()
     np.testing.assert_array_equal(classifier.predict(X), loaded(X).argmax(axis=1))
     folded = classifier.model_.folded()
-    assert [type(layer) for layer in folded] == [nn.Dense] * 3
+    assert [isinstance(layer, nn.Dense) for layer in folded] == [True] * 3
     np.testing.assert_array_equal(classifier.predict(X), folded(X).argmax(axis=1))
 
 

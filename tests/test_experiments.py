@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from fastbn import nn, optim, plots
 from fastbn.__main__ import main
 from fastbn.data import Dataset
-from fastbn.experiments import common, noise, paper, speed
+from fastbn.experiments import common, noise, paper, shift, speed, testtime
 
 for package in ("joblib", "matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(package)
@@ -70,14 +71,85 @@ def check_files(folder, name, out):
     assert 400 <= height < width <= 2000
     assert len(picture) < 150_000
     found = json.loads((folder / f"{name}.json").read_text(), parse_constant=pytest.fail)
-    lines = out.splitlines()
-    rule = next(i for i, line in enumerate(lines) if line and set(line) == {"-"})
-    assert re.split("  +", lines[rule - 1]) == list(found["columns"])
-    for row, line in zip(found["rows"], lines[rule + 1 :], strict=False):
-        cells = zip(row, found["columns"].values(), strict=True)
-        assert re.split("  +", line) == [text(cell, form, found["missing"]) for cell, form in cells]
-    assert lines[rule + 1 + len(found["rows"])] == ""
+    *shown, wrote, end = out.splitlines()
+    assert (wrote[:6], end) == ("wrote ", "")
+    assert max(map(len, shown)) <= 100
+    # Where the columns do not fit, the table goes on below, its first columns once more.
+    rules = [i for i, line in enumerate(shown) if line and set(line) == {"-"}]
+    heads = [re.split("  +", shown[rule - 1]) for rule in rules]
+    labels = [name for i, name in enumerate(found["columns"]) if all(head[i : i + 1] == [name] for head in heads)]
+    labels = labels if len(rules) > 1 else []
+    assert sum((head[len(labels) :] for head in heads), labels) == list(found["columns"])
+    for rule, head in zip(rules, heads, strict=True):
+        for row, line in zip(found["rows"], shown[rule + 1 :], strict=False):
+            cells = dict(zip(found["columns"], row, strict=True))
+            expected = [text(cells[name], found["columns"][name], found["missing"]) for name in head]
+            assert re.split("  +", line) == expected
+        assert shown[rule + 1 + len(found["rows"])] == ""
+    for panel in found["panels"]:  # one colour for one network, in all pictures
+        for curve in panel["curves"]:
+            assert curve["colour"] == common.COLOURS.get(curve["name"], curve["colour"]) is not None
     return found
+
+
+def result(rows, columns, panels=()):
+    return common.Result("name", "title", {"seeds": 2}, columns, rows, list(panels), ["A remark of many words. " * 9])
+
+
+def test_a_wide_table_goes_on_below_and_says_the_same():
+    columns = {"network": "", "rate": "g", **{f"quantity {i}": ".3f" for i in range(7)}}
+    rows = [["with", 0.1, *([i, i + 0.5] for i in range(7))], ["without", 1, *([None, -i / 3] for i in range(7))]]
+    shown = result(rows, columns).table().splitlines()
+    assert max(map(len, shown)) <= 100
+    heads = [line.split("  ") for line in shown if line.startswith("network")]
+    assert len(heads) > 1
+    found = {}
+    for i, line in enumerate(shown):
+        if line.startswith("network"):
+            for below in shown[i + 2 : i + 4]:
+                network, rate, *cells = re.split("  +", below)
+                found.setdefault((network, rate), []).extend(cells)
+    assert found["with", "0.1"] == [f"{i + 0.25:.3f} ({i:.3f} to {i + 0.5:.3f})" for i in range(7)]
+    assert found["without", "1"] == [f"- ({-i / 3:.3f} to -)" for i in range(7)]
+    # What fits stays one table.
+    assert (
+        sum(
+            set(line) == {"-"}
+            for line in result([["with", 0.1, [1, 2]]], dict([*columns.items()][:3])).table().splitlines()
+        )
+        == 1
+    )
+
+
+def test_nothing_in_a_picture_touches():
+    """Legend beside panels, tick labels beside each other, texts beside texts; boxes as matplotlib drew them."""
+    names = [*common.COLOURS][::2]
+    ticks = [*shift.RECOLOURED], [*map(str, testtime.MOMENTA), "None"]
+    drawn = [
+        plots.Panel("Recoloured images, statistics re-estimated", "Step", "Moved by, in standard deviations", [
+            common.curve(name, texts, [[i or None, None, 0.5] for i in range(len(texts))]) for name in names
+        ], percent=i == 1, ylim=(0, 1), missing="not within 2,000 steps")
+        for i, texts in enumerate((*ticks, *ticks))
+    ]  # fmt: skip
+    for count in (4,):
+        canvas = plots._canvas(drawn[:count])
+        canvas.draw()
+        figure = canvas.figure
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [*names, "not within 2,000 steps"]
+        boxes = [legend.get_window_extent()]
+        for axes in figure.axes:
+            assert axes.get_legend() is None
+            panel = axes.get_tightbbox()
+            assert not any(panel.overlaps(box) for box in boxes)
+            boxes.append(panel)
+            labels = [label.get_window_extent() for label in axes.get_xticklabels()]
+            assert len(labels) > 4
+            assert all(a.x1 < b.x0 for a, b in itertools.pairwise(labels))
+        inside = figure.bbox
+        assert all(inside.x0 <= b.x0 and b.x1 <= inside.x1 and inside.y0 <= b.y0 and b.y1 <= inside.y1 for b in boxes)
+        colours = [line.get_color() for line in legend.get_lines()]
+        assert colours[:-1] == [common.COLOURS[name] for name in names]
 
 
 def test_speed_end_to_end(tmp_path, capsys):
@@ -215,6 +287,7 @@ def test_medians_and_ranges():
     assert common.spread([None, 1]) == (1, None, None)
     drawn = common.curve("a", [0.1, 1], [[1, 2, 9], [None, None, 5]], style="o")
     assert drawn == plots.Curve("a", [0.1, 1], [2, None], [1, 5], [9, None], "o")
+    assert common.curve("both", [1], [[1]]).colour == common.COLOURS["both"]
 
 
 def test_calls_in_parallel_have_one_thread_each_and_keep_their_order():

@@ -3,11 +3,12 @@
 import copy
 import decimal
 import itertools
+import pickle
 
 import numpy as np
 import pytest
 
-from fastbn import BatchNorm, checkpoint, nn
+from fastbn import BatchNorm, checkpoint, nn, optim
 
 U = {"float32": 2.0**-24, "float64": 2.0**-53}
 DIGITS = np.vectorize(decimal.Decimal, otypes=[object])
@@ -115,13 +116,13 @@ def network(dtype="float64"):
 
 FOLDED = """Sequential(
     BatchNorm(5, dtype='float64'),
-    Dense(n_in=5, n_out=9, activation='relu', dtype='float64'),
-    Dense(n_in=9, n_out=8, activation='relu', dtype='float64'),
-    Dense(n_in=8, n_out=9, activation='leaky_relu', dtype='float64'),
-    Dense(n_in=9, n_out=7, activation='leaky_relu', dtype='float64'),
-    Dense(n_in=7, n_out=7, dtype='float64'),
+    FoldedDense(n_in=5, n_out=9, activation='relu', dtype='float64'),
+    FoldedDense(n_in=9, n_out=8, activation='relu', dtype='float64'),
+    FoldedDense(n_in=8, n_out=9, activation='leaky_relu', dtype='float64'),
+    FoldedDense(n_in=9, n_out=7, activation='leaky_relu', dtype='float64'),
+    FoldedDense(n_in=7, n_out=7, dtype='float64'),
     LeakyReLU(negative_slope=0.3),
-    Dense(n_in=7, n_out=6, dtype='float64'),
+    FoldedDense(n_in=7, n_out=6, dtype='float64'),
     Sigmoid(),
     Dense(n_in=6, n_out=6, activation='relu', dtype='float64'),
     Dense(n_in=6, n_out=3, bias=False, dtype='float64'),
@@ -201,10 +202,13 @@ def test_a_forward_of_ones_own_stays_what_it_is():
         ([nn.Dense(4, 4, activation="relu"), BatchNorm(4)], ["Dense", "BatchNorm"]),
         ([nn.Dense(4, 4), nn.Tanh(), BatchNorm(4)], ["Dense", "Tanh", "BatchNorm"]),
         ([Doubled(4, 4), BatchNorm(4)], ["Doubled", "BatchNorm"]),
-        ([nn.Dense(4, 4), BatchNorm(4), BatchNorm(4)], ["Dense", "BatchNorm"]),  # the second would be a second rounding
-        ([nn.Dense(4, 4), BatchNorm(4), nn.Dense(4, 4), BatchNorm(4)], ["Dense", "Dense"]),
-        ([nn.Standardize(4), nn.Dense(4, 4), BatchNorm(4)], ["Standardize", "Dense"]),
-        ([Block(4), nn.ReLU()], ["Dense"]),
+        (
+            [nn.Dense(4, 4), BatchNorm(4), BatchNorm(4)],
+            ["FoldedDense", "BatchNorm"],
+        ),  # the second would be a second rounding
+        ([nn.Dense(4, 4), BatchNorm(4), nn.Dense(4, 4), BatchNorm(4, axis=-1)], ["FoldedDense", "Dense"]),
+        ([nn.Standardize(4), nn.Dense(4, 4), BatchNorm(4)], ["Standardize", "FoldedDense"]),
+        ([Block(4), nn.ReLU()], ["FoldedDense"]),
         ([], []),
     ],
 )
@@ -225,6 +229,88 @@ def test_weights_that_float32_cannot_hold_are_not_folded(mean, var, eps):
     assert len(nn.Sequential(dense, bn).folded()) == 2
     wide = nn.Dense(3, 2, seed=0, dtype="float64")
     assert len(nn.Sequential(wide, bn).folded()) == (1 if var >= 0 else 2)
+
+
+def outcome(model, x):
+    """y, or the type and the sentence of the error."""
+    try:
+        return model(x)
+    except (ValueError, IndexError) as error:  # an AxisError is both
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("axis", [1, -1, 0, 2, -2])
+@pytest.mark.parametrize("behind", [[], ["relu"], [nn.ReLU()], [nn.Dropout(0.5), nn.LeakyReLU()], [nn.Tanh()]], ids=str)
+def test_whatever_comes_goes_through_as_through_the_layers(axis, behind):
+    """Axis 1 is Dense's last axis in (N, C) alone; where x does not fit, the error is the unfolded network's."""
+    activation = "relu" if behind == ["relu"] else None
+    model = nn.Sequential(
+        *pair(5, 5, "float64", axis=axis, activation=activation), *([] if activation else behind),
+        nn.Dense(5, 5, activation="relu", dtype="float64"), pair(5, 5, "float64", seed=1, axis=axis)[1],
+        *pair(5, 5, "float64", seed=2),
+    ).eval()  # fmt: skip
+    folded = model.folded()
+    copies = folded, folded.folded(), pickle.loads(pickle.dumps(folded)), copy.deepcopy(folded)
+    for shape in [(4, 5), (6, 5, 5), (2, 5, 5, 5), (6, 3, 5), (2, 3, 5, 5), (5,), (0, 5), (0, 5, 5), (5, 6, 5)]:
+        x = np.random.default_rng(0).normal(size=shape)
+        expected = outcome(model, x)
+        for one in copies:
+            y = outcome(one, x)
+            if isinstance(expected, tuple):
+                assert y == expected
+            elif axis != -1 and len(shape) != 2:
+                np.testing.assert_array_equal(y, expected)
+            else:
+                np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
+        np.testing.assert_array_equal(outcome(folded, x.tolist() if x.size else x), outcome(folded, x))
+
+
+class Images(nn.ReLU):
+    """A layer of one's own that reshapes: what comes to a Dense is not known from what comes to the network."""
+
+    def forward(self, x):
+        return super().forward(x).reshape(-1, 5, 5)
+
+
+def test_a_layer_of_ones_own_that_reshapes():
+    model = nn.Sequential(*pair(5, 25, "float64"), Images(), *pair(5, 5, "float64")).eval()
+    x = np.random.default_rng(0).normal(size=(4, 5))
+    folded = model.folded()
+    np.testing.assert_allclose(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(folded[2](x), model[3:](x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_folded_layer_keeps_in_a_file_what_it_was_made_of(tmp_path):
+    pytest.importorskip("safetensors")
+    model = nn.Sequential(*pair(5, 5, "float32", activation="relu"), nn.Sequential(*pair(5, 5, "float32"), nn.ReLU()))
+    rows, images = (np.random.default_rng(0).normal(size=shape) for shape in ((4, 5), (4, 5, 5)))
+    folded = model.folded()
+    checkpoint.save(tmp_path / "m", folded)
+    back, other = checkpoint.load(tmp_path / "m"), model.folded()
+    for layer in other:
+        layer.params["weight"] += 1
+    other.load_state_dict(folded.state_dict())
+    for one in (back, other):
+        np.testing.assert_array_equal(one(images), model.eval()(images))
+        np.testing.assert_array_equal(one(rows), folded(rows))
+        with pytest.raises(ValueError, match=r"missing key '0\.layers\.1\.running_mean'"):
+            one.load_state_dict({k: v for k, v in folded.state_dict().items() if k != "0.layers.1.running_mean"})
+
+
+def test_a_folded_layer_that_was_trained_is_for_rows():
+    """What other shapes go through has not been trained with it: an error, not another network's numbers."""
+    folded = nn.Sequential(*pair(5, 5, "float32")).folded()
+    images, rows = np.ones((4, 5, 5)), np.eye(5)
+    folded(images)
+    with pytest.raises(RuntimeError, match=r"FoldedDense\.backward needs a forward .* 2 dimensions"):
+        folded.backward(images)
+    folded(rows)
+    folded.backward(rows)
+    optim.SGD(folded, 0.1).step()
+    assert folded(rows).shape == (5, 5)
+    for one in (folded, pickle.loads(pickle.dumps(folded)), nn.Sequential(nn.FoldedDense(5, 5))):
+        with pytest.raises(RuntimeError, match=r"expected x of shape \(N, 5\), got \(4, 5, 5\)"):
+            one(images)
 
 
 def test_a_folded_network_is_saved_and_trains(tmp_path):

@@ -413,7 +413,7 @@ def test_state_travels():
         (lambda s: s.update({"9.bias": 0}), "unexpected key '9.bias'"),
         (lambda s: s.update({"6.weight": np.zeros((6, 4))}), r"'6.weight': expected .*\(4, 6\), got .*\(6, 4\)"),
         (lambda s: s.update({"6.bias": np.zeros(4, complex)}), "'6.bias': expected float64 .* got complex128"),
-        (lambda s: s.update({"1.num_batches_tracked": [0]}), "'1.num_batches_tracked': expected"),
+        (lambda s: s.update({"1.num_batches_tracked": [0, 0]}), "'1.num_batches_tracked': expected"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, message):

@@ -130,7 +130,7 @@ def test_statistics_of_another_batch():
     fastbn.batch_norm_backward(x, x, fastbn.moments(x[:6]), training=False)
 
 
-@pytest.mark.parametrize("value", [3.0, -1, 2**64 - 1])
+@pytest.mark.parametrize("value", [3.5, -1, 2**64 - 1, 2.0**63, np.nan, np.inf, True, 1j, [1, 2], [[3]]])
 def test_a_counter_that_is_none_leaves_the_model_as_it_was(value):
     model = model_after_backward()
     state, before = model.state_dict(), model.state_dict()
@@ -139,6 +139,82 @@ def test_a_counter_that_is_none_leaves_the_model_as_it_was(value):
     with pytest.raises(ValueError, match="num_batches_tracked"):
         model.load_state_dict(state)
     assert all((model.state_dict()[key] == before[key]).all() for key in before)
+
+
+def nested():
+    return nn.Sequential(nn.Dense(3, 4, seed=0), nn.Sequential(fastbn.BatchNorm(4, momentum=None), nn.ReLU()))
+
+
+def used(seed=0):
+    model, rng = nested(), np.random.default_rng(seed)
+    for _ in range(3):
+        model(rng.standard_normal((8, 3)))
+    return model
+
+
+def test_a_state_without_the_number_of_batches_is_of_0_batches(tmp_path):
+    """As from PyTorch before 0.4.1, and from layers that do not count (InPlaceABN, FrozenBatchNorm2d)."""
+    state = used().state_dict()
+    del state["1.0.num_batches_tracked"]
+    inner = {key.removeprefix("1.0."): a for key, a in state.items() if key.startswith("1.0.")}
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file(state, tmp_path / "theirs")
+    for load, other in (
+        (lambda model: model.load_state_dict(state), nested()),
+        (lambda model: model.load_state_dict(state), used(5)),  # whatever it counted: these averages are others
+        (lambda model: model[1][0].load_state_dict(inner), used(5)),
+        (lambda model: fastbn.checkpoint.restore(tmp_path / "theirs", model), used(5)),
+    ):
+        load(other)
+        assert other[1][0].num_batches_tracked == 0
+        assert all((other[1].state_dict()["0." + key] == a).all() for key, a in inner.items())
+    # Only that key: the number of values that Standardize has seen says whether it was fitted.
+    fitted = nn.Standardize(2).fit(np.eye(2)).state_dict()
+    del fitted["count"]
+    with pytest.raises(ValueError, match="missing key 'count'"):
+        nn.Standardize(2).load_state_dict(fitted)
+    plain = fastbn.BatchNorm(2, track_running_stats=False)
+    with pytest.raises(ValueError, match="unexpected key 'num_batches_tracked'"):
+        plain.load_state_dict(plain.state_dict() | {"num_batches_tracked": 0})
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [np.int32, np.uint8, np.uint64, ">i8", np.float16, np.float32, lambda a: a.reshape(1), lambda a: a.item(), list],
+    ids=str,
+)
+def test_a_count_may_be_kept_as_any_number(kept):
+    """``{k: v.half() for k, v in state.items()}``, and the (1,) of formats without 0-d arrays."""
+    state = used().state_dict()
+    key = "1.0.num_batches_tracked"
+    state[key] = [3] if kept is list else state[key].astype(kept) if isinstance(kept, type | str) else kept(state[key])
+    other = nested()
+    other.load_state_dict(state)
+    assert other[1][0].num_batches_tracked == 3
+    assert type(other[1][0].num_batches_tracked) is int
+
+
+def test_states_of_pytorch_in_half_precision_and_other_byte_orders():
+    state = used().state_dict()
+    for change in (np.float16, ">f4", ">f8", np.float64):
+        other = nested()
+        other.load_state_dict({key: a.astype(change) for key, a in state.items()})
+        for key, a in other.state_dict().items():
+            assert (a == state[key].astype(change)).all()
+            assert a.dtype == state[key].dtype
+
+
+def test_states_whose_keys_have_a_prefix_are_named():
+    for state in (
+        {f"module.{key}": a for key, a in used().state_dict().items()},
+        {"state_dict": used().state_dict(), "epoch": 3},
+    ):
+        with pytest.raises(ValueError, match=r"missing key '0\.bias': expected \['0\.bias'.*got \['"):
+            nested().load_state_dict(state)
+    state = used().state_dict()
+    state["0.bias"] = np.ma.masked_array(state["0.bias"], [True, False, False, False])
+    with pytest.raises(ValueError, match=r"'0\.bias': expected a plain array, got a masked array"):
+        nested().load_state_dict(state)
 
 
 def test_scales_that_float32_cannot_hold():

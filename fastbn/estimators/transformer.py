@@ -13,7 +13,7 @@ from sklearn.utils import check_array, check_scalar
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..functional import batch_norm, moments
-from ..running import RunningStats
+from ..running import merge
 from ..state import Array
 
 _EPS = math.ulp(0.0)  # functional wants a positive one: added to a variance of normal size, this one changes nothing
@@ -22,24 +22,35 @@ _EPS = math.ulp(0.0)  # functional wants a positive one: added to a variance of 
 class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Scale each feature to mean 0 and variance 1 by the statistics of a stream: (x - mean) / sqrt(var).
 
-    By default those of all samples seen, as `StandardScaler`, also where they came in parts; with `momentum` an
-    exponentially weighted average of the parts' statistics, which follows a stream that drifts.
+    By default those of all samples seen, as `StandardScaler`, also where they came in parts; with `momentum` the
+    exponentially weighted mean and variance of the stream, which follow it as it drifts.
 
     Parameters
     ----------
     momentum : float or None
-        Weight of the newest part, within (0, 1]; each call of `partial_fit` is a part. The average is debiased (see
-        `fastbn.RunningStats`): after the first part it is that part's statistics. None: all samples count alike.
+        Weight of the newest part, within (0, 1], read when a stream begins; each call of `partial_fit` is a part, of
+        one sample or more. None: all samples count alike.
 
     Attributes
     ----------
     mean_, var_ : numpy.ndarray of shape (n_features_in_,), float64
         The variance is of 1/m, as StandardScaler's.
+    mean_low_ : numpy.ndarray of shape (n_features_in_,), float64
+        What rounding took from the mean, which is ``mean_ + mean_low_``: far from zero, float64 holds a mean to fewer
+        digits than the deviations have.
     scale_ : numpy.ndarray of shape (n_features_in_,), float64
         sqrt(var_), and 1 where that is 0: a constant feature is only centred.
     n_samples_seen_, n_features_in_ : int
     feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
         Where X had names.
+
+    Notes
+    -----
+    With momentum a, part i of t weighs ``a*(1 - a)**(t - i) / (1 - (1 - a)**t)``, shared by its samples. With
+    ``w = a / (1 - (1 - a)**t)`` and ``delta = mean_t - mean``, part t changes the mean by ``w*delta`` and makes the
+    variance ``(1 - w)*var + w*var_t + w*(1 - w)*delta**2`` (West 1979): the last term is the variance between parts,
+    which the running averages of `fastbn.BatchNorm` and `fastbn.RunningStats`, as PyTorch's, leave out. So a stream
+    may come in any parts, rows included. After the first part, these are that part's statistics.
 
     Examples
     --------
@@ -87,12 +98,25 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         if self.momentum is not None:
             check_scalar(self.momentum, "momentum", Real, min_val=0, max_val=1, include_boundaries="right")
         X = self._checked(X, reset=first)
+        stats = moments(X)
         if first:
-            self._stats = RunningStats(X.shape[1], self.momentum, unbiased=False, debias=self.momentum is not None)
-        self._stats.update(moments(X))
-        self.mean_, self.var_ = self._stats.mean, self._stats.var
+            self._fading = None if self.momentum is None else 1 - self.momentum
+            self.mean_, self.mean_low_, self._spread = np.zeros((3, X.shape[1]))
+            self.n_samples_seen_ = 0
+            self._weight: float = 0
+        weight: float = stats.count
+        if self._fading is not None:
+            weight = 1
+            self._weight *= self._fading
+            self._spread = self._spread * self._fading
+        # Copies: whoever holds the arrays of before keeps them, and a model that is mapped from a file is read-only.
+        into = self.mean_.copy(), self.mean_low_.copy(), self._spread.copy()
+        merge(into, self._weight, (stats.mean, stats.mean_low, stats.var * weight), weight)
+        self.mean_, self.mean_low_, self._spread = into
+        self._weight += weight
+        self.n_samples_seen_ += stats.count
+        self.var_ = self._spread / self._weight
         self.scale_ = np.where(self.var_ == 0, 1, np.sqrt(self.var_))
-        self.n_samples_seen_ = self._stats.count
         return self
 
     def transform(self, X: ArrayLike) -> Any:
@@ -108,7 +132,8 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         """
         check_is_fitted(self)
         X = self._checked(X, reset=False)
-        return batch_norm(X, self.mean_, np.where(self.var_ == 0, 1, self.var_), eps=_EPS)
+        var = np.where(self.var_ == 0, 1, self.var_)
+        return batch_norm(X, self.mean_, var, bias=-self.mean_low_ / self.scale_, eps=_EPS)
 
     def inverse_transform(self, X: ArrayLike) -> Array:
         """X as it was before `transform`.
@@ -125,8 +150,15 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         x: Array = check_array(X, dtype=(np.float64, np.float32))
         if x.shape[1] != self.n_features_in_:
             raise ValueError(f"expected X with {self.n_features_in_} features, got {x.shape[1]}")
-        zeros, ones = np.zeros_like(self.mean_), np.ones_like(self.mean_)
-        return batch_norm(x, zeros, ones, self.scale_, self.mean_, eps=_EPS)
+        return batch_norm(x, -self.mean_low_ / self.scale_, np.ones_like(self.mean_), self.scale_, self.mean_, eps=_EPS)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if before := self.__dict__.pop("_stats", None):  # a pickle of 0.1.0: a RunningStats held the state
+            self.mean_low_ = before.mean_low
+            self._fading = None if before.momentum is None else 1 - before.momentum
+            self._weight = before.count if self._fading is None else (1 - before._rest) / before.momentum
+            self._spread = self.var_ * self._weight
 
     def _checked(self, X: Any, reset: bool) -> Array:
         return validate_data(self, X, dtype=(np.float64, np.float32), reset=reset)

@@ -17,6 +17,7 @@ import math
 import platform
 import signal
 import statistics
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -42,6 +43,14 @@ __all__ = [
 ]
 
 Pair = tuple[np.ndarray, np.ndarray]  # X, y
+COLUMNS = 100  # characters of a line of a table
+# One colour for one network in all pictures, those of `fastbn train` too (Okabe and Ito's palette, then Tol's).
+COLOURS = {
+    "batch normalization": "#0072B2", "with batch normalization": "#0072B2",
+    "neither": "#D55E00", "without batch normalization": "#D55E00",
+    "inputs normalised": "#009E73", "inputs normalised, He's start": "#000000",
+    "with jitter": "#CC79A7", "dropout": "#999933", "both": "#882255", "ghost batches": "#56B4E9",
+}  # fmt: skip
 
 
 @dataclass
@@ -79,17 +88,28 @@ class Result:
     missing: str = "-"
 
     def table(self) -> str:
-        """Title, rows, remarks and settings as text."""
+        """Title, rows, remarks and settings as text, in lines of at most 100 characters.
+
+        A table that is wider goes on below, after its first columns once more: those of one value, not one a seed.
+        """
         formats = [*self.columns.values()]
         cells = [[*self.columns], *([*map(self._text, row, formats)] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        columns = [[cell.ljust(max(map(len, column))) for cell in column] for column in zip(*cells, strict=True)]
+        first = next((i for i in range(len(columns)) if any(isinstance(row[i], list) for row in self.rows)), 1)
+        blocks = [columns[:first]]
+        for column in columns[first:]:
+            if sum(len(c[0]) + 2 for c in blocks[-1]) + len(column[0]) > COLUMNS:
+                blocks.append(columns[:first])
+            blocks[-1] = [*blocks[-1], column]
+        lines = [textwrap.fill(self.title, COLUMNS), ""]
+        for block in blocks:
+            head, *rows = ["  ".join(row).rstrip() for row in zip(*block, strict=True)]
+            lines += [head, "-" * max(map(len, (head, *rows))), *rows, ""]
+        if self.settings.get("seeds", 1) > 1:
+            lines.append("Median of the seeds (lowest to highest).")
         settings = ", ".join(f"{key} {_short(value)}" for key, value in self.settings.items())
-        legend = ["Median of the seeds (lowest to highest)."] if self.settings.get("seeds", 1) > 1 else []
-        rule = "-" * max(map(len, lines))
-        return "\n".join(
-            [self.title, "", lines[0], rule, *lines[1:], "", *legend, *self.remarks, f"Settings: {settings}."]
-        )
+        sentences = [*self.remarks, f"Settings: {settings}."]
+        return "\n".join([*lines, *(textwrap.fill(text, COLUMNS, subsequent_indent="  ") for text in sentences)])
 
     def _text(self, cell: Any, form: str) -> str:
         if cell is None or isinstance(cell, str):
@@ -130,6 +150,7 @@ def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, 
 def curve(name: str, x: Sequence[Any], cells: Iterable[Iterable[float | None]], **style: Any) -> plots.Curve:
     """The medians of a row of cells, one for each x, with the range over the seeds as a band."""
     low, median, high = zip(*map(spread, cells), strict=True)
+    style = {"colour": COLOURS.get(name), **style}
     return plots.Curve(name, list(x), list(median), list(low), list(high), **style)
 
 

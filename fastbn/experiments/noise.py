@@ -21,7 +21,7 @@ from .common import Pair, Result, about, count_classes, curve, in_parallel, prep
 __all__ = ["noise_to_signal", "run"]
 
 NETWORKS = ("neither", "batch normalization", "dropout", "both")
-GHOSTS = "batch normalization, ghost batches"
+GHOSTS = "ghost batches"
 SIZES = (4, 16, 64, 256)
 HIDDEN, RATE, MOMENTUM, DROPPED, EXAMPLES = (100, 100), 0.02, 0.9, 0.5, 500
 PASSES = 10  # over the training examples, to measure the noise
@@ -85,7 +85,8 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
         rows=rows,
         panels=panels,
         remarks=[
-            f"examples: in a mini-batch; of ghost batches: normalised together, in a mini-batch of {SIZES[-1]}.",
+            f"examples: in a mini-batch; of ghost batches, which are batch normalization's: normalised together, in a "
+            f"mini-batch of {SIZES[-1]}.",
             "noise: deviation of the last hidden layer's output for an example, from one mini-batch to the next, in "
             "units of that among examples.",
             "gap: held-out less training loss, at test time with exact statistics, so that no average's lag is in it.",

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbn import BatchNorm, data, losses, nn, optim, plots, training
 
-from .common import Pair, Result, about, check_pixels, count_classes, curve, in_parallel, prepare
+from .common import COLOURS, Pair, Result, about, check_pixels, count_classes, curve, in_parallel, prepare
 
 __all__ = ["run", "typical"]
 
@@ -149,7 +149,7 @@ def _result(
         accuracy.append(curve(name, looks, at_look, style="-"))
         low, median, high = of_unit[0].T.tolist()
         ends += [min(low), max(high)]
-        inputs.append(plots.Curve(name, looks, median, low, high, "-"))
+        inputs.append(plots.Curve(name, looks, median, low, high, "-", COLOURS[name]))
     return Result(
         name="paper",
         title="Ioffe and Szegedy (2015), section 4.1: accuracy on held-out images, and a typical last sigmoid's input",

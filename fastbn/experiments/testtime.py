@@ -23,6 +23,7 @@ __all__ = ["distance", "run"]
 HIDDEN, RATE, BATCH_SIZE = (100, 100), 0.1, 32
 MOMENTA = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.001)
 KINDS = {False: "from 0 and 1", True: "debiased"}
+SHADES = ("#9ECAE1", "#4292C6", "#08519C")  # of one network's colour, from the first look on
 
 
 def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = False, progress: bool = True) -> Result:
@@ -63,7 +64,10 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
     def curves(debias: bool, what: int) -> list[plots.Curve]:
         kinds = [(m, debias) for m in MOMENTA] + [(None, False)] * debias  # to which small momenta come, debiased
         texts = [str(m) for m, _ in kinds]
-        return [curve(f"after {step} steps", texts, [cells(kind, step, what) for kind in kinds]) for step in looks]
+        return [
+            curve(f"after {step} steps", texts, [cells(kind, step, what) for kind in kinds], colour=shade)
+            for step, shade in zip(looks, SHADES, strict=False)
+        ]
 
     panels = [
         panel

@@ -1,4 +1,4 @@
-"""Layers for training networks around BatchNorm: Dense, activations, Dropout, Standardize, Sequential.
+"""Layers for training networks around BatchNorm: Dense, activations, Dropout, Standardize, Sequential, FoldedDense.
 
 # Design: a layer is any object with forward (= call), backward, params, grads, train, eval, state_dict and
 # load_state_dict. It keeps what its backward needs from the last forward; there is no graph. BatchNorm is a
@@ -8,9 +8,10 @@
 
 from .activations import Dropout, LeakyReLU, ReLU, Sigmoid, Tanh
 from .dense import Dense
+from .folding import FoldedDense
 from .sequential import Sequential
 from .sequential import leaves as leaves
 from .sequential import walk as walk
 from .standardize import Standardize
 
-__all__ = ["Dense", "Dropout", "LeakyReLU", "ReLU", "Sequential", "Sigmoid", "Standardize", "Tanh"]
+__all__ = ["Dense", "Dropout", "FoldedDense", "LeakyReLU", "ReLU", "Sequential", "Sigmoid", "Standardize", "Tanh"]

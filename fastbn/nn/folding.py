@@ -1,20 +1,101 @@
-"""Inference networks: every Dense, and the BatchNorm and activation behind it, as one Dense."""
+"""Inference networks: every Dense, and the BatchNorm and activation behind it, as one Dense.
+
+# Design: BatchNorm's usual axis, 1, is the axis of Dense's features in (N, C) and in no other shape, and which shape
+# comes is not known before the call. So such a pair becomes a FoldedDense, which keeps the two for other shapes. To
+# leave the pair unfolded would leave nearly every network as it is. To keep a second network for other shapes would
+# leave a layer wrong that is taken out of its network, or stands behind one that reshapes.
+"""
 
 from __future__ import annotations
 
 import copy
 import decimal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..batchnorm import BatchNorm
-from ..state import Array
+from ..state import Array, as_float, check_state
 from .activations import Dropout, LeakyReLU, ReLU
 from .dense import Dense
 
-__all__ = ["folded"]
+__all__ = ["FoldedDense", "folded"]
+
+
+class FoldedDense(Dense):
+    """A Dense made of a Dense and a BatchNorm (and an activation) of axis 1, as `Sequential.folded` gives it.
+
+    Axis 1 is the last axis of (N, C) alone. x of other shapes goes through the layers that this one was made of, which
+    it keeps, in memory and in files.
+
+    Parameters
+    ----------
+    n_in, n_out, bias, activation, dtype, seed
+        As of `Dense`.
+
+    Attributes
+    ----------
+    layers : sequence of layers
+        What this one was made of, in inference mode. params and grads are not theirs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn import BatchNorm, nn
+    >>> model = nn.Sequential(nn.Dense(3, 5, seed=0), BatchNorm(5)).eval()
+    >>> model.folded()
+    Sequential(
+        FoldedDense(n_in=3, n_out=5),
+    )
+    >>> x = np.ones((2, 5, 3))
+    >>> bool((model.folded()(x) == model(x)).all())
+    True
+    """
+
+    layers: Sequence[Any] = ()
+    _again: list[Any] | None = None  # what the layers fold to, once it was needed: it takes longer than a short call
+
+    def forward(self, x: ArrayLike) -> Array:
+        """y, as of the layers that this one was made of; RuntimeError for an x of other than 2 dimensions if weights
+        were changed since."""
+        a = as_float(x)
+        if a.ndim == 2:
+            return super().forward(a)
+        self._saved = None
+        if self._again is None:
+            self._again = folded(self.layers)
+        made = self._again[0].params if self._again else {}
+        if not made or any((made[name] != p).any() for name, p in self.params.items()):
+            raise RuntimeError(
+                f"FoldedDense expected x of shape (N, {self.n_in}), got {a.shape}: its weights are no longer those of "
+                "the layers that it was made of, which other shapes go through"
+            )
+        for layer in self.layers:
+            a = layer(a)
+        return a
+
+    def _incoming(self, dy: ArrayLike) -> tuple[Array, Array]:
+        if self._saved is None:
+            raise RuntimeError("FoldedDense.backward needs a forward call before it, with x of 2 dimensions")
+        return super()._incoming(dy)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the parameters, and under 'layers.0.weight' and the like of what this one was made of."""
+        parts = {f"layers.{i}.{k}": v for i, layer in enumerate(self.layers) for k, v in layer.state_dict().items()}
+        return super().state_dict() | parts
+
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+        """Copy `state` into the arrays; ValueError, nothing changed, unless all keys and shapes fit."""
+        given = check_state(state, self.state_dict())
+        super().load_state_dict({name: given[name] for name in self.params})
+        for i, layer in enumerate(self.layers):
+            layer.load_state_dict({k: given[f"layers.{i}.{k}"] for k in layer.state_dict()})
+        self._again = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_again": None}
 
 
 def folded(layers: Iterable[Any]) -> list[Any]:
@@ -29,11 +110,12 @@ def folded(layers: Iterable[Any]) -> list[Any]:
         if type(layer) is Dropout:
             continue
         last = result[-1] if result else None
-        if type(last) is Dense and last.activation is None:
+        if last is not None and type(last) in (Dense, FoldedDense) and last.activation is None:
             if name := _fused_name(layer):
-                result[-1] = _dense(last.params["weight"], last.params.get("bias"), name, last.dtype)
+                parts = [*last.layers, layer] if type(last) is FoldedDense else []
+                result[-1] = _dense(last.params["weight"], last.params.get("bias"), name, last.dtype, parts)
                 continue
-            if not whole and type(layer) is BatchNorm and (merged := _merged(last, layer)):
+            if not whole and type(last) is Dense and type(layer) is BatchNorm and (merged := _merged(last, layer)):
                 result[-1], whole = merged, True
                 continue
         result.append(copy.deepcopy(layer))
@@ -49,7 +131,6 @@ def _fused_name(layer: Any) -> str | None:
 
 def _merged(dense: Dense, norm: BatchNorm) -> Dense | None:
     """The two as one Dense; None where that cannot be, or where its weights would leave the range of their dtype."""
-    # Dense's features lie along the last axis, which is axis 1 of (N, C).
     if norm.axis not in (1, -1) or norm.num_features != dense.n_out:
         return None
     if norm.running_mean is None or norm.running_var is None:
@@ -62,11 +143,15 @@ def _merged(dense: Dense, norm: BatchNorm) -> Dense | None:
     normal = (largest == 0) | ((limits.tiny <= largest) & (largest <= limits.max))
     if not (normal & (abs(shift) <= limits.max)).all():
         return None
-    return _dense(weight, shift, norm.config()["activation"], dense.dtype)
+    parts = [dense, norm] if norm.axis == 1 else []
+    return _dense(weight, shift, norm.config()["activation"], dense.dtype, parts)
 
 
-def _dense(weight: Array, bias: Array | None, activation: str | None, dtype: Any) -> Dense:
-    dense = Dense(weight.shape[1], weight.shape[0], bias is not None, activation=activation, dtype=dtype)
+def _dense(weight: Array, bias: Array | None, activation: str | None, dtype: Any, parts: list[Any]) -> Dense:
+    n_out, n_in = weight.shape
+    dense = (FoldedDense if parts else Dense)(n_in, n_out, bias is not None, activation=activation, dtype=dtype)
+    if isinstance(dense, FoldedDense):
+        dense.layers = [copy.deepcopy(part).eval() for part in parts]
     dense.params.update({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return dense
 

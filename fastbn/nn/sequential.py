@@ -83,7 +83,7 @@ class Sequential:
         return grad if input_grad else None
 
     def folded(self) -> Sequential:
-        """A network for inference, in which every Dense + BatchNorm (+ activation) is one Dense.
+        """A network for inference, in which every Dense + BatchNorm (+ activation) is one Dense, for x of (N, C).
 
         What is folded is the inference forward, with the running averages as they are now, in whatever mode the model
         is. Weights are computed in float64 and rounded once: each output of a folded Dense, before its activation, is
@@ -94,11 +94,12 @@ class Sequential:
         -------
         Sequential
             In inference mode, nested ones flattened, without Dropout, sharing no array with this one, which stays as
-            it is. Copied as they are, in inference mode: a BatchNorm without a Dense before it, or with
-            another number of features, an axis that is neither 1 nor -1 (1 is taken for the last one, as it is of
-            (N, C)), no running averages, or values that would take the weights out of their dtype's range; an
-            activation that is not ReLU or LeakyReLU(0.01); a subclass of Sequential with a forward of its own; and any
-            other layer.
+            it is. A BatchNorm of axis -1 makes a plain Dense; one of axis 1, which is the last axis of (N, C) alone,
+            makes an `nn.FoldedDense`: that keeps the layers that it stands for, for x of other shapes.
+            Copied as they are, in inference mode: a BatchNorm without a Dense before it, or with another number of
+            features, another axis, no running averages, or values that would take the weights out of their dtype's
+            range; an activation that is not ReLU or LeakyReLU(0.01); a subclass of Sequential with a forward of its
+            own; and any other layer.
 
         Examples
         --------
@@ -106,7 +107,7 @@ class Sequential:
         >>> model = nn.Sequential(nn.Dense(4, 8, bias=False), BatchNorm(8), nn.ReLU(), nn.Dropout(0.5), nn.Dense(8, 3))
         >>> model.folded()
         Sequential(
-            Dense(n_in=4, n_out=8, activation='relu'),
+            FoldedDense(n_in=4, n_out=8, activation='relu'),
             Dense(n_in=8, n_out=3),
         )
         """
@@ -128,7 +129,10 @@ class Sequential:
         return {f"{i}.{k}": v for i, layer in enumerate(self._layers) for k, v in layer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Copy `state` into the layers; ValueError, and nothing changed, unless all keys and shapes fit."""
+        """Copy `state` into the layers; ValueError, and nothing changed, unless all keys and shapes fit.
+
+        As PyTorch's strict load, it takes a state without num_batches_tracked, which is 0 then.
+        """
         arrays = check_state(state, self.state_dict())
         before = [layer.state_dict() for layer in self._layers]
         try:

@@ -214,3 +214,21 @@ def test_renormalisation_is_the_papers_with_r_and_d_detached(dtype, limits):
     close(ours.backward(dy), tx.grad, dtype)
     close(ours.grads["weight"], weight.grad, dtype)
     close(ours.grads["bias"], bias.grad, dtype)
+
+
+@pytest.mark.parametrize("change", ["missing", "half", "1-d"])
+def test_states_that_pytorchs_strict_load_takes(change):
+    theirs = torch.nn.BatchNorm1d(3)
+    theirs(torch.randn(5, 3))
+    state = dict(theirs.state_dict())
+    if change == "missing":
+        del state["num_batches_tracked"]
+    elif change == "half":
+        state = {key: value.half() for key, value in state.items()}
+    else:
+        state["num_batches_tracked"] = state["num_batches_tracked"].reshape(1)
+    ours, again = fastbn.BatchNorm(3), torch.nn.BatchNorm1d(3)
+    again.load_state_dict(state)
+    ours.load_state_dict(state)
+    for key, value in again.state_dict().items():
+        np.testing.assert_array_equal(ours.state_dict()[key], value)
