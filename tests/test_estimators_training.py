@@ -185,7 +185,7 @@ def test_early_stopping_holds_out_a_part_of_every_class():
 
     class Spy(BatchNormClassifier):
         @staticmethod
-        def _score(labels, prediction):
+        def _score(labels, prediction, sample_weight):
             scored.append(labels)
             return accuracy_score(labels, prediction)
 
