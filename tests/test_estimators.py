@@ -3,7 +3,9 @@ import importlib
 import io
 import itertools
 import pickle
+import re
 import sys
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -14,6 +16,7 @@ from sklearn.datasets import load_digits, make_multilabel_classification
 from sklearn.ensemble import BaggingClassifier
 from sklearn.exceptions import DataConversionWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import (
@@ -372,6 +375,16 @@ def test_targets_that_are_no_numbers():
             BatchNormRegressor().fit(np.eye(12), y)
     with pytest.raises(ValueError, match=r"^expected a y that float32 can hold, .* from 1\.0 to 1e\+39$"):
         BatchNormRegressor().fit(np.eye(12, dtype=np.float32), [1, 1e39] * 6)
+
+
+def test_the_readme_names_every_parameter_of_scikit_learns():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| parameter of `MLPClassifier`") :].split("\n\n")[0]
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    theirs = MLPRegressor().get_params() | MLPClassifier().get_params()
+    assert {*theirs} <= {name for row in rows for name in row}
+    for ours in (BatchNormClassifier().get_params(), BatchNormRegressor().get_params()):
+        assert [name for name in rows[0] if ours[name] != theirs[name]] == []
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

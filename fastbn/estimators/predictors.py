@@ -73,6 +73,10 @@ class BatchNormClassifier(ClassifierMixin, Network):
     beta_1, beta_2 : float
     n_iter_no_change : int
         Training stops once more than so many epochs in a row were no better, by `tol`, than the best one.
+    class_weight : dict, "balanced" or None
+        Weights of the classes, ``{label: weight}``, by which the weights of their samples are multiplied; a class that
+        is not in the dict has weight 1. "balanced": each class has the same sum of weights. `fit` alone takes
+        "balanced", and none is taken where y has several labels.
 
     Attributes
     ----------
@@ -96,8 +100,17 @@ class BatchNormClassifier(ClassifierMixin, Network):
 
     Notes
     -----
-    Of MLPClassifier's parameters those are left out that `training.fit` and `fastbn.optim` have no equal for. X is
-    dense, and there are no sample weights.
+    Left out of MLPClassifier's parameters: `solver="lbfgs"` and `max_fun` (they work by full batches), `learning_rate`
+    and `power_t` (the rate is constant), `shuffle` (always), `warm_start` (`fit` trains a new network, and
+    `partial_fit` trains on, an epoch a call), `epsilon` (Adam's 1e-8). X is dense.
+
+    A sample's weight multiplies its loss. The weights are first divided by their mean, and alpha by the same: weights
+    that are whole numbers equal repeated rows, where ``batch_norm=False`` and a batch holds all samples. Elsewhere they
+    cannot. The statistics of a mini-batch count each of its rows once, whatever its weight, as in every library, and
+    repeated rows would make other mini-batches. Early stopping goes by the weighted score, and holds out no sample of
+    weight 0. Where the weights sum to 1, as AdaBoost's, alpha is as strong as with a single sample.
+
+    With one class in y, that class is predicted, with probability 1.
 
     Examples
     --------
@@ -279,7 +292,7 @@ class BatchNormRegressor(RegressorMixin, Network):
     ----------
     hidden_layer_sizes, activation, batch_norm, solver, alpha, batch_size, learning_rate_init, max_iter, random_state, \
 tol, verbose, momentum, nesterovs_momentum, early_stopping, validation_fraction, beta_1, beta_2, n_iter_no_change
-        As `BatchNormClassifier`'s. Early stopping goes by R^2.
+        As `BatchNormClassifier`'s, and weights of samples too. Early stopping goes by R^2.
 
     Attributes
     ----------
