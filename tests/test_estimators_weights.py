@@ -189,7 +189,7 @@ def test_class_weights_that_do_not_fit():
 
 
 def quick(**settings):
-    return BatchNormClassifier(16, learning_rate_init=0.02, max_iter=20, batch_size=32, random_state=0, **settings)
+    return BatchNormClassifier(16, learning_rate_init=0.05, max_iter=10, batch_size=32, random_state=0, **settings)
 
 
 META = {

@@ -349,9 +349,6 @@ class Network(BaseEstimator):
 
         def on_epoch(epoch: int, history: training.History) -> bool:
             nonlocal stalled, best
-            trained = (*self.model_.state_dict().values(), *self._optimizer.state_dict().values())
-            if not all(np.isfinite(array).all() for array in trained):
-                raise FloatingPointError(f"the network is not finite any more at the end of epoch {epoch}")
             score = None if held_out is None else self._validation_score(*held_out, epoch)
             self.n_iter_ += 1
             self.loss_ = history.loss[-1]
@@ -370,12 +367,15 @@ class Network(BaseEstimator):
 
         objective = Objective(self._loss, targets, weights, self.model_, self._optimizer, self.alpha)
         try:
-            training.fit(
+            history = training.fit(
                 self.model_, (X, np.arange(len(X))), objective.loss, objective, epochs=epochs,
                 batch_size=min(batch_size, len(X)), seed=self._seed(), on_epoch=on_epoch, progress=False,
             )  # fmt: skip
         finally:
             self.model_.eval()
+        trained = (*self.model_.state_dict().values(), *self._optimizer.state_dict().values())
+        if not all(np.isfinite(array).all() for array in trained):
+            raise FloatingPointError(f"the network is not finite any more at the end of epoch {len(history.loss)}")
         if best:
             self.model_.load_state_dict(best)
         return stalled > self.n_iter_no_change
@@ -405,7 +405,8 @@ class Network(BaseEstimator):
             X, _, targets, weights = self._check_data(X, y, sample_weight, first, classes)
             if first:
                 self._build(X, targets)
-            self._rng = copy.deepcopy(self._rng)  # the old one's state is what an error goes back to
+            # What an error goes back to must not change.
+            self._rng, self.loss_curve_ = copy.deepcopy(self._rng), self.loss_curve_.copy()
             self._train(X, targets, weights, None, 1)
         return self
 
