@@ -346,7 +346,7 @@ MISSING = {
     "NaN beside text": (["a", float("nan")] * 6, "nan in row 1"),
     "float32 NaN": (("a", "b", np.float32("nan")) * 4, "nan in row 2"),
     "object": (np.array(["a", "b", None] * 4, object), "None in row 2"),
-    "NaT": (np.array(["2020", "2021", "NaT"] * 4, "M8[D]"), "NaT"),
+    "NaT": (np.array(["2020", "2021", "NaT"] * 4, "M8[D]"), "NaT in row 2"),
     "NaN": (np.array([0, 1, np.nan] * 4), "NaN"), "inf": (np.array([0, 1, np.inf] * 4), "infinity"),
 }  # fmt: skip
 

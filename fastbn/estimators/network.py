@@ -1,4 +1,4 @@
-"""What BatchNormClassifier and BatchNormRegressor share: parameters, network, training.
+"""What BatchNormClassifier and BatchNormRegressor share: network, training.
 
 # Design: scikit-learn's own helpers check the input, encode the labels and hold out the validation data, and
 # training.fit trains the network. What is written here is what MLPClassifier adds to a training: its penalty and its
@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from numbers import Integral, Real
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -25,70 +24,11 @@ from .. import nn, optim, training
 from ..batchnorm import BatchNorm
 from ..data import held_out_rows
 from ..state import Array
+from .checks import check_parameters, hidden_sizes, refuse_masked, refuse_missing
 
 # The layers that follow Dense or BatchNorm, which apply relu themselves.
-_ACTIVATIONS: dict[str, Any] = {"identity": (), "logistic": (nn.Sigmoid,), "relu": (), "tanh": (nn.Tanh,)}
-_SOLVERS = ("adam", "rmsprop", "sgd")
-
-_Rule = tuple[str, Callable[[Any], bool]]
-
-
-def _whole(v: Any, low: int) -> bool:
-    return isinstance(v, Integral) and int(v) >= low
-
-
-def _number(expected: str, within: Callable[[Any], bool]) -> _Rule:
-    return expected, lambda v: isinstance(v, Real) and within(v)
-
-
-def _class_weights(v: Any) -> bool:
-    if isinstance(v, Mapping):
-        return all(isinstance(weight, Real) and 0 <= float(weight) < np.inf for weight in v.values())
-    return v is None or (isinstance(v, str) and v == "balanced")
-
-
-_FLAG: _Rule = "True or False", lambda v: isinstance(v, bool | np.bool_)
-# What each may be, and whether a value is that. NaN is nowhere within.
-_PARAMETERS: dict[str, _Rule] = {
-    "hidden_layer_sizes": ("integers of at least 1", lambda v: _whole(v, 1)),
-    "activation": (f"one of {[*_ACTIVATIONS]}", lambda v: v in [*_ACTIVATIONS]),
-    "batch_norm": _FLAG,
-    "solver": (f"one of {[*_SOLVERS]}", lambda v: v in _SOLVERS),
-    "batch_size": ('"auto" or an integer of at least 2', lambda v: v == "auto" or _whole(v, 2)),
-    "max_iter": ("an integer of at least 1", lambda v: _whole(v, 1)),
-    "alpha": _number("a finite number of at least 0", lambda v: 0 <= v < np.inf),
-    "tol": _number("a finite number of at least 0", lambda v: 0 <= v < np.inf),
-    "learning_rate_init": _number("a finite number above 0", lambda v: 0 < v < np.inf),
-    "momentum": _number("a number within [0, 1]", lambda v: 0 <= v <= 1),
-    "validation_fraction": _number("a number within (0, 1)", lambda v: 0 < v < 1),
-    "beta_1": _number("a number within [0, 1)", lambda v: 0 <= v < 1),
-    "beta_2": _number("a number within [0, 1)", lambda v: 0 <= v < 1),
-    "n_iter_no_change": ("an integer of at least 1, or inf", lambda v: _whole(v, 1) or v == np.inf),
-    "verbose": ("True, False or an integer of at least 0", lambda v: _FLAG[1](v) or _whole(v, 0)),
-    "nesterovs_momentum": _FLAG,
-    "early_stopping": _FLAG,
-    "class_weight": ('None, "balanced" or a dict of classes and finite weights of at least 0', _class_weights),
-}
+_ACTIVATION_LAYERS: dict[str, Any] = {"logistic": (nn.Sigmoid,), "tanh": (nn.Tanh,)}
 _CHUNK = 1024  # examples that go through the network at once in predict: a matter of memory
-
-
-def _refuse_masked(a: Any, name: str) -> None:
-    if isinstance(a, np.ma.MaskedArray):
-        raise TypeError(f"expected {name} without a mask, got a masked array: its mask would be lost")
-
-
-def _refuse_missing(y: Any) -> None:
-    """An error for a missing label that NumPy or scikit-learn would make a class: NaN beside text becomes "nan"."""
-    _refuse_masked(y, "y")
-    labels = np.asarray(y, object) if isinstance(y, list | tuple) else y
-    kind = getattr(getattr(labels, "dtype", None), "kind", None)
-    if kind == "O":
-        for row, label in enumerate(labels):
-            if label is None or (isinstance(label, Real) and label != label):
-                raise ValueError(f"expected a y without missing values, got {label} in row {row}")
-    elif kind in ("m", "M") and np.isnat(labels).any():
-        raise ValueError("expected a y without missing values, got NaT")
-
 
 DataLoss = Callable[..., tuple[float, Array]]  # one of fastbn.losses, or like them: (prediction, target, sample_weight)
 
@@ -105,7 +45,7 @@ class Objective:
         self, loss: DataLoss, targets: Array, weights: Array | None, model: nn.Sequential, optimizer: Any, alpha: float
     ) -> None:
         self._data_loss, self._targets, self._optimizer = loss, targets, optimizer
-        mean = 1.0 if weights is None else weights.mean()
+        mean = 1.0 if weights is None else float(weights.mean())
         self._example_weights = None if weights is None else weights / mean
         self._alpha = alpha / mean
         matrices = [name for name, p in model.params.items() if p.ndim == 2 and alpha > 0]
@@ -236,7 +176,7 @@ class Network(BaseEstimator):
 
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> bool:
         """Train a new network; True where it stopped because there was no more progress."""
-        self._check_parameters()
+        check_parameters(self)
         x, labels, targets, weights = self._check_data(X, y, sample_weight, first=True)
         self._build(x, targets)
         held_out = None
@@ -245,7 +185,7 @@ class Network(BaseEstimator):
             held_out = x[held], labels[held], None if weights is None else weights[held]
             x, targets, weights = x[~held], targets[~held], None if weights is None else weights[~held]
         converged = self._train(x, targets, weights, held_out, self.max_iter)
-        if self.batch_norm and self._hidden() and held_out is None:
+        if self.batch_norm and hidden_sizes(self) and held_out is None:
             # The averages over the last mini-batches lag behind the weights: 0.4 to 1 point less on Fashion-MNIST.
             # Those of the best epoch stay: they are what was scored.
             training.recalibrate(self.model_, x)
@@ -262,23 +202,12 @@ class Network(BaseEstimator):
             raise ValueError(f"expected more samples to hold some of them out, got n_samples={count.sum()}")
         return held
 
-    def _check_parameters(self) -> None:
-        for name, (expected, fits) in _PARAMETERS.items():
-            value = getattr(self, name, None)  # the regressor has no class_weight
-            for one in self._hidden() if name == "hidden_layer_sizes" else [value]:
-                if not fits(one):
-                    raise ValueError(f"expected {name} to be {expected}, got {value!r}")
-
-    def _hidden(self) -> list[Any]:
-        sizes = self.hidden_layer_sizes
-        return [*sizes] if np.iterable(sizes) and not isinstance(sizes, str) else [sizes]
-
     def _check_data(
         self, X: Any, y: Any, sample_weight: Any, first: bool, classes: Any = None
     ) -> tuple[Array, Any, Array, Array | None]:
         """X, y, y as the loss takes it, and the samples' weights."""
-        _refuse_missing(y)
-        _refuse_masked(X, "X")
+        refuse_missing(y)
+        refuse_masked(X, "X")
         X, y = validate_data(
             self, X, y, reset=first, dtype=(np.float64, np.float32), multi_output=True, y_numeric=self._y_numeric
         )
@@ -308,13 +237,13 @@ class Network(BaseEstimator):
         relu = "relu" if self.activation == "relu" else None
         layers: list[Any] = []
         width = X.shape[1]
-        for size in self._hidden():
+        for size in hidden_sizes(self):
             if self.batch_norm:
                 layers.append(nn.Dense(width, size, bias=False, dtype=X.dtype, seed=self._seed()))
                 layers.append(BatchNorm(size, dtype=X.dtype, activation=relu))
             else:
                 layers.append(nn.Dense(width, size, activation=relu, dtype=X.dtype, seed=self._seed()))
-            layers += [layer() for layer in _ACTIVATIONS[self.activation]]
+            layers += [layer() for layer in _ACTIVATION_LAYERS.get(self.activation, ())]
             width = size
         self.model_ = nn.Sequential(*layers, nn.Dense(width, self.n_outputs_, dtype=X.dtype, seed=self._seed()))
         rate = self.learning_rate_init
@@ -363,7 +292,7 @@ class Network(BaseEstimator):
             stalled = stalled + 1 if cost > best_cost - self.tol else 0
             if self.verbose:
                 print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}{news}")
-            return stalled > self.n_iter_no_change
+            return bool(stalled > self.n_iter_no_change)
 
         objective = Objective(self._loss, targets, weights, self.model_, self._optimizer, self.alpha)
         try:
@@ -378,7 +307,7 @@ class Network(BaseEstimator):
             raise FloatingPointError(f"the network is not finite any more at the end of epoch {len(history.loss)}")
         if best:
             self.model_.load_state_dict(best)
-        return stalled > self.n_iter_no_change
+        return bool(stalled > self.n_iter_no_change)
 
     def _validation_score(self, X: Array, labels: Any, weights: Array | None, epoch: int) -> float:
         self.model_.eval()
@@ -401,7 +330,7 @@ class Network(BaseEstimator):
                 'read it with mmap_mode="c", or train on with a copy.deepcopy'
             )
         with self._all_or_nothing(*changed):
-            self._check_parameters()
+            check_parameters(self)
             X, _, targets, weights = self._check_data(X, y, sample_weight, first, classes)
             if first:
                 self._build(X, targets)
@@ -413,7 +342,7 @@ class Network(BaseEstimator):
     def _output(self, X: Any) -> Array:
         """The network's output for X as the user gives it."""
         check_is_fitted(self, "model_")
-        _refuse_masked(X, "X")
+        refuse_masked(X, "X")
         return self._forward(validate_data(self, X, reset=False, dtype=(np.float64, np.float32)))
 
     def _forward(self, X: Array) -> Array:

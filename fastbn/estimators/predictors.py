@@ -74,9 +74,10 @@ class BatchNormClassifier(ClassifierMixin, Network):
     n_iter_no_change : int
         Training stops once more than so many epochs in a row were no better, by `tol`, than the best one.
     class_weight : dict, "balanced" or None
-        Weights of the classes, ``{label: weight}``, by which the weights of their samples are multiplied; a class that
-        is not in the dict has weight 1. "balanced": each class has the same sum of weights. `fit` alone takes
-        "balanced", and none is taken where y has several labels.
+        Weights of the classes, ``{label: weight}``, by which the weights of their samples are multiplied. A class that
+        is not in the dict has weight 1; but a dict with a label that is no class of y must name all classes, since
+        that label may be a mistake. "balanced": every class has the same sum of weights. `fit` alone takes
+        "balanced". Where y has several labels, it must be None.
 
     Attributes
     ----------
@@ -226,7 +227,7 @@ class BatchNormClassifier(ClassifierMixin, Network):
         classes : array_like of shape (n_classes,), optional
             All classes there will be; the first call needs them.
         sample_weight : array_like of shape (n_samples,), optional
-            As `fit`'s. Weights count beside those of the same call.
+            As `fit`'s. They count relative to the other weights of the same call.
 
         Returns
         -------
@@ -366,7 +367,7 @@ n_features_in_, feature_names_in_
             At least 2 samples.
         y : array_like of shape (n_samples,) or (n_samples, n_outputs)
         sample_weight : array_like of shape (n_samples,), optional
-            As `fit`'s. Weights count beside those of the same call.
+            As `fit`'s. They count relative to the other weights of the same call.
 
         Returns
         -------
