@@ -426,6 +426,17 @@ def test_divergence_names_the_epoch_and_leaves_the_old_network(settings, early_s
     assert (state(fitted), fitted.n_iter_) == before
 
 
+@pytest.mark.parametrize(("rate", "early_stopping", "named"), [
+    (1e306, False, "the network is not finite any more at the end of epoch 1"),
+    (1e160, True, "the validation score is -inf at epoch 1"),
+])  # fmt: skip
+def test_the_last_step_diverges(rate, early_stopping, named):
+    X, y = steep()
+    one = BatchNormRegressor((), solver="sgd", momentum=0, learning_rate_init=rate, batch_size=1000, max_iter=1)
+    with pytest.raises(FloatingPointError, match=f"^{named}$"):
+        one.set_params(early_stopping=early_stopping, alpha=0).fit(X, y)
+
+
 def test_early_stopping_does_not_score_what_is_not_finite(monkeypatch):
     X, y = blobs()
 
