@@ -10,6 +10,7 @@ cdef bint usable_as(cnp.ndarray a, cnp.ndarray b) noexcept
 cdef tuple shape_of(cnp.ndarray a)
 cdef bint overlap(cnp.ndarray a, cnp.ndarray b) except -1
 cdef bint identical(cnp.ndarray a, cnp.ndarray b) noexcept
+cdef bint is_plain(object a) except -1
 cdef cnp.ndarray checked_out(object out, cnp.ndarray x)
 cdef Activation activation_of(object name) except? RELU
 cdef double checked_eps(object eps) except -1

@@ -144,8 +144,13 @@ cdef bint identical(cnp.ndarray a, cnp.ndarray b) noexcept:
     return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and same_strides(a, b)
 
 
+cdef bint is_plain(object a) except -1:
+    """Whether a is an array whose memory is all of it: of NumPy's own type or of a subclass, as a memmap is, but not masked."""
+    return cnp.PyArray_CheckExact(a) or cnp.PyArray_Check(a) and not isinstance(a, MaskedArray)
+
+
 cdef cnp.ndarray checked_out(object out, cnp.ndarray x):
-    if not cnp.PyArray_Check(out) or not cnp.PyArray_CheckExact(out) and isinstance(out, MaskedArray):
+    if not is_plain(out):
         raise TypeError(f"expected out to be a NumPy array, got {type(out).__name__}")
     cdef cnp.ndarray given = out
     if not cnp.PyArray_SAMESHAPE(given, x):
@@ -199,7 +204,7 @@ cdef int load(object a, double *to, Py_ssize_t C, double default, str name) exce
 
 cdef void *writable(object a, Py_ssize_t C, bint float64_only, str name) except NULL:
     """The memory of a (C,) array that is written in place."""
-    if not cnp.PyArray_CheckExact(a):
+    if not is_plain(a):
         raise TypeError(f"expected {name} to be a NumPy array, which is written in place, got {type(a).__name__}")
     cdef cnp.ndarray array = a
     cdef int kind = cnp.PyArray_TYPE(array)
@@ -207,8 +212,10 @@ cdef void *writable(object a, Py_ssize_t C, bint float64_only, str name) except 
         raise TypeError(f"expected {name} of dtype {'float64' if float64_only else 'float32 or float64'}, got {array.dtype}")
     if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != C:
         raise ValueError(f"expected {name} of shape ({C},), got {shape_of(array)}")
-    if not cnp.PyArray_IS_C_CONTIGUOUS(array) or not cnp.PyArray_ISALIGNED(array) or not cnp.PyArray_ISWRITEABLE(array):
-        raise ValueError(f"expected {name} to be contiguous, aligned and writeable, got {array.flags}")
+    if not cnp.PyArray_ISWRITEABLE(array):
+        raise ValueError(f"expected {name} to be writeable, got a read-only array")
+    if not cnp.PyArray_IS_C_CONTIGUOUS(array) or not cnp.PyArray_ISALIGNED(array):
+        raise ValueError(f"expected {name} to be contiguous and aligned, got {array.flags}")
     return cnp.PyArray_DATA(array)
 
 

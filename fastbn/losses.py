@@ -1,7 +1,9 @@
 """Losses: each takes (prediction, target) and returns the loss, a float, and its gradient by the prediction.
 
 # Design: a loss and its gradient share their exponentials, so one function returns both. The gradient has the
-# prediction's shape and dtype; the mean is taken in float64. NaN and inf pass through, without warnings.
+# prediction's shape and dtype; the mean is taken in float64. NaN and inf pass through, without warnings. Weights
+# multiply, and what they are divided by is the number of examples: a mini-batch whose weights are all 0 has the loss
+# 0, and mini-batches with larger weights count more.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ __all__ = ["mse", "sigmoid_cross_entropy", "softmax_cross_entropy"]
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
-def softmax_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
+def softmax_cross_entropy(
+    prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None
+) -> tuple[float, Array]:
     """Mean over the rows of -log softmax(prediction)[target], as PyTorch's `cross_entropy`.
 
     Parameters
@@ -24,17 +28,20 @@ def softmax_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[flo
         Logits: what comes before the softmax. Integers and bool become float64.
     target : (N,) integer array
         Labels from 0 to K - 1.
+    sample_weight : (N,) array, optional
+        Finite weights of at least 0; each row's loss is multiplied by its weight before the mean over the rows.
+        Weights with mean 1 leave the scale of the loss as it is. None: all are 1.
 
     Returns
     -------
     loss : float
     gradient : (N, K) array of the prediction's dtype
-        (softmax(prediction) - onehot(target)) / N
+        sample_weight * (softmax(prediction) - onehot(target)) / N
 
     Raises
     ------
     ValueError
-        For wrong shapes, an empty batch, or a label out of range.
+        For wrong shapes, an empty batch, a label out of range, or a weight that is negative or not finite.
     TypeError
         For labels that are not integers, or a prediction of another type.
 
@@ -61,6 +68,7 @@ def softmax_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[flo
         raise ValueError("expected at least one example, got an empty batch")
     if labels.dtype.kind not in "iu":
         raise TypeError(f"expected integer labels, got {labels.dtype}")
+    weight = None if sample_weight is None else _weights(sample_weight, logits)
     at = labels.astype(np.intp)
     if np.maximum.reduce(at.view(np.uintp)) >= k:  # as unsigned numbers, the negative ones are the largest
         wrong = labels[(labels < 0) | (labels >= k)][0]
@@ -72,32 +80,40 @@ def softmax_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[flo
     at_label = flat[at]
     np.exp(z, out=z)
     sums = np.add.reduce(z, axis=1, keepdims=True)
-    loss = np.add.reduce(np.log(sums[:, 0]) - at_label, dtype=np.float64) / n
+    rows = np.log(sums[:, 0]) - at_label
+    if weight is not None:
+        rows = rows * weight[:, 0]
+    loss = np.add.reduce(rows, dtype=np.float64) / n
     sums *= n
     z /= sums
     flat[at] -= 1 / n
+    if weight is not None:
+        z *= weight.astype(z.dtype)
     return float(loss), z
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
-def mse(prediction: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
+def mse(prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None) -> tuple[float, Array]:
     """Mean over all elements of (prediction - target)^2, as PyTorch's `mse_loss`.
 
     Parameters
     ----------
     prediction, target : float32 or float64 arrays of one shape
         Nothing is broadcast. Integers and bool become float64.
+    sample_weight : (N,) array, optional
+        Finite weights of at least 0; each row's loss is multiplied by its weight before the mean over the rows.
+        Weights with mean 1 leave the scale of the loss as it is. None: all are 1.
 
     Returns
     -------
     loss : float
     gradient : array like prediction
-        2 (prediction - target) / size
+        2 sample_weight (prediction - target) / size
 
     Raises
     ------
     ValueError
-        For two shapes, or an empty batch.
+        For two shapes, an empty batch, or a weight that is negative or not finite.
     TypeError
         For arrays of another type.
 
@@ -110,13 +126,19 @@ def mse(prediction: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
     y, t = _pair(prediction, target)
     gradient = np.empty_like(y)
     np.subtract(y, t, out=gradient)
-    loss = np.square(gradient, dtype=np.float64).mean()
+    squares = np.square(gradient, dtype=np.float64)
     gradient *= 2 / gradient.size
-    return float(loss), gradient
+    if sample_weight is not None:
+        weight = _weights(sample_weight, y)
+        squares *= weight
+        gradient *= weight.astype(gradient.dtype)
+    return float(squares.mean()), gradient
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
-def sigmoid_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
+def sigmoid_cross_entropy(
+    prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None
+) -> tuple[float, Array]:
     """Mean over all elements of -t log s(z) - (1 - t) log(1 - s(z)), as `binary_cross_entropy_with_logits`.
 
     s is the sigmoid, z the prediction, t the target; the function meant is PyTorch's.
@@ -127,17 +149,20 @@ def sigmoid_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[flo
         Logits: what comes before the sigmoid. Integers and bool become float64.
     target : array of the prediction's shape
         Probabilities, or classes 0 and 1. Nothing is broadcast.
+    sample_weight : (N,) array, optional
+        Finite weights of at least 0; each row's loss is multiplied by its weight before the mean over the rows.
+        Weights with mean 1 leave the scale of the loss as it is. None: all are 1.
 
     Returns
     -------
     loss : float
     gradient : array like prediction
-        (s(prediction) - target) / size
+        sample_weight (s(prediction) - target) / size
 
     Raises
     ------
     ValueError
-        For two shapes, an empty batch, or a target outside [0, 1].
+        For two shapes, an empty batch, a target outside [0, 1], or a weight that is negative or not finite.
     TypeError
         For arrays of another type.
 
@@ -155,12 +180,16 @@ def sigmoid_cross_entropy(prediction: ArrayLike, target: ArrayLike) -> tuple[flo
     z, t = _pair(prediction, target)
     if t.min() < 0 or t.max() > 1:
         raise ValueError(f"expected targets within [0, 1], got {t.min()} to {t.max()}")
+    weight = None if sample_weight is None else _weights(sample_weight, z)
     e = np.exp(-np.abs(z))
-    loss = np.mean(np.maximum(z, 0) - z * t + np.log1p(e), dtype=np.float64)
+    each = np.maximum(z, 0) - z * t + np.log1p(e)
+    loss = np.mean(each if weight is None else each * weight, dtype=np.float64)
     gradient = np.empty_like(z)
     np.divide(np.where(z < 0, e, 1), e + 1, out=gradient)
     gradient -= t
     gradient /= gradient.size
+    if weight is not None:
+        gradient *= weight.astype(gradient.dtype)
     return float(loss), gradient
 
 
@@ -171,3 +200,13 @@ def _pair(prediction: ArrayLike, target: ArrayLike) -> tuple[Array, Array]:
     if y.size == 0:
         raise ValueError("expected at least one example, got an empty batch")
     return y, t
+
+
+def _weights(sample_weight: ArrayLike, like: Array) -> Array:
+    """A float64 weight for each row of `like`, with its number of axes."""
+    weight = as_float(sample_weight, "sample_weight").astype(np.float64)
+    if like.ndim == 0 or weight.shape != like.shape[:1]:
+        raise ValueError(f"expected sample_weight of shape {like.shape[:1] or '(N,)'}, got {weight.shape}")
+    if not (weight.min() >= 0 and weight.max() < np.inf):
+        raise ValueError(f"expected finite weights of at least 0, got {weight.min()} to {weight.max()}")
+    return weight.reshape(-1, *[1] * (like.ndim - 1))

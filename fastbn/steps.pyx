@@ -10,6 +10,7 @@ cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
 
+from fastbn.arguments cimport is_plain
 from fastbn.kernels cimport machine
 from fastbn.kernels.updates cimport Arrays, Rule, Update, Updates
 
@@ -38,7 +39,7 @@ cdef class Task:
 
 cdef cnp.ndarray fitting(object a, cnp.ndarray like, str what, object name):
     """a as an array of float32 or float64, and of the dtype and shape of `like`; TypeError or ValueError if it is not."""
-    if not cnp.PyArray_Check(a) or not cnp.PyArray_CheckExact(a) and isinstance(a, np.ma.MaskedArray):
+    if not is_plain(a):
         raise TypeError(f"expected the {what} {name!r} as a NumPy array, got {type(a).__name__}")
     cdef cnp.ndarray array = a
     cdef int kind = cnp.PyArray_TYPE(array)

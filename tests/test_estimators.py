@@ -1,16 +1,22 @@
 import copy
 import importlib
 import io
+import itertools
 import pickle
+import re
 import sys
+from pathlib import Path
 
 import joblib
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
+from sklearn.base import clone
 from sklearn.datasets import load_digits, make_multilabel_classification
+from sklearn.ensemble import BaggingClassifier
 from sklearn.exceptions import DataConversionWarning, NotFittedError
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import (
@@ -26,16 +32,29 @@ ESTIMATORS = [BatchNormClassifier, BatchNormRegressor]
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
+def weights_that_cannot_be_repeated_rows(estimator):
+    """Why scikit-learn's check of that fails, by the check's name; it runs on 15 rows, which are one mini-batch."""
+    reason = None
+    if getattr(estimator, "early_stopping", False):
+        reason = "of other rows, early stopping draws others to hold out"
+    elif getattr(estimator, "batch_norm", False) and estimator.hidden_layer_sizes != ():
+        reason = "a batch's statistics count each of its rows once, whatever its weight"
+    return {} if reason is None else {"check_sample_weight_equivalence_on_dense_data": reason}
+
+
 @parametrize_with_checks(
     [
         BatchNormClassifier(),
         BatchNormClassifier(batch_norm=False, activation="logistic", solver="rmsprop", max_iter=50),
-        BatchNormClassifier((20, 10), "tanh", solver="sgd", learning_rate_init=0.05, early_stopping=True),
+        BatchNormClassifier(
+            (20, 10), "tanh", solver="sgd", learning_rate_init=0.05, early_stopping=True, batch_size=10, max_iter=50
+        ),
         BatchNormRegressor(),
         BatchNormRegressor((), learning_rate_init=0.1, early_stopping=True),
         BatchNormTransformer(),
         BatchNormTransformer(momentum=0.1),
-    ]
+    ],
+    expected_failed_checks=weights_that_cannot_be_repeated_rows,
 )
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
@@ -109,6 +128,37 @@ def test_a_copy_predicts_and_goes_on_alike(estimator, solver, made):
         other.partial_fit(X[:50], y[:50])
     assert state(one) == state(other)
     assert one.loss_curve_ == other.loss_curve_
+
+
+@pytest.mark.parametrize(("estimator", "settings"), [
+    (BatchNormClassifier, {}), (BatchNormClassifier, {"batch_norm": False, "solver": "sgd"}),
+    (BatchNormRegressor, {"solver": "rmsprop"}),
+], ids=str)  # fmt: skip
+def test_a_memory_mapped_model_predicts_and_trains_on(estimator, settings, tmp_path):
+    X, y = blobs()
+    fitted = estimator(20, batch_size=20, max_iter=3, **settings).fit(X, y)
+    expected = fitted.predict(X)
+    file = tmp_path / "model.joblib"
+    joblib.dump(fitted, file)
+    fitted.partial_fit(X, y)
+    # The last one writes into the file.
+    for mode, made in itertools.product(("r", "c", "r+"), (*COPIES.values(), lambda e: e)):
+        loaded = joblib.load(file, mmap_mode=mode)
+        assert isinstance(loaded.model_.params["0.weight"], np.memmap)
+        one = made(loaded)
+        np.testing.assert_array_equal(one.predict(X), expected)
+        if mode == "r" and one is loaded:
+            before = state(one)
+            with pytest.raises(ValueError, match=r"^expected a network that can be written into, got .*read-only"):
+                one.partial_fit(X, y)
+            assert state(one) == before
+        else:
+            assert state(one.partial_fit(X, y)) == state(fitted)
+            assert one.loss_curve_ == fitted.loss_curve_
+        if mode == "c":
+            assert state(joblib.load(file, mmap_mode="r")) == state(joblib.load(file))
+    new = joblib.load(file, mmap_mode="r").fit(X, y)  # a new network, in memory
+    assert new.partial_fit(X, y).n_iter_ == 4
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -216,16 +266,36 @@ def test_a_single_sample(estimator):
         estimator(early_stopping=True).fit(X[:3], y[:3])
 
 
-def test_one_class():
-    with pytest.raises(ValueError, match=r"^expected at least 2 classes to tell apart, got one class: \['a'\]$"):
-        BatchNormClassifier().fit(np.eye(3), ["a"] * 3)
+@pytest.mark.parametrize("label", ["a", 7, 2.0, True])
+@pytest.mark.parametrize("settings", [{}, {"batch_norm": False}, {"early_stopping": True, "batch_size": 10}], ids=str)
+def test_one_class_is_what_is_predicted(label, settings):
+    X, _ = blobs(40, dtype=np.float32)
+    classifier = BatchNormClassifier(8, **settings)
+    for fitted in (classifier.fit(X, [label] * 40), clone(classifier).partial_fit(X, [label] * 40, classes=[label])):
+        assert fitted.classes_.tolist() == [label]
+        assert fitted.predict(X).tolist() == [label] * 40
+        assert fitted.score(X, [label] * 40) == 1
+        np.testing.assert_array_equal(fitted.predict_proba(X), np.ones((40, 1), np.float32))
+        np.testing.assert_array_equal(fitted.predict_log_proba(X), np.zeros((40, 1)))
+
+
+def test_folds_and_bags_of_one_class():
+    X, y = blobs(60, 2)
+    y = np.sort(y)
+    settings = {"learning_rate_init": 0.05, "batch_size": 20, "max_iter": 3}
+    scores = cross_val_score(BatchNormClassifier(8, **settings), X, y, cv=KFold(2), error_score="raise")
+    assert scores.tolist() == [0, 0]  # trained on the one half, which is one class, and tried on the other
+    pipeline = make_pipeline(BatchNormTransformer(), BatchNormClassifier(8, **settings))
+    bags = BaggingClassifier(pipeline, 8, max_samples=2, random_state=0).fit(X, y)
+    assert {len(member.classes_) for member in bags.estimators_} == {1, 2}
+    assert bags.predict_proba(X).shape == (60, 2)
 
 
 def test_labels_that_are_refused_leave_the_old_ones():
     X, y = blobs()
     fitted = BatchNormClassifier(max_iter=2, random_state=0).fit(X, y)
     before = state(fitted)
-    for wrong in (np.full(len(X), 7), X[:, 0], np.stack([y, y], axis=1)):
+    for wrong in (X[:, 0], np.stack([y, y], axis=1)):
         with pytest.raises(ValueError, match=r"class|label"):
             fitted.fit(X[:, :2], wrong)
     assert state(fitted) == before
@@ -271,16 +341,131 @@ def test_targets_of_another_kind():
             classifier.partial_fit(X, other)
 
 
+MISSING = {
+    "None": (["a", "b", None] * 4, "None in row 2"), "None beside numbers": ([0, None] * 6, "None in row 1"),
+    "NaN beside text": (["a", float("nan")] * 6, "nan in row 1"),
+    "float32 NaN": (("a", "b", np.float32("nan")) * 4, "nan in row 2"),
+    "object": (np.array(["a", "b", None] * 4, object), "None in row 2"),
+    "NaT": (np.array(["2020", "2021", "NaT"] * 4, "M8[D]"), "NaT in row 2"),
+    "NaN": (np.array([0, 1, np.nan] * 4), "NaN"), "inf": (np.array([0, 1, np.inf] * 4), "infinity"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("y", "named"), MISSING.values(), ids=MISSING)
+def test_a_missing_label_is_no_class(estimator, y, named):
+    with pytest.raises(ValueError, match=named):
+        estimator().fit(np.eye(12), y)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_masks_are_not_lost(estimator):
+    X, y = blobs(12)
+    masked = np.ma.masked_array(X, X > 1), np.ma.masked_array(y, y > 1)
+    for name, data in (("X", (masked[0], y)), ("y", (X, masked[1]))):
+        with pytest.raises(TypeError, match=f"^expected {name} without a mask"):
+            estimator().fit(*data)
+    fitted = estimator(max_iter=1).fit(X, y)
+    with pytest.raises(TypeError, match=r"^expected X without a mask"):
+        fitted.predict(masked[0])
+
+
+def test_targets_that_are_no_numbers():
+    for y in (["1", "2"] * 6, np.array(["2020", "2021"] * 6, "M8[D]"), [b"1", b"2"] * 6):
+        with pytest.raises(TypeError, match=r"^expected y to hold numbers, got "):
+            BatchNormRegressor().fit(np.eye(12), y)
+    with pytest.raises(ValueError, match=r"^expected a y that float32 can hold, .* from 1\.0 to 1e\+39$"):
+        BatchNormRegressor().fit(np.eye(12, dtype=np.float32), [1, 1e39] * 6)
+
+
+def test_the_readme_names_every_parameter_of_scikit_learns():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| parameter of `MLPClassifier`") :].split("\n\n")[0]
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    theirs = MLPRegressor().get_params() | MLPClassifier().get_params()
+    assert {*theirs} <= {name for row in rows for name in row}
+    for ours in (BatchNormClassifier().get_params(), BatchNormRegressor().get_params()):
+        assert [name for name in rows[0] if ours[name] != theirs[name]] == []
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_an_unknown_parameter_names_the_class_that_was_written(estimator):
+    with pytest.raises(TypeError, match=rf"^{estimator.__name__}\.__init__\(\) .* 'warm_start'"):
+        estimator(warm_start=True)
+
+
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, BatchNormTransformer])
 def test_before_fit(estimator):
     with pytest.raises(NotFittedError):
         getattr(estimator(), "predict", getattr(estimator(), "transform", None))(np.eye(3))
 
 
-def test_a_diverging_loss_says_where():
+def steep():
+    X = np.random.default_rng(0).uniform(50, 300, (1000, 3))
+    return X, X @ [1200.0, 300.0, -50.0]
+
+
+@pytest.mark.parametrize("early_stopping", [True, False])
+@pytest.mark.parametrize("settings", [
+    {"solver": "sgd", "learning_rate_init": 0.01}, {"solver": "sgd", "learning_rate_init": 1e200},
+    {"solver": "adam", "learning_rate_init": 1e200}, {"solver": "rmsprop", "learning_rate_init": 1e200},
+    {"solver": "sgd", "learning_rate_init": 1e150, "batch_size": 1000, "n_iter_no_change": 1},
+    {"solver": "adam", "learning_rate_init": 1e300, "batch_norm": False, "hidden_layer_sizes": ()},
+], ids=str)  # fmt: skip
+def test_divergence_names_the_epoch_and_leaves_the_old_network(settings, early_stopping):
+    X, y = steep()
+    regressor = BatchNormRegressor(random_state=1, max_iter=20, early_stopping=early_stopping).set_params(**settings)
+    with pytest.raises(FloatingPointError, match=r"\bepoch \d+\b"):
+        regressor.fit(X, y)
+    with pytest.raises(NotFittedError):
+        regressor.predict(X)
+    fitted = regressor.set_params(learning_rate_init=1e-12, max_iter=1).fit(X, y)
+    before = state(fitted), fitted.n_iter_
+    with pytest.raises(FloatingPointError, match="epoch"):
+        fitted.set_params(**settings, max_iter=20).fit(X, y)
+    assert (state(fitted), fitted.n_iter_) == before
+
+
+@pytest.mark.parametrize(("rate", "early_stopping", "named"), [
+    (1e306, False, "the network is not finite any more at the end of epoch 1"),
+    (1e160, True, "the validation score is -inf at epoch 1"),
+])  # fmt: skip
+def test_the_last_step_diverges(rate, early_stopping, named):
+    X, y = steep()
+    one = BatchNormRegressor((), solver="sgd", momentum=0, learning_rate_init=rate, batch_size=1000, max_iter=1)
+    with pytest.raises(FloatingPointError, match=f"^{named}$"):
+        one.set_params(early_stopping=early_stopping, alpha=0).fit(X, y)
+
+
+def test_early_stopping_does_not_score_what_is_not_finite(monkeypatch):
     X, y = blobs()
-    with pytest.raises(FloatingPointError, match="epoch 1, step"):
-        BatchNormRegressor((), solver="sgd", learning_rate_init=1e300, batch_size=10).fit(X * 1e5, y)
+
+    def overflowing(self, X):
+        return np.full((len(X), 3), np.nan)
+
+    monkeypatch.setattr(BatchNormClassifier, "_forward", overflowing)
+    with pytest.raises(FloatingPointError, match=r"^the predictions for the held-out samples are .* epoch 1$"):
+        BatchNormClassifier(8, early_stopping=True).fit(X, y)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("solver", ["adam", "sgd", "rmsprop"])
+def test_a_partial_fit_that_diverges_is_undone(estimator, solver):
+    X, y = blobs()
+    one = estimator(8, solver=solver, batch_size=20, random_state=0)
+    first = {"classes": [0, 1, 2]} if estimator is BatchNormClassifier else {}
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        one.partial_fit(X * 1e160, y, **first)
+    assert not hasattr(one, "model_")
+    one.partial_fit(X, y, **first)
+    twin = copy.deepcopy(one)
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        one.partial_fit(X * 1e160, y)
+    for again in (one, twin):
+        again.partial_fit(X, y)
+    assert state(one) == state(twin)
+    assert one.loss_curve_ == twin.loss_curve_
+    assert one.n_iter_ == 2
 
 
 def test_prints_a_line_for_each_epoch(capsys):

@@ -42,12 +42,19 @@ SHARED = [
 SGD = {"solver": "sgd", "learning_rate_init": 0.2, "batch_norm": False, "random_state": 0, "max_iter": 60}
 
 
-@pytest.mark.parametrize("more", [
-    {}, {"alpha": 3.0}, {"momentum": 0}, {"nesterovs_momentum": False}, {"hidden_layer_sizes": (7, 6)},
+MORE = [
+    {"alpha": 3.0}, {"momentum": 0}, {"nesterovs_momentum": False}, {"hidden_layer_sizes": (7, 6)},
     {"activation": "tanh"}, {"activation": "logistic"}, {"activation": "identity", "learning_rate_init": 0.05},
     {"tol": 0.02, "n_iter_no_change": 2},
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("kind", ["classes", "binary", "labels", "numbers", "two numbers"])
+]  # fmt: skip
+KINDS = ["classes", "binary", "labels", "numbers", "two numbers"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(kind, {}) for kind in KINDS] + [(KINDS[i % 5], more) for i, more in enumerate(MORE + MORE[::-1])],
+    ids=str,
+)
 def test_without_batch_norm_training_is_scikit_learns(kind, more):
     X, y = blobs(classes=2 if kind == "binary" else 3)
     y = {"labels": np.eye(3, dtype=int)[y] | np.eye(3, dtype=int)[y - 1], "numbers": y - 1.0,
@@ -185,7 +192,7 @@ def test_early_stopping_holds_out_a_part_of_every_class():
 
     class Spy(BatchNormClassifier):
         @staticmethod
-        def _score(labels, prediction):
+        def _score(labels, prediction, sample_weight):
             scored.append(labels)
             return accuracy_score(labels, prediction)
 

@@ -173,4 +173,48 @@ def test_empty_batch_and_wrong_type(loss):
     for dtype in (np.float16, complex, object):
         with pytest.raises(TypeError, match="float32"):
             loss(np.zeros((2, 3), dtype), [0, 0])
-    assert list(inspect.signature(loss).parameters) == ["prediction", "target"]
+    assert list(inspect.signature(loss).parameters) == ["prediction", "target", "sample_weight"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (60, 10), (300, 3)])
+@pytest.mark.parametrize("loss", ALL, ids=lambda f: f.__name__)
+def test_weights_that_are_counts_are_repeated_rows(loss, shape, dtype):
+    z, t = example(loss, shape, dtype)
+    counts = np.random.default_rng(0).integers(1, 4, shape[0])
+    counts[1:3] = 0
+    value, gradient = loss(z, t, counts)
+    expected, slope = TWINS[loss](z.repeat(counts, axis=0), t.repeat(counts, axis=0))
+    share = counts.sum() / shape[0]  # the mean is over the rows, not over the counts
+    u = float(np.finfo(dtype).eps / 2)
+    assert value == pytest.approx(float(expected * share), rel=32 * u)
+    assert gradient.dtype == dtype
+    first = np.cumsum(counts) - counts  # each row's first repetition
+    for i in range(shape[0]):
+        row = slope[first[i]] * counts[i] * share if counts[i] else np.zeros(shape[1])
+        np.testing.assert_allclose(gradient[i], row.astype(dtype), rtol=64 * u, atol=64 * u / z.size)
+
+
+@pytest.mark.parametrize("loss", ALL, ids=lambda f: f.__name__)
+def test_weights_leave_what_they_do_not_change(loss):
+    for dtype in (np.float32, np.float64):
+        z, t = example(loss, (60, 10), dtype)
+        value, gradient = loss(z, t)
+        for ones in ([1] * 60, np.ones(60, np.float32), np.ones(60, bool)):
+            assert loss(z, t, ones)[0] == value
+            np.testing.assert_array_equal(loss(z, t, ones)[1], gradient)
+        value, gradient = loss(z, t, np.zeros(60))
+        assert value == 0 == np.count_nonzero(gradient)
+
+
+@pytest.mark.parametrize("loss", ALL, ids=lambda f: f.__name__)
+def test_weights_that_do_not_fit(loss):
+    z, t = example(loss, (2, 3), np.float64)
+    for wrong in (1.0, [1.0], [[1.0], [1.0]], np.ones((2, 3))):
+        with pytest.raises(ValueError, match=r"^expected sample_weight of shape \(2,\), got \("):
+            loss(z, t, wrong)
+    for wrong in ([1, -1e-9], [1, np.nan], [np.inf, 1]):
+        with pytest.raises(ValueError, match=r"^expected finite weights of at least 0, got "):
+            loss(z, t, wrong)
+    with pytest.raises(TypeError, match="sample_weight"):
+        loss(z, t, ["a", "b"])

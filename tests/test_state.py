@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn import nn
+from fastbn import losses, nn, optim, training
 from fastbn.state import Arrays
 
 
@@ -98,12 +99,72 @@ def test_read_only_arrays_are_not_written(spoil):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int64, ">f8"])
 def test_running_averages_of_another_dtype(dtype):
-    class Running:
-        num_features, momentum, debias, unbiased = 3, 0.1, False, True
-        mean, var = np.zeros(3, dtype), np.ones(3, dtype)
-
+    running = Running()
+    running.mean, running.var = np.zeros(3, dtype), np.ones(3, dtype)
     with pytest.raises(TypeError, match="expected running_mean of dtype float64"):
-        fastbn.batch_norm_forward(np.eye(3), running=Running())
+        fastbn.batch_norm_forward(np.eye(3), running=running)
+
+
+class Running:
+    num_features, momentum, debias, unbiased = 3, 0.1, False, True
+
+    def _counted(self, stats):
+        pass
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize("kind", [np.memmap, Subclass])
+def test_running_averages_of_a_subclass_are_updated_in_place(kind):
+    x, running, plain = np.random.default_rng(0).standard_normal((8, 3)), Running(), Running()
+    plain.mean, plain.var = np.zeros(3), np.ones(3)
+    running.mean, running.var = np.zeros(3).view(kind), np.ones(3).view(kind)
+    assert type(running.mean) is kind
+    for one in (running, plain):
+        fastbn.batch_norm_forward(x, running=one)
+    assert (running.mean == plain.mean).all()
+    assert (running.var == plain.var).all()
+    running.mean = np.ma.masked_array(np.zeros(3), [True, False, False])
+    with pytest.raises(TypeError, match=r"^expected running_mean to be a NumPy array, .* got MaskedArray$"):
+        fastbn.batch_norm_forward(x, running=running)
+
+
+def example_of_training():
+    model = nn.Sequential(
+        nn.Standardize(6).fit(np.arange(12.0).reshape(2, 6)), nn.Dense(6, 8, bias=False, seed=0),
+        fastbn.BatchNorm(8, activation="relu", renorm=(3, 5)), nn.Dropout(0.1, seed=0), nn.Dense(8, 8, seed=1),
+        fastbn.BatchNorm(8, ghost_size=8), nn.Dense(8, 3, seed=2),
+    )  # fmt: skip
+    return model, optim.Adam(model), fastbn.BatchNorm(6)
+
+
+def trained(model, optimizer, norm):
+    x = np.random.default_rng(0).standard_normal((40, 6))
+    training.fit(model, (x, np.arange(40) % 3), losses.softmax_cross_entropy, optimizer, epochs=2, batch_size=20)
+    norm(x, mask=x[:, 0] > 0)
+    norm.backward(x)
+    arrays = model.state_dict() | {f"norm.{k}": a for k, a in (norm.state_dict() | norm.grads).items()}
+    return {key: array.tobytes() for key, array in arrays.items()}
+
+
+@pytest.mark.parametrize("made", [lambda e: e, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+def test_memory_maps_are_trained_in_place(made, tmp_path):
+    joblib.dump(example_of_training(), tmp_path / "model")
+    expected = trained(*example_of_training())
+    for mode in ("c", "r+"):
+        assert trained(*made(joblib.load(tmp_path / "model", mmap_mode=mode))) == expected
+
+
+def test_read_only_memory_maps_are_read(tmp_path):
+    joblib.dump(example_of_training(), tmp_path / "model")
+    model, _, norm = joblib.load(tmp_path / "model", mmap_mode="r")
+    x = np.random.default_rng(0).standard_normal((40, 6))
+    assert (model.eval()(x) == example_of_training()[0].eval()(x)).all()
+    with pytest.raises(ValueError, match=r"^expected running_mean to be writeable, got a read-only array$"):
+        norm(x)
+    assert norm.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("x", [np.arange(32.0, dtype=">f4").reshape(8, 4), np.arange(32).reshape(8, 4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -12,21 +13,21 @@ from sklearn.metrics import accuracy_score, r2_score
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.utils.multiclass import check_classification_targets, type_of_target, unique_labels
 
-from .. import losses, training
+from .. import losses
 from ..state import Array
-from .network import Network
+from .network import DataLoss, Network
 
 
-def _log_loss(prediction: Array, target: Array) -> tuple[float, Array]:
+def _log_loss(prediction: Array, target: Array, sample_weight: Array | None = None) -> tuple[float, Array]:
     """The sum over the outputs, as MLPClassifier's, where fastbn's loss is their mean."""
-    loss, gradient = losses.sigmoid_cross_entropy(prediction, target)
+    loss, gradient = losses.sigmoid_cross_entropy(prediction, target, sample_weight)
     gradient *= prediction.shape[1]
     return loss * prediction.shape[1], gradient
 
 
-def _squared_error(prediction: Array, target: Array) -> tuple[float, Array]:
+def _squared_error(prediction: Array, target: Array, sample_weight: Array | None = None) -> tuple[float, Array]:
     """MLPRegressor's: half the mean over the outputs; the gradient is that of half their sum."""
-    loss, gradient = losses.mse(prediction, target)
+    loss, gradient = losses.mse(prediction, target, sample_weight)
     gradient *= prediction.shape[1] / 2
     return loss / 2, gradient
 
@@ -72,6 +73,11 @@ class BatchNormClassifier(ClassifierMixin, Network):
     beta_1, beta_2 : float
     n_iter_no_change : int
         Training stops once more than so many epochs in a row were no better, by `tol`, than the best one.
+    class_weight : dict, "balanced" or None
+        Weights of the classes, ``{label: weight}``, by which the weights of their samples are multiplied. A class that
+        is not in the dict has weight 1; but a dict with a label that is no class of y must name all classes, since
+        that label may be a mistake. "balanced": every class has the same sum of weights. `fit` alone takes
+        "balanced". Where y has several labels, it must be None.
 
     Attributes
     ----------
@@ -95,8 +101,17 @@ class BatchNormClassifier(ClassifierMixin, Network):
 
     Notes
     -----
-    Of MLPClassifier's parameters those are left out that `training.fit` and `fastbn.optim` have no equal for. X is
-    dense, and there are no sample weights.
+    Left out of MLPClassifier's parameters: `solver="lbfgs"` and `max_fun` (they work by full batches), `learning_rate`
+    and `power_t` (the rate is constant), `shuffle` (always), `warm_start` (`fit` trains a new network, and
+    `partial_fit` trains on, an epoch a call), `epsilon` (Adam's 1e-8). X is dense.
+
+    A sample's weight multiplies its loss. The weights are first divided by their mean, and alpha by the same: weights
+    that are whole numbers equal repeated rows, where ``batch_norm=False`` and a batch holds all samples. Elsewhere they
+    cannot. The statistics of a mini-batch count each of its rows once, whatever its weight, as in every library, and
+    repeated rows would make other mini-batches. Early stopping goes by the weighted score, and holds out no sample of
+    weight 0. Where the weights sum to 1, as AdaBoost's, alpha is as strong as with a single sample.
+
+    With one class in y, that class is predicted, with probability 1.
 
     Examples
     --------
@@ -112,6 +127,37 @@ class BatchNormClassifier(ClassifierMixin, Network):
     _score = staticmethod(accuracy_score)
     _encoder: Any
 
+    def __init__(
+        self,
+        hidden_layer_sizes: Any = (100,),
+        activation: str = "relu",
+        *,
+        batch_norm: bool = True,
+        solver: str = "adam",
+        alpha: float = 0.0001,
+        batch_size: int | str = "auto",
+        learning_rate_init: float = 0.001,
+        max_iter: int = 200,
+        random_state: Any = None,
+        tol: float = 0.0001,
+        verbose: bool = False,
+        momentum: float = 0.9,
+        nesterovs_momentum: bool = True,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        n_iter_no_change: int = 10,
+        class_weight: Mapping[Any, float] | str | None = None,
+    ) -> None:
+        super().__init__(
+            hidden_layer_sizes, activation, batch_norm=batch_norm, solver=solver, alpha=alpha, batch_size=batch_size,
+            learning_rate_init=learning_rate_init, max_iter=max_iter, random_state=random_state, tol=tol,
+            verbose=verbose, momentum=momentum, nesterovs_momentum=nesterovs_momentum, early_stopping=early_stopping,
+            validation_fraction=validation_fraction, beta_1=beta_1, beta_2=beta_2, n_iter_no_change=n_iter_no_change,
+        )  # fmt: skip
+        self.class_weight = class_weight
+
     def _targets(self, y: Any, dtype: np.dtype[Any], first: bool, classes: Any) -> Array:
         check_classification_targets(y)
         if first:
@@ -120,8 +166,6 @@ class BatchNormClassifier(ClassifierMixin, Network):
         else:
             encoder = self._encoder
         known = encoder.classes_.tolist()
-        if len(known) < 2:
-            raise ValueError(f"expected at least 2 classes to tell apart, got one class: {known}")
         if not first and classes is not None and not np.array_equal(unique_labels(classes), encoder.classes_):
             raise ValueError(f"expected classes as in the first call, {known}, got {classes}")
         if type_of_target(y).startswith("multilabel") != encoder.y_type_.startswith("multilabel"):
@@ -131,9 +175,34 @@ class BatchNormClassifier(ClassifierMixin, Network):
             raise ValueError(f"expected labels among the classes {known}, got {unseen}")
         encoded = encoder.transform(y)
         self._encoder, self.classes_ = encoder, encoder.classes_
-        return encoded.argmax(axis=1) if encoder.y_type_ == "multiclass" else encoded.astype(dtype)
+        return encoded.argmax(axis=1) if self._one_output_a_class() else encoded.astype(dtype)
 
-    def _loss_and_outputs(self, targets: Array) -> tuple[training.Loss, int]:
+    def _one_output_a_class(self) -> bool:
+        """Whether a softmax over the classes decides; a single class has probability 1, and nothing to learn."""
+        return self._encoder.y_type_ == "multiclass" or len(self.classes_) == 1
+
+    def _weighted_by_class(self, y: Any, weights: Array | None) -> Array | None:
+        if self.class_weight is None:
+            return weights
+        if self._encoder.y_type_.startswith("multilabel"):
+            raise ValueError(
+                "expected class_weight=None where y has several labels, whose samples have several classes"
+            )
+        labels = self.classes_.tolist()
+        index = np.searchsorted(self.classes_, y)
+        if isinstance(self.class_weight, str):  # "balanced"
+            totals = np.bincount(index, weights, len(labels))
+            present = totals > 0
+            factors = np.divide(totals.sum() / present.sum(), totals, out=np.zeros(len(labels)), where=present)
+        else:
+            if not {*labels} <= {*self.class_weight} and not {*self.class_weight} <= {*labels}:
+                raise ValueError(
+                    f"expected the keys of class_weight among the classes {labels}, got {self.class_weight}"
+                )
+            factors = np.array([self.class_weight.get(label, 1) for label in labels], np.float64)
+        return factors[index] if weights is None else factors[index] * weights
+
+    def _loss_and_outputs(self, targets: Array) -> tuple[DataLoss, int]:
         if targets.ndim == 1:
             return losses.softmax_cross_entropy, len(self.classes_)
         return _log_loss, targets.shape[1]
@@ -143,9 +212,11 @@ class BatchNormClassifier(ClassifierMixin, Network):
 
     def _probabilities(self, output: Array) -> Array:
         """One column for two classes."""
-        return softmax(output, axis=1) if self._encoder.y_type_ == "multiclass" else expit(output)
+        return softmax(output, axis=1) if self._one_output_a_class() else expit(output)
 
-    def partial_fit(self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
+    def partial_fit(
+        self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None, sample_weight: ArrayLike | None = None
+    ) -> Self:
         """Train on for one epoch over X and y; there is no early stopping here.
 
         Parameters
@@ -155,6 +226,8 @@ class BatchNormClassifier(ClassifierMixin, Network):
         y : array_like of shape (n_samples,) or (n_samples, n_outputs)
         classes : array_like of shape (n_classes,), optional
             All classes there will be; the first call needs them.
+        sample_weight : array_like of shape (n_samples,), optional
+            As `fit`'s. They count relative to the other weights of the same call.
 
         Returns
         -------
@@ -163,12 +236,15 @@ class BatchNormClassifier(ClassifierMixin, Network):
         Raises
         ------
         ValueError, TypeError, FloatingPointError
-            As `fit`; for a first call without classes.
+            As `fit`; for a first call without classes, and for ``class_weight="balanced"``, which needs all of y.
         """
-        first = not hasattr(self, "model_")
-        if first and classes is None:
+        if classes is None and not hasattr(self, "model_"):
             raise ValueError("expected classes in the first call to partial_fit, got None")
-        return self._continue(X, y, first, classes)
+        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
+            raise ValueError(
+                'expected class_weight as a dict in partial_fit, got "balanced", which needs all of y at once'
+            )
+        return self._continue(X, y, sample_weight, classes)
 
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probability of each class.
@@ -183,7 +259,7 @@ class BatchNormClassifier(ClassifierMixin, Network):
             In the order of `classes_`, of X's dtype. Of several labels each has a probability of its own.
         """
         p = self._probabilities(self._output(X))
-        return np.hstack([1 - p, p]) if p.shape[1] == 1 else p
+        return np.hstack([1 - p, p]) if p.shape[1] < len(self.classes_) else p
 
     def predict_log_proba(self, X: ArrayLike) -> Array:
         """Logarithm of `predict_proba`, also where that is too small for its dtype.
@@ -197,7 +273,7 @@ class BatchNormClassifier(ClassifierMixin, Network):
         numpy.ndarray of shape (n_samples, n_classes)
         """
         z = self._output(X)
-        if self._encoder.y_type_ == "multiclass":
+        if self._one_output_a_class():
             return log_softmax(z, axis=1)
         return log_expit(np.hstack([-z, z]) if z.shape[1] == 1 else z)
 
@@ -217,7 +293,7 @@ class BatchNormRegressor(RegressorMixin, Network):
     ----------
     hidden_layer_sizes, activation, batch_norm, solver, alpha, batch_size, learning_rate_init, max_iter, random_state, \
 tol, verbose, momentum, nesterovs_momentum, early_stopping, validation_fraction, beta_1, beta_2, n_iter_no_change
-        As `BatchNormClassifier`'s. Early stopping goes by R^2.
+        As `BatchNormClassifier`'s, and weights of samples too. Early stopping goes by R^2.
 
     Attributes
     ----------
@@ -238,16 +314,51 @@ n_features_in_, feature_names_in_
     _y_numeric = True
     _score = staticmethod(r2_score)
 
-    def _targets(self, y: Any, dtype: np.dtype[Any], first: bool, classes: Any) -> Array:
-        return y.reshape(len(y), -1).astype(dtype)
+    def __init__(
+        self,
+        hidden_layer_sizes: Any = (100,),
+        activation: str = "relu",
+        *,
+        batch_norm: bool = True,
+        solver: str = "adam",
+        alpha: float = 0.0001,
+        batch_size: int | str = "auto",
+        learning_rate_init: float = 0.001,
+        max_iter: int = 200,
+        random_state: Any = None,
+        tol: float = 0.0001,
+        verbose: bool = False,
+        momentum: float = 0.9,
+        nesterovs_momentum: bool = True,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        n_iter_no_change: int = 10,
+    ) -> None:
+        super().__init__(
+            hidden_layer_sizes, activation, batch_norm=batch_norm, solver=solver, alpha=alpha, batch_size=batch_size,
+            learning_rate_init=learning_rate_init, max_iter=max_iter, random_state=random_state, tol=tol,
+            verbose=verbose, momentum=momentum, nesterovs_momentum=nesterovs_momentum, early_stopping=early_stopping,
+            validation_fraction=validation_fraction, beta_1=beta_1, beta_2=beta_2, n_iter_no_change=n_iter_no_change,
+        )  # fmt: skip
 
-    def _loss_and_outputs(self, targets: Array) -> tuple[training.Loss, int]:
+    def _targets(self, y: Any, dtype: np.dtype[Any], first: bool, classes: Any) -> Array:
+        if y.dtype.kind not in "biuf":
+            raise TypeError(f"expected y to hold numbers, got {y.dtype}")
+        with np.errstate(over="ignore"):
+            targets = y.reshape(len(y), -1).astype(dtype)
+        if not np.isfinite(targets).all():
+            raise ValueError(f"expected a y that {dtype} can hold, X's dtype, got values from {y.min()} to {y.max()}")
+        return targets
+
+    def _loss_and_outputs(self, targets: Array) -> tuple[DataLoss, int]:
         return _squared_error, targets.shape[1]
 
     def _decide(self, output: Array) -> Any:
         return output[:, 0] if self.n_outputs_ == 1 else output
 
-    def partial_fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+    def partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Train on for one epoch over X and y; there is no early stopping here.
 
         Parameters
@@ -255,6 +366,8 @@ n_features_in_, feature_names_in_
         X : array_like of shape (n_samples, n_features)
             At least 2 samples.
         y : array_like of shape (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array_like of shape (n_samples,), optional
+            As `fit`'s. They count relative to the other weights of the same call.
 
         Returns
         -------
@@ -265,7 +378,7 @@ n_features_in_, feature_names_in_
         ValueError, TypeError, FloatingPointError
             As `fit`.
         """
-        return self._continue(X, y, not hasattr(self, "model_"))
+        return self._continue(X, y, sample_weight)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
