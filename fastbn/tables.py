@@ -1,0 +1,237 @@
+"""Tables in text files: .csv and its kin, whatever parts their cells, with a header row or without."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import itertools
+import re
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from .labels import boolean, is_missing, number, shown
+
+__all__ = ["LARGEST", "SUFFIXES", "Table", "is_table", "read_table"]
+
+SUFFIXES = (".csv", ".tsv", ".txt", ".data")
+LARGEST = 1e150  # the square of more leaves float64
+_DELIMITERS = ",;\t|"
+_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'", " ": "spaces"}
+_SAMPLE_LINES = 20
+_PLAIN = re.compile(r"[0-9+\-.eE ]*")  # of such characters float() reads what number() does
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]*,[0-9]+([eE][+-]?[0-9]+)?")
+_UNNAMED = ("", "Unnamed: 0")  # what pandas and R write above their row names, and pandas when it has read that
+
+
+@dataclass(frozen=True)
+class Table:
+    """The features, (N, features) float64, with their names; the target's cells, or None; the line of every row."""
+
+    X: np.ndarray
+    features: tuple[str, ...] | None  # None without a header
+    labels: list[str] | None
+    lines: Sequence[int]
+    notes: tuple[str, ...]
+
+
+def is_table(path: Path) -> bool:
+    """Whether the name is one of a table."""
+    return path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
+
+
+def read_table(
+    path: Path, target: str | None, columns: Sequence[str] | None, ignore: Sequence[str], header: bool | None
+) -> Table:
+    """The file's features and labels; ValueError with line and column for what is wrong. See `data.load`."""
+    try:
+        with _open(path) as file:
+            delimiter, lines, skipped = _delimited(
+                file, tab_first=path.name.lower().removesuffix(".gz").endswith(".tsv")
+            )
+            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+            return _Reading(path, reader, delimiter, skipped).table(target, columns, ignore, header)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error}): save it as UTF-8") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or truncated ({error})") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a table in a text file ({error})") from error
+
+
+def _open(path: Path) -> Any:
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    return opened(path, "rt", newline="", encoding="utf-8-sig")
+
+
+def _delimited(file: TextIO, *, tab_first: bool) -> tuple[str, Iterator[str], int]:
+    """What parts the cells, all lines but Excel's `sep=;`, and the number of lines left out for that."""
+    sample = list(itertools.islice(file, _SAMPLE_LINES))
+    lines = itertools.chain(sample, file)
+    if sample and (said := re.fullmatch(r'"?sep=(.)"?\s*', sample[0])):
+        return said[1], itertools.islice(lines, 1, None), 1
+    texts = [line for line in sample if line.strip()]
+    delimiter = _delimiter(texts, "\t,;|" if tab_first else _DELIMITERS)
+    return delimiter, (" ".join(line.split()) for line in lines) if delimiter == " " else lines, 0
+
+
+def _delimiter(lines: Sequence[str], candidates: str) -> str:
+    """The first that parts all these lines into the same number of cells; else the first that parts the first one."""
+    widths = {d: [_width(line, d) for line in lines] for d in candidates}
+    parting = [d for d in candidates if lines and widths[d][0] > 1]
+    if not parting:
+        return " " if lines and len(lines[0].split()) > 1 and '"' not in lines[0] else ","
+    return next((d for d in parting if len(set(widths[d])) == 1), parting[0])
+
+
+def _width(line: str, delimiter: str) -> int:
+    with contextlib.suppress(csv.Error, StopIteration):  # a quoted cell may go on in the next line
+        return len(next(csv.reader([line], delimiter=delimiter, skipinitialspace=True)))
+    return 0
+
+
+class _Reading:
+    """One pass over the rows of a table."""
+
+    def __init__(self, path: Path, reader: Any, delimiter: str, skipped: int) -> None:
+        self.path, self.reader, self.delimiter, self.skipped = path, reader, delimiter, skipped
+
+    def line(self) -> int:
+        return int(self.reader.line_num) + self.skipped
+
+    def table(
+        self, target: str | None, columns: Sequence[str] | None, ignore: Sequence[str], header: bool | None
+    ) -> Table:
+        path = self.path
+        first = next((cells for cells in self.reader if cells), None)
+        if first is None:
+            raise ValueError(f"{path}: empty, expected a header row")
+        first[0] = first[0].removeprefix("# ")  # NumPy's savetxt writes its header as a comment
+        names = [name.strip() for name in first]
+        if header is None:
+            self._check_header(names)
+        rows: Iterator[list[str]] = self.reader
+        if header is False:
+            rows, names = itertools.chain([first], rows), [str(i) for i in range(1, len(names) + 1)]
+        self.names = names
+        if columns is not None and list(columns) == [name for name in names if name != target]:
+            columns = None  # all of them: two may have one name
+        for asked in (*([] if target is None else [target]), *(columns or ()), *ignore):
+            if names.count(asked) != 1:
+                there = ", ".join(map(_short, names))
+                raise ValueError(f"{path}: expected one column called {asked!r}, got the columns {there}")
+        at = None if target is None else names.index(target)
+        if columns is None:
+            left_out = {names.index(name) for name in ignore}
+            chosen = [i for i in range(len(names)) if i != at and i not in left_out]
+        elif target in columns:
+            raise ValueError(f"{path}: expected {target!r} as the target or as a feature, not as both")
+        else:
+            chosen = [names.index(name) for name in columns]
+        index = chosen.pop(0) if columns is None and chosen[:1] == [0] and names[0] in _UNNAMED else None
+        if not chosen and index is None:
+            beside = "" if target is None else f" beside {target!r}"
+            raise ValueError(f"{path}: no feature column{beside}")
+        return self._read(rows, at, chosen, index, named=header is not False)
+
+    def _check_header(self, names: list[str]) -> None:
+        """ValueError where the first row may be an example: to eat one, or to make one of names, would go unseen."""
+        known = next(
+            (n for n in names if number(n) is not None or boolean(n) is not None or (n and is_missing(n))), None
+        )
+        if known is not None:
+            raise ValueError(
+                f"{self.path}: the first row holds {_short(known)}, so it may be an example or the columns' names: "
+                "--no-header reads it as an example and calls the columns 1, 2, 3 and so on, --header as names"
+            )
+
+    def _read(
+        self, rows: Iterator[list[str]], at: int | None, chosen: list[int], index: int | None, *, named: bool
+    ) -> Table:
+        numbers, labels, row_names = array("d"), [], []
+        lines = array("q")
+        width, whole = len(self.names), chosen == list(range(len(self.names)))
+        for cells in rows:
+            if not cells:  # a blank line
+                continue
+            if len(cells) != width:
+                parted = "" if self.delimiter == "," else f" parted by {_NAMES.get(self.delimiter, self.delimiter)}"
+                raise ValueError(f"{self.path}: line {self.line()} has {len(cells)} cells{parted}, expected {width}")
+            lines.append(self.line())
+            if at is not None:
+                labels.append(cells[at])
+            if index is not None:
+                row_names.append(cells[index].strip())
+            features = cells if whole else [cells[i] for i in chosen]
+            if _PLAIN.fullmatch("".join(features)):
+                with contextlib.suppress(ValueError):
+                    numbers.extend([float(cell) for cell in features])
+                    continue
+            numbers.extend(self._number(cells[i], i, at is None) for i in chosen)
+        if not lines:
+            raise ValueError(f"{self.path}: no rows below the header")
+        X = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(chosen)) if chosen else np.empty((len(lines), 0))
+        notes = []
+        if index is not None:
+            if _are_row_names(row_names):
+                notes.append("left out the first column, which has no name and another cell in every row")
+            else:
+                chosen = [index, *chosen]
+                column = [
+                    self._number(cell, index, at is None, line) for cell, line in zip(row_names, lines, strict=True)
+                ]
+                X = np.column_stack([column, X])
+        if not chosen:
+            raise ValueError(f"{self.path}: no feature column beside the row names")
+        wrong = np.argwhere(~(np.abs(X) < LARGEST))
+        if len(wrong):
+            row, column_at = wrong[0]
+            cell = f"{X[row, column_at]:g}"
+            raise ValueError(
+                f"{self._place(lines[row], chosen[column_at])}: expected less than {LARGEST:g}, got {cell}"
+            )
+        for i, x in zip(chosen, X.T, strict=True):
+            if len(chosen) > 1 and len(x) > 2 and (np.diff(x[:3]) == 1).all() and (np.diff(x) == 1).all():
+                notes.append(f"column {_short(self.names[i])} counts the rows: --ignore {self.names[i]} leaves it out")
+        features_named = tuple(self.names[i] for i in chosen) if named else None
+        return Table(X, features_named, None if at is None else labels, lines, tuple(notes))
+
+    def _place(self, line: int, column: int) -> str:
+        return f"{self.path}: line {line}, column {shown(self.names[column])}"
+
+    def _number(self, text: str, column: int, no_target: bool, line: int | None = None) -> float:
+        cell = text.strip()
+        if (found := number(cell)) is not None:
+            return found
+        if (truth := boolean(cell)) is not None:
+            return float(truth)
+        raise ValueError(
+            f"{self._place(self.line() if line is None else line, column)}: expected a number, got {shown(cell)}"
+            f" ({self._way_on(cell, column, no_target)})"
+        )
+
+    def _way_on(self, cell: str, column: int, no_target: bool) -> str:
+        leave_out = f"--ignore {self.names[column]} leaves the column out"
+        if _DECIMAL_COMMA.fullmatch(cell):
+            return "decimals are written with a point, thousands without a mark"
+        if is_missing(cell):
+            return f"fill in what is missing, or {leave_out}"
+        if no_target:
+            return f"a column of labels must be named as the target; {leave_out}"
+        return f"{leave_out}; text becomes numbers with scikit-learn's OneHotEncoder"
+
+
+def _are_row_names(cells: list[str]) -> bool:
+    """Whether all differ and none is a number with a fraction."""
+    found = [number(cell) for cell in cells]
+    return len(set(cells)) == len(cells) and all(x is None or x.is_integer() for x in found)
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 40 else shown(name)
