@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 import fastbn
 from fastbn.commands import experiment, predict, train
@@ -19,47 +20,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0; 2 after one sentence on standard error; 130 after Ctrl-C; 141 where the reader of a pipe has gone.
     """
-    closed = sys.stdout is None
-    _open_standard_streams()
-    args = argparse.Namespace()
-    try:
+    with _open_standard_streams() as closed:
         try:
-            args = _parser().parse_args(argv)
-        finally:
-            sys.stdout.flush()  # --help and --version
+            _run(argv, closed)
+        except BrokenPipeError:  # the reader, say `head`, has seen enough
+            _flush_or_drop(sys.stdout, sys.stderr)
+            return SIGPIPE_STATUS
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            if isinstance(error, OSError) and error.errno and not error.filename:  # what is written to files names them
+                error.filename = "standard output"
+            return _failed(2, f"error: {error}")
+        except MemoryError as error:
+            return _failed(2, f"error: not enough memory{f': {error}' if str(error) else ''}")
+        except KeyboardInterrupt as interrupt:
+            return _failed(130, f"interrupted{str(interrupt) or ', nothing written'}")
+        return 0
+
+
+def _run(argv: Sequence[str] | None, closed: set[str]) -> None:
+    try:
+        args = _parser().parse_args(argv)
         if "check" in args:
             args.check(args)
-        if closed and "output_is_all" in args:
-            raise OSError("standard output is closed")
-        args.run(args)
+    finally:  # argparse has printed something, or nothing
+        _flush_or_drop(sys.stderr)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, say `head`, has seen enough
-        _say_no_more(sys.stdout, sys.stderr)
-        return SIGPIPE_STATUS
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk is an error without a name
-            flushed = _flushed()
-            error.filename = (
-                os.fspath(args.out) if flushed and "out" in args else None if flushed else "standard output"
-            )
-        return _failed(2, f"error: {error}")
-    except MemoryError as error:
-        return _failed(2, f"error: not enough memory{f': {error}' if str(error) else ''}")
-    except KeyboardInterrupt as interrupt:
-        return _failed(130, f"interrupted{str(interrupt) or ', nothing written'}")
-    return 0
+    if "stdout" in closed and "output_is_all" in args:
+        raise OSError("standard output is closed")
+    args.run(args)
+    sys.stdout.flush()
 
 
 def _failed(status: int, sentence: str) -> int:
-    try:
+    with contextlib.suppress(OSError):
         print(f"fastbn: {sentence}", file=sys.stderr)
-    except OSError:
-        _say_no_more(sys.stderr)
+    _flush_or_drop(sys.stdout, sys.stderr)
     return status
 
 
-def _open_standard_streams() -> None:
-    """Open what the shell has closed (`>&-`), as nothing.
+@contextlib.contextmanager
+def _open_standard_streams() -> Iterator[set[str]]:
+    """Open what the shell has closed (`>&-`), as nothing; gives the names of what was closed.
 
     Else a file of ours would get its number, and what a library prints there would land in it; and Python prints on
     standard output what is meant for a standard error that is not there.
@@ -69,27 +70,26 @@ def _open_standard_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    closed = {name for name in ("stdout", "stderr") if getattr(sys, name) is None}
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        for name in closed:
+            setattr(sys, name, nothing)
+        try:
+            yield closed
+        finally:
+            for name in closed:
+                setattr(sys, name, None)
 
 
-def _flushed() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _say_no_more(sys.stdout)
-        return False
-    return True
-
-
-def _say_no_more(*streams: object) -> None:
-    """Send what is still in these streams to nothing: Python would complain at exit, with a status of its own."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
+def _flush_or_drop(*streams: TextIO) -> None:
+    """Flush; what cannot be written goes to nothing, else Python complains at exit, with a status of its own."""
     for stream in streams:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(nothing, stream.fileno())  # type: ignore[attr-defined]
-    os.close(nothing)
+        try:
+            stream.flush()
+        except OSError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -187,7 +187,7 @@ def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Da
             raise ValueError(f"{dataset.name}: expected at least 2 classes, got {len(counts)}")
         if counts.min() < 2:
             label = dataset.classes[counts.argmin()]
-            hint = "" if dataset.classes.dtype.kind not in "iuf" else " (are they numbers for a regression?)"
+            hint = "" if dataset.classes.dtype.kind not in "iuf" else " (task regression takes labels as numbers)"
             raise ValueError(
                 f"{dataset.name}: expected at least 2 examples of every class, got 1 of class {label}{hint}"
             )

@@ -7,6 +7,7 @@ import csv
 import gzip
 import itertools
 import re
+import shlex
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,8 @@ LARGEST = 1e150  # the square of more leaves float64
 _DELIMITERS = ",;\t|"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'", " ": "spaces"}
 _SAMPLE_LINES = 20
+_LONG = 40
 _PLAIN = re.compile(r"[0-9+\-.eE ]*")  # of such characters float() reads what number() does
-_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]*,[0-9]+([eE][+-]?[0-9]+)?")
 _UNNAMED = ("", "Unnamed: 0")  # what pandas and R write above their row names, and pandas when it has read that
 
 
@@ -62,7 +63,7 @@ def read_table(
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated ({error})") from error
     except csv.Error as error:
-        raise ValueError(f"{path}: not a table in a text file ({error})") from error
+        raise ValueError(f"{path}: line {reader.line_num}: not a row of a table ({error})") from error
 
 
 def _open(path: Path) -> Any:
@@ -73,6 +74,8 @@ def _open(path: Path) -> Any:
 def _delimited(file: TextIO, *, tab_first: bool) -> tuple[str, Iterator[str], int]:
     """What parts the cells, all lines but Excel's `sep=;`, and the number of lines left out for that."""
     sample = list(itertools.islice(file, _SAMPLE_LINES))
+    if any("\0" in line for line in sample):
+        raise ValueError(f"{file.name}: not a text file in UTF-8 (it holds zero bytes): save it as UTF-8")
     lines = itertools.chain(sample, file)
     if sample and (said := re.fullmatch(r'"?sep=(.)"?\s*', sample[0])):
         return said[1], itertools.islice(lines, 1, None), 1
@@ -101,6 +104,7 @@ class _Reading:
 
     def __init__(self, path: Path, reader: Any, delimiter: str, skipped: int) -> None:
         self.path, self.reader, self.delimiter, self.skipped = path, reader, delimiter, skipped
+        self.parted = f"parted by {_NAMES.get(delimiter, repr(delimiter))}"
 
     def line(self) -> int:
         return int(self.reader.line_num) + self.skipped
@@ -112,7 +116,10 @@ class _Reading:
         first = next((cells for cells in self.reader if cells), None)
         if first is None:
             raise ValueError(f"{path}: empty, expected a header row")
-        first[0] = first[0].removeprefix("# ")  # NumPy's savetxt writes its header as a comment
+        if first[0].startswith("# "):  # NumPy's savetxt writes its header as a comment
+            first[0] = first[0][2:]
+        elif first[0] == "#" and self.delimiter == " ":
+            del first[0]
         names = [name.strip() for name in first]
         if header is None:
             self._check_header(names)
@@ -125,7 +132,9 @@ class _Reading:
         for asked in (*([] if target is None else [target]), *(columns or ()), *ignore):
             if names.count(asked) != 1:
                 there = ", ".join(map(_short, names))
-                raise ValueError(f"{path}: expected one column called {asked!r}, got the columns {there}")
+                raise ValueError(
+                    f"{path}: expected one column called {asked!r}, got the columns {there} ({self.parted})"
+                )
         at = None if target is None else names.index(target)
         if columns is None:
             left_out = {names.index(name) for name in ignore}
@@ -161,8 +170,9 @@ class _Reading:
             if not cells:  # a blank line
                 continue
             if len(cells) != width:
-                parted = "" if self.delimiter == "," else f" parted by {_NAMES.get(self.delimiter, self.delimiter)}"
-                raise ValueError(f"{self.path}: line {self.line()} has {len(cells)} cells{parted}, expected {width}")
+                raise ValueError(
+                    f"{self.path}: line {self.line()} has {len(cells)} cells {self.parted}, expected {width}"
+                )
             lines.append(self.line())
             if at is not None:
                 labels.append(cells[at])
@@ -198,7 +208,9 @@ class _Reading:
             )
         for i, x in zip(chosen, X.T, strict=True):
             if len(chosen) > 1 and len(x) > 2 and (np.diff(x[:3]) == 1).all() and (np.diff(x) == 1).all():
-                notes.append(f"column {_short(self.names[i])} counts the rows: --ignore {self.names[i]} leaves it out")
+                notes.append(
+                    f"column {_short(self.names[i])} counts the rows: {_ignoring(self.names[i])} leaves it out"
+                )
         features_named = tuple(self.names[i] for i in chosen) if named else None
         return Table(X, features_named, None if at is None else labels, lines, tuple(notes))
 
@@ -217,9 +229,9 @@ class _Reading:
         )
 
     def _way_on(self, cell: str, column: int, no_target: bool) -> str:
-        leave_out = f"--ignore {self.names[column]} leaves the column out"
-        if _DECIMAL_COMMA.fullmatch(cell):
-            return "decimals are written with a point, thousands without a mark"
+        leave_out = f"{_ignoring(self.names[column])} leaves the column out"
+        if any(d in cell for d in _DELIMITERS):
+            return f"cells are {self.parted}; decimals are written with a point, thousands without a mark"
         if is_missing(cell):
             return f"fill in what is missing, or {leave_out}"
         if no_target:
@@ -233,5 +245,13 @@ def _are_row_names(cells: list[str]) -> bool:
     return len(set(cells)) == len(cells) and all(x is None or x.is_integer() for x in found)
 
 
+def _ignoring(name: str) -> str:
+    """The option, as a shell takes it."""
+    if len(name) >= _LONG:
+        return "--ignore"
+    quoted = f'"{name}"' if "," in name else name
+    return f"--ignore {shlex.quote(quoted)}"
+
+
 def _short(name: str) -> str:
-    return name if len(name) < 40 else shown(name)
+    return name if len(name) < _LONG else shown(name)

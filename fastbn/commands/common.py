@@ -114,3 +114,13 @@ def making(out: Path, files: Sequence[Path]) -> Iterator[None]:
         for path in made:
             with contextlib.suppress(OSError):  # it is not empty
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def naming(out: Path) -> Iterator[None]:
+    """A full disk is an OSError without a name: it gets that of the folder that is written into."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(out)
+        raise

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastbn.experiments.common import check_pixels
 
-from .common import add_data, folder, load, making, need, whole_number
+from .common import add_data, folder, load, making, naming, need, whole_number
 
 EXPERIMENTS = ("speed", "shift", "noise", "testtime")
 
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
                 result = module.run(dataset, quick=args.quick, **options)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f" in {name}, which is not written") from None
-            written = result.save(args.out)
+            with naming(args.out):
+                written = result.save(args.out)
             print(result.table(), flush=True)
             print("wrote", ", ".join(map(str, written)), end="\n\n", flush=True)

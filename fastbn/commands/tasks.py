@@ -13,7 +13,7 @@ import numpy as np
 
 from fastbn import data, losses, nn, plots, training
 
-__all__ = ["Classification", "Regression", "task_of"]
+__all__ = ["VALIDATION", "Classification", "Regression", "kind_of", "task_of"]
 
 VALIDATION = 0.1  # what --patience leaves out of the training data
 
@@ -21,6 +21,16 @@ VALIDATION = 0.1  # what --patience leaves out of the training data
 def task_of(args: argparse.Namespace, train: data.Dataset) -> Classification | Regression:
     """The task that the training data were read for."""
     return Classification(train) if train.classes is not None else Regression(train, standardize=args.standardize)
+
+
+def kind_of(dataset: data.Dataset) -> str:
+    """What --task auto has chosen, and why."""
+    if dataset.classes is not None:
+        return f"classification, since the target holds {len(dataset.classes)} different labels"
+    assert dataset.y is not None
+    fractions = bool((dataset.y % 1).any())
+    reason = "numbers with a fraction" if fractions else f"{len(np.unique(dataset.y))} different whole numbers"
+    return f"regression, since the target holds {reason}"
 
 
 class Classification:
@@ -33,7 +43,6 @@ class Classification:
         assert train.classes is not None
         self.outputs = len(train.classes)
         self.about = f"{self.outputs} classes"
-        self.kind = f"classification, since the target holds {self.outputs} different labels"
         self.metadata = {"classes": train.classes.tolist()}
 
     def targets(self, dataset: data.Dataset) -> Any:
@@ -67,8 +76,6 @@ class Regression:
         if y.min() == y.max():
             raise ValueError(f"{train.name}: expected targets that differ, got {y[0]:g} alone")
         self.about = f"targets from {y.min():.10g} to {y.max():.10g}"
-        reason = "numbers with a fraction" if (y % 1).any() else f"{len(np.unique(y))} different whole numbers"
-        self.kind = f"regression, since the target holds {reason}"
         self._scale = nn.Standardize(1, dtype="float32")
         if standardize:
             self._scale.fit(y[:, np.newaxis])
