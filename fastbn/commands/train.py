@@ -260,7 +260,7 @@ def _print_results(results: dict[str, dict[str, Any]], alone: dict[str, Any], ta
         if "diverged" in row:
             print(f"{name:<32}diverged: {row['diverged']}")
             continue
-        cells = [("-" if row[key] is None else format(row[key], form)) for key, form in task.formats.items()]
+        cells = ["-" if row[key] is None else _short(row[key], form) for key, form in task.formats.items()]
         print(f"{name:<31}", *(f"{cell:>9}" for cell in (*cells, f"{row['seconds']:.1f}")))
     agrees = alone["largest_difference"] <= AGREES * alone["largest_output"]
     other = alone.get("other_predictions")
@@ -268,3 +268,7 @@ def _print_results(results: dict[str, dict[str, Any]], alone: dict[str, Any], ta
     print(f"\none example at a time {'agrees with' if agrees else 'DIFFERS from'} the batch: {alone['examples']} "
           f"examples, largest difference of an output {alone['largest_difference']:.1e}, largest output "
           f"{alone['largest_output']:.1e}{predictions}")  # fmt: skip
+
+
+def _short(value: float, form: str) -> str:
+    return format(value, form if abs(value) < 1e5 else ".4g")
