@@ -140,7 +140,10 @@ def load(
         return _of_parts(source.resolve().name, *read_idx_folder(source), task)
     if is_table(source):
         table = read_table(source, target, columns, ignore, header)
-        where = lambda row: f"{source}: line {table.lines[row]}, column {labels.shown(target)}"  # noqa: E731
+
+        def where(row: int) -> str:
+            return f"{source}: line {table.lines[row]}, column {labels.shown(target)}"
+
         y, classes = (None, None) if table.labels is None else _targets(table.labels, where, task)
         return Dataset(table.X, y, classes, source.name, table.features, notes=table.notes)
     if source.suffix.lower() == ".npz":

@@ -112,48 +112,48 @@ class _Reading:
     def table(
         self, target: str | None, columns: Sequence[str] | None, ignore: Sequence[str], header: bool | None
     ) -> Table:
-        path = self.path
         first = next((cells for cells in self.reader if cells), None)
         if first is None:
-            raise ValueError(f"{path}: empty, expected a header row")
+            raise ValueError(f"{self.path}: empty, expected a header row")
         if first[0].startswith("# "):  # NumPy's savetxt writes its header as a comment
             first[0] = first[0][2:]
         elif first[0] == "#" and self.delimiter == " ":
             del first[0]
-        names = [name.strip() for name in first]
-        if header is None:
-            self._check_header(names)
+        self.names = [name.strip() for name in first]
         rows: Iterator[list[str]] = self.reader
-        if header is False:
-            rows, names = itertools.chain([first], rows), [str(i) for i in range(1, len(names) + 1)]
-        self.names = names
-        if columns is not None and list(columns) == [name for name in names if name != target]:
-            columns = None  # all of them: two may have one name
-        for asked in (*([] if target is None else [target]), *(columns or ()), *ignore):
-            if names.count(asked) != 1:
-                there = ", ".join(map(_short, names))
-                raise ValueError(
-                    f"{path}: expected one column called {asked!r}, got the columns {there} ({self.parted})"
-                )
-        at = None if target is None else names.index(target)
-        if columns is None:
-            left_out = {names.index(name) for name in ignore}
-            chosen = [i for i in range(len(names)) if i != at and i not in left_out]
-        elif target in columns:
-            raise ValueError(f"{path}: expected {target!r} as the target or as a feature, not as both")
-        else:
-            chosen = [names.index(name) for name in columns]
-        index = chosen.pop(0) if columns is None and chosen[:1] == [0] and names[0] in _UNNAMED else None
-        if not chosen and index is None:
-            beside = "" if target is None else f" beside {target!r}"
-            raise ValueError(f"{path}: no feature column{beside}")
+        if header is None:
+            self._check_header()
+        elif not header:
+            rows, self.names = itertools.chain([first], rows), [str(i) for i in range(1, len(first) + 1)]
+        at, chosen = self._chosen(target, columns, ignore)
+        # What pandas and R write first of every row, with no name above it, is no feature where it names the row.
+        index = chosen.pop(0) if columns is None and chosen[0] == 0 and self.names[0] in _UNNAMED else None
         return self._read(rows, at, chosen, index, named=header is not False)
 
-    def _check_header(self, names: list[str]) -> None:
+    def _chosen(
+        self, target: str | None, columns: Sequence[str] | None, ignore: Sequence[str]
+    ) -> tuple[int | None, list[int]]:
+        """The places of the target and of the features."""
+        others = [i for i, name in enumerate(self.names) if name != target]
+        if columns is not None and list(columns) == [self.names[i] for i in others]:
+            columns = None  # all of them: two may have one name
+        for asked in (*([] if target is None else [target]), *(columns or ()), *ignore):
+            if self.names.count(asked) != 1:
+                there = f"the columns {', '.join(map(_short, self.names))} ({self.parted})"
+                raise ValueError(f"{self.path}: expected one column called {asked!r}, got {there}")
+        if columns is not None and target in columns:
+            raise ValueError(f"{self.path}: expected {target!r} as the target or as a feature, not as both")
+        chosen = [i for i in others if self.names[i] not in ignore]
+        if columns is not None:
+            chosen = [self.names.index(name) for name in columns]
+        if not chosen:
+            beside = "" if target is None else f" beside {target!r}"
+            raise ValueError(f"{self.path}: no feature column{beside}")
+        return None if target is None else self.names.index(target), chosen
+
+    def _check_header(self) -> None:
         """ValueError where the first row may be an example: to eat one, or to make one of names, would go unseen."""
-        known = next(
-            (n for n in names if number(n) is not None or boolean(n) is not None or (n and is_missing(n))), None
-        )
+        known = next((name for name in self.names if number(name) is not None or boolean(name) is not None), None)
         if known is not None:
             raise ValueError(
                 f"{self.path}: the first row holds {_short(known)}, so it may be an example or the columns' names: "
@@ -163,16 +163,16 @@ class _Reading:
     def _read(
         self, rows: Iterator[list[str]], at: int | None, chosen: list[int], index: int | None, *, named: bool
     ) -> Table:
-        numbers, labels, row_names = array("d"), [], []
-        lines = array("q")
+        """The rows; a column called `index` is one of features only where it does not name the rows."""
+        values, labels, row_names, lines = array("d"), [], [], array("q")
         width, whole = len(self.names), chosen == list(range(len(self.names)))
+        self.without_target = at is None
         for cells in rows:
             if not cells:  # a blank line
                 continue
             if len(cells) != width:
-                raise ValueError(
-                    f"{self.path}: line {self.line()} has {len(cells)} cells {self.parted}, expected {width}"
-                )
+                got = f"{len(cells)} cells {self.parted}"
+                raise ValueError(f"{self.path}: line {self.line()} has {got}, expected {width}")
             lines.append(self.line())
             if at is not None:
                 labels.append(cells[at])
@@ -181,60 +181,56 @@ class _Reading:
             features = cells if whole else [cells[i] for i in chosen]
             if _PLAIN.fullmatch("".join(features)):
                 with contextlib.suppress(ValueError):
-                    numbers.extend([float(cell) for cell in features])
+                    values.extend([float(cell) for cell in features])
                     continue
-            numbers.extend(self._number(cells[i], i, at is None) for i in chosen)
+            values.extend(self._number(cells[i], i, lines[-1]) for i in chosen)
         if not lines:
             raise ValueError(f"{self.path}: no rows below the header")
-        X = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(chosen)) if chosen else np.empty((len(lines), 0))
+        X = np.array(values, dtype=np.float64).reshape(len(lines), len(chosen))
         notes = []
-        if index is not None:
-            if _are_row_names(row_names):
-                notes.append("left out the first column, which has no name and another cell in every row")
-            else:
-                chosen = [index, *chosen]
-                column = [
-                    self._number(cell, index, at is None, line) for cell, line in zip(row_names, lines, strict=True)
-                ]
-                X = np.column_stack([column, X])
+        if index is not None and _are_row_names(row_names):
+            notes.append("left out the first column, which has no name and another cell in every row")
+        elif index is not None:
+            column = [self._number(cell, index, line) for cell, line in zip(row_names, lines, strict=True)]
+            X, chosen = np.column_stack([column, X]), [index, *chosen]
         if not chosen:
             raise ValueError(f"{self.path}: no feature column beside the row names")
-        wrong = np.argwhere(~(np.abs(X) < LARGEST))
-        if len(wrong):
-            row, column_at = wrong[0]
-            cell = f"{X[row, column_at]:g}"
-            raise ValueError(
-                f"{self._place(lines[row], chosen[column_at])}: expected less than {LARGEST:g}, got {cell}"
-            )
-        for i, x in zip(chosen, X.T, strict=True):
-            if len(chosen) > 1 and len(x) > 2 and (np.diff(x[:3]) == 1).all() and (np.diff(x) == 1).all():
-                notes.append(
-                    f"column {_short(self.names[i])} counts the rows: {_ignoring(self.names[i])} leaves it out"
-                )
+        self._check_size(X, chosen, lines)
+        if len(chosen) > 1:
+            notes += [self._counting(i) for i, x in zip(chosen, X.T, strict=True) if _counts(x)]
         features_named = tuple(self.names[i] for i in chosen) if named else None
         return Table(X, features_named, None if at is None else labels, lines, tuple(notes))
+
+    def _check_size(self, X: np.ndarray, chosen: Sequence[int], lines: Sequence[int]) -> None:
+        wrong = np.argwhere(~(np.abs(X) < LARGEST))
+        if len(wrong):
+            row, column = wrong[0]
+            place, value = self._place(lines[row], chosen[column]), X[row, column]
+            raise ValueError(f"{place}: expected less than {LARGEST:g}, got {value:g}")
+
+    def _counting(self, column: int) -> str:
+        name = self.names[column]
+        return f"column {_short(name)} counts the rows: {_ignoring(name)} leaves it out"
 
     def _place(self, line: int, column: int) -> str:
         return f"{self.path}: line {line}, column {shown(self.names[column])}"
 
-    def _number(self, text: str, column: int, no_target: bool, line: int | None = None) -> float:
+    def _number(self, text: str, column: int, line: int) -> float:
         cell = text.strip()
         if (found := number(cell)) is not None:
             return found
         if (truth := boolean(cell)) is not None:
             return float(truth)
-        raise ValueError(
-            f"{self._place(self.line() if line is None else line, column)}: expected a number, got {shown(cell)}"
-            f" ({self._way_on(cell, column, no_target)})"
-        )
+        place = self._place(line, column)
+        raise ValueError(f"{place}: expected a number, got {shown(cell)} ({self._way_on(cell, column)})")
 
-    def _way_on(self, cell: str, column: int, no_target: bool) -> str:
+    def _way_on(self, cell: str, column: int) -> str:
         leave_out = f"{_ignoring(self.names[column])} leaves the column out"
-        if any(d in cell for d in _DELIMITERS):
+        if any(delimiter in cell for delimiter in _DELIMITERS):
             return f"cells are {self.parted}; decimals are written with a point, thousands without a mark"
         if is_missing(cell):
             return f"fill in what is missing, or {leave_out}"
-        if no_target:
+        if self.without_target:
             return f"a column of labels must be named as the target; {leave_out}"
         return f"{leave_out}; text becomes numbers with scikit-learn's OneHotEncoder"
 
@@ -243,6 +239,11 @@ def _are_row_names(cells: list[str]) -> bool:
     """Whether all differ and none is a number with a fraction."""
     found = [number(cell) for cell in cells]
     return len(set(cells)) == len(cells) and all(x is None or x.is_integer() for x in found)
+
+
+def _counts(x: np.ndarray) -> bool:
+    """Whether each value is one more than the one before."""
+    return len(x) > 2 and bool((np.diff(x[:3]) == 1).all() and (np.diff(x) == 1).all())
 
 
 def _ignoring(name: str) -> str:

@@ -143,6 +143,13 @@ def test_row_names_are_no_feature(tmp_path, first, cells, left_out):
     assert len(dataset.notes) == left_out
 
 
+def test_a_column_asked_for_by_its_empty_name_is_one(tmp_path):
+    text = ",a\n4,1\n5,2\n"
+    assert read(tmp_path, text, columns=["", "a"]).X.tolist() == [[4, 1], [5, 2]]
+    assert read(tmp_path, text, ignore=[""]).X.tolist() == [[1], [2]]
+    assert read(tmp_path, "NA,?,x\n4,1,2\n", "x").features == ("NA", "?")  # sodium may be a header
+
+
 def test_a_column_that_counts_the_rows_is_named(tmp_path):
     dataset = read(tmp_path, "Id,a,t\n" + "".join(f"{i},{i % 2},x\n" for i in range(5, 9)), "t")
     assert dataset.notes == ("column Id counts the rows: --ignore Id leaves it out",)
