@@ -194,3 +194,17 @@ def test_labels_of_idx_files(tmp_path):
     write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((4, 1, 2), np.uint8))
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([200, 3, 200, 0], np.uint8))
     assert data.load(tmp_path).classes.tolist() == [0, 3, 200]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float64("nan")])
+def test_a_missing_label_of_objects_is_an_error_of_the_estimators_too(missing):
+    pytest.importorskip("sklearn")
+    from fastbn.estimators import BatchNormClassifier, BatchNormRegressor
+
+    X = np.eye(4)
+    for estimator, y in (
+        (BatchNormClassifier((2,), max_iter=1), ["a", "b", missing, "b"]),
+        (BatchNormRegressor((2,), max_iter=1), [1.0, 2.0, missing, 3.0]),
+    ):
+        with pytest.raises(ValueError, match="the label of sample 2 is missing"):
+            estimator.fit(X, np.array(y, dtype=object))

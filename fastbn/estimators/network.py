@@ -88,6 +88,15 @@ class Objective:
         self._optimizer.step()
 
 
+def _check_present(y: Any) -> None:
+    """ValueError where an array of objects lacks a label: scikit-learn makes NaN of None, or cannot sort it."""
+    given = np.asarray(y)
+    if given.dtype.kind == "O" and given.ndim:
+        for place, label in np.ndenumerate(given):
+            if label is None or type(label).__name__ in ("NAType", "NaTType") or label != label:
+                raise ValueError(f"Input y contains NaN: the label of sample {place[0]} is missing ({label!r})")
+
+
 class Network(BaseEstimator):
     """What classifier and regressor share."""
 
@@ -216,6 +225,7 @@ class Network(BaseEstimator):
             raise
 
     def _checked(self, X: Any, y: Any, first: bool, classes: Any) -> tuple[Array, Any, Array]:
+        _check_present(y)
         X, y = validate_data(
             self, X, y, reset=first, dtype=(np.float64, np.float32), multi_output=True, y_numeric=self._y_numeric
         )
