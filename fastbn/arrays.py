@@ -48,89 +48,77 @@ def read_npz(path: Path) -> tuple[Part, Part | None, tuple[str, ...]]:
     """The examples, the file's own test part if it has one, and remarks on which arrays were read."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not an .npz file, or a damaged one")
+    roles: dict[tuple[str, str], str] = {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            roles = _npz_roles(path, list(file))
-            train = _npz_part(path, file, roles, "train")
-            test = _npz_part(path, file, roles, "test") if ("test", "X") in roles else None
             names = list(file)
+            roles, fault = _npz_roles(names)
+            arrays = {at: np.asarray(file[name]) for at, name in roles.items()}
     except _UNREADABLE as error:
-        if str(error).startswith(f"{path}: "):
-            raise
-        pickled = (
-            "it holds Python objects, which are not unpickled; numbers and texts are"
-            if "pickle" in str(error)
-            else error
-        )
-        raise ValueError(f"{path}: cannot be read ({pickled})") from error
-    if test is not None and test.X.shape[1] != train.X.shape[1]:
+        objects = "it holds Python objects, which are not unpickled" if "pickle" in str(error) else error
+        raise ValueError(f"{path}: cannot be read ({objects})") from error
+    if fault:
+        raise ValueError(f"{path}: {fault}; got {', '.join(names) or 'nothing'}")
+    parts = [_npz_part(path, arrays, roles, part) for part in ("train", "test") if (part, "X") in roles]
+    if len({part.X.shape[1] for part in parts}) > 1:
         raise ValueError(f"{path}: expected as many features in {roles['test', 'X']} as in {roles['train', 'X']}")
     read = list(roles.values())
     unused = [name for name in names if name not in read]
     note = f"read {', '.join(read)}" + (f"; not used: {', '.join(unused)}" if unused else "")
-    return train, test, () if set(names) <= {"X", "y"} else (note,)
+    return parts[0], parts[1] if len(parts) > 1 else None, () if set(names) <= {"X", "y"} else (note,)
 
 
-def _npz_roles(path: Path, names: list[str]) -> dict[tuple[str, str], str]:
-    """The names of the arrays by part ("train" is all where there are no parts) and role, "X" or "y"."""
+def _npz_roles(names: list[str]) -> tuple[dict[tuple[str, str], str], str]:
+    """The names by part, "train" and "test", and role, "X" or "y"; or what is wrong with them."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in names:
         if match := _NPZ_NAME.fullmatch(name):
-            role = _which(_ROLES, match["role"])
             parts = [part for part in (match["before"], match["behind"]) if part]
-            found.setdefault((_which(_PARTS, parts[0]) if len(parts) == 1 else "all", role), []).append(name)
+            part = _which(_PARTS, parts[0]) if len(parts) == 1 else "all"
+            found.setdefault((part, _which(_ROLES, match["role"])), []).append(name)
     if set(names) in ({"arr_0"}, {"arr_0", "arr_1"}):  # savez without names
         found |= {("all", role): [name] for role, name in zip("Xy", sorted(names), strict=False)}
-    for role in "Xy":
-        if role in names:
-            found["all", role] = [role]
-    whole = "all" if ("all", "X") in found else "train"
-    roles = {("train", role): found[whole, role] for role in "Xy" if (whole, role) in found}
-    if ("train", "X") not in roles and ("test", "X") in found:
-        roles = {("train", role): found["test", role] for role in "Xy" if ("test", role) in found}
-    elif whole == "all" and ("train", "X") in found:
-        pass  # the parts are those of the whole
-    else:
-        roles |= {("test", role): found["test", role] for role in "Xy" if ("test", role) in found}
-    there = ", ".join(names) or "nothing"
-    if ("train", "X") not in roles:
-        raise ValueError(
-            f"{path}: holds no array called X: expected X and y, or x_train, y_train, x_test, y_test; got {there}"
-        )
+    found |= {("all", role): [role] for role in "Xy" if role in names}
+    whole = next((part for part in ("all", "train", "test") if (part, "X") in found), None)
+    if whole is None:
+        return {}, "holds no array called X: expected X and y, or x_train, y_train, x_test, y_test"
+    sources = {"train": whole}
+    if whole == "train" or (whole == "all" and ("train", "X") not in found):
+        sources["test"] = "test"
+    roles = {(part, role): found.get((source, role), []) for part, source in sources.items() for role in "Xy"}
     if several := next((arrays for arrays in roles.values() if len(arrays) > 1), None):
-        raise ValueError(f"{path}: expected one of {', '.join(several)}: call the arrays X and y; got {there}")
-    return {at: arrays[0] for at, arrays in roles.items()}
+        return {}, f"expected one of {', '.join(several)}: call the arrays X and y"
+    return {at: arrays[0] for at, arrays in roles.items() if arrays}, ""
 
 
 def _which(kinds: dict[str, str], text: str) -> str:
     return next(kind for kind, pattern in kinds.items() if re.fullmatch(pattern, text, re.IGNORECASE))
 
 
-def _npz_part(path: Path, file: np.lib.npyio.NpzFile, roles: dict[tuple[str, str], str], part: str) -> Part:
-    name = roles[part, "X"]
-    X = np.asarray(file[name])
+def _npz_part(
+    path: Path, arrays: dict[tuple[str, str], np.ndarray], roles: dict[tuple[str, str], str], part: str
+) -> Part:
+    X, labels, name = arrays[part, "X"], arrays.get((part, "y")), roles[part, "X"]
     if X.dtype.kind not in "biuf" or X.ndim < 2 or X.size == 0:
         raise ValueError(f"{path}: {name} must be a non-empty (N, features) array of numbers, got {X.dtype} {X.shape}")
-    images = X.ndim > 2 and X.dtype == np.uint8
     # float32 where it holds all that the dtype does, float64 elsewhere
-    X = X.reshape(len(X), -1).astype(
-        np.float64 if X.dtype.itemsize > 8 else np.result_type(X.dtype, np.float32), copy=False
-    )
-    usable = np.abs(X) < LARGEST if X.dtype == np.float64 else np.isfinite(X)
+    dtype = np.float64 if X.dtype.itemsize > 8 else np.result_type(X.dtype, np.float32)
+    rows = X.reshape(len(X), -1).astype(dtype, copy=False)
+    usable = np.abs(rows) < LARGEST if dtype == np.float64 else np.isfinite(rows)
     if not usable.all():
         row, column = np.argwhere(~usable)[0]
         at = f"{path}: {name}[{row}, {column}]"
-        raise ValueError(f"{at} is {X[row, column]:g}, expected a finite number below {LARGEST:g}")
-    if (part, "y") not in roles:
-        return Part(X, images, None, "")
+        raise ValueError(f"{at} is {rows[row, column]:g}, expected a finite number below {LARGEST:g}")
+    images = X.ndim > 2 and (X.dtype == np.uint8 or bool(rows.min() >= 0 and rows.max() <= 1))
+    if labels is None:
+        return Part(rows, images, None, "")
     labels_name = roles[part, "y"]
-    labels = np.asarray(file[labels_name])
     if labels.dtype.kind not in "biufSU" or labels.size != len(X) or labels.shape[:1] != (len(X),):
         one_hot = labels.ndim == 2 and len(labels) == len(X) and labels.dtype.kind in "biuf"
         hint = ": one number an example, as y.argmax(axis=1) makes of a one-hot y" if one_hot else ""
         got = f"got {labels.dtype} {labels.shape}"
         raise ValueError(f"{path}: expected {labels_name} to be {len(X)} labels, {got}{hint}")
-    return Part(X, images, labels.ravel(), f"{path}: {labels_name}")
+    return Part(rows, images, labels.ravel(), f"{path}: {labels_name}")
 
 
 def read_idx_folder(folder: Path) -> tuple[Part, Part | None, tuple[str, ...]]:

@@ -31,7 +31,8 @@ class Dataset:
     Attributes
     ----------
     X : (N, features) array of float32 or float64
-        With all the digits that the source has: float32 where it holds them, as it does bytes and float32 itself.
+        With the digits that the source has: float32 where it holds them, as it does bytes and float32 itself; whole
+        numbers beyond 2**53 are rounded to float64.
     y : (N,) int64 array of class numbers 0 .. K-1, or float64 array of numbers, or None
         None where the source holds no labels.
     classes : (K,) array or None
@@ -43,7 +44,8 @@ class Dataset:
     held_out : Dataset or None
         The source's own test part, where it has one (t10k files, x_test).
     images : bool
-        Whether the features are the pixels of images, which are to be scaled as one.
+        Whether the features are the pixels of images, which are to be scaled as one: of digits, of idx files, and in
+        an .npz of more than two axes that hold bytes, or numbers from 0 to 1.
     notes : tuple of str
         What a reader decided: arrays and columns that were taken, or left out.
     """

@@ -225,6 +225,7 @@ def test_predict_refuses(flowers, model, capsys, tmp_path):
         (["--data", "plain.csv"], "no labels to learn: name their column with --target, one of a, b, c, d"),
         (["--data", "flowers.csv", "--target", "x"], "expected one column called 'x'"),
         (["--data", "unlabelled.npz"], "unlabelled.npz: no labels to learn"),
+        (["--data", "bare.csv", "--no-header"], "no labels to learn: name their column with --target, one of 1 to 2"),
         (["--target", "kind"], "a target column is for tables such as .csv files, got the digits"),
         (["--batch-size", "1"], "argument --batch-size: expected a whole number of at least 2, got '1'"),
         (["--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got '0'"),
@@ -249,6 +250,7 @@ def test_a_failed_training_writes_nothing(flowers, monkeypatch, capsys, argument
     folder, _ = flowers
     monkeypatch.chdir(folder)
     np.savez("unlabelled.npz", X=np.ones((4, 4)))
+    (folder / "bare.csv").write_text("1,2\n3,4\n")
     (folder / "fastbn-run").mkdir()
     (folder / "fastbn-run" / "model.safetensors").write_text("precious")
     before = sorted(folder.rglob("*"))

@@ -107,6 +107,21 @@ def test_npz_of_parts(tmp_path, names):
     assert dataset.notes == (f"read {', '.join(names.split())}; not used: val_images, val_labels",)
 
 
+@pytest.mark.parametrize(
+    ("X", "images"),
+    [
+        (IMAGES, True),
+        (IMAGES / 255, True),
+        (IMAGES.reshape(10, 6), False),
+        (IMAGES * 1.0, False),
+        (IMAGES - 0.5, False),
+    ],
+)
+def test_which_arrays_are_images(tmp_path, X, images):
+    np.savez(tmp_path / "d.npz", X=X)
+    assert data.load(tmp_path / "d.npz").images == images
+
+
 @pytest.mark.parametrize("names", ["x y", "images labels", "data target", "features label", "arr_0 arr_1", "X Y"])
 def test_npz_of_other_names(tmp_path, names):
     np.savez(tmp_path / "d.npz", **dict(zip(names.split(), (IMAGES, LABELS[:, np.newaxis]), strict=True)))

@@ -73,9 +73,8 @@ def add_to(commands: Any) -> None:
     add("--patience", type=whole_number(1), help="stop after so many epochs without a lower loss on a tenth of the "
         "training data, left out for that, and keep the best")  # fmt: skip
     add("--batch-size", type=whole_number(2), default=32, help="examples in a mini-batch (default: %(default)s)")
-    add(
-        "--seed", type=whole_number(0), default=0, help="of split, start values and mini-batches (default: %(default)s)"
-    )
+    add("--seed", type=whole_number(0), default=0,
+        help="of split, start values and mini-batches (default: %(default)s)")  # fmt: skip
     add("--no-batchnorm", action="store_true", help="train only the network without")
     add("--resume", action="store_true", help="go on with a training that was interrupted, with the same options")
     parser.set_defaults(run=run, check=lambda args: check(parser, args))
@@ -106,9 +105,8 @@ def run(args: argparse.Namespace) -> None:
             )
         dataset = load(args, task=args.task)
         if dataset.y is None:
-            columns = (
-                f": name their column with --target, one of {', '.join(dataset.features)}" if dataset.features else ""
-            )
+            names = ", ".join(dataset.features or ()) or f"1 to {dataset.X.shape[1]}" * (args.header is False)
+            columns = f": name their column with --target, one of {names}" if names else ""
             raise ValueError(f"{args.data}: no labels to learn{columns}")
         train, held_out = data.split(dataset, seed=args.seed)
         task = task_of(args, train)
