@@ -114,13 +114,24 @@ def test_a_closed_standard_error_does_not_print_among_the_labels(folder, monkeyp
 def test_all_of_it_closed_by_a_shell(folder, python):
     """In a process of its own: files of ours would get the numbers 0 to 2."""
     code = "import os, sys; os.closerange(0, 3); os.execv(sys.executable, sys.argv[1:])"
-    undrawn = (
-        "import sys, fastbn.plots; from fastbn.__main__ import main; fastbn.plots.learning_curves = lambda *_: None;"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    ran = python("-c", code, sys.executable, "-c", undrawn, *TRAIN)
+    noisy = """
+import os, sys
+from fastbn import plots
+from fastbn.__main__ import main
+
+def draw(histories, path):
+    with open(path, "wb") as file:
+        for descriptor in (0, 1, 2):
+            os.write(descriptor, b"what a library prints")
+        file.write(b"drawn")
+
+plots.learning_curves = draw
+sys.exit(main(sys.argv[1:]))
+"""
+    ran = python("-c", code, sys.executable, "-c", noisy, *TRAIN)
     assert ran.returncode == 0
-    assert sorted(path.name for path in (folder / "run").iterdir()) == WRITTEN
+    assert sorted(path.name for path in (folder / "run").iterdir()) == ["learning-curves.png", *WRITTEN]
+    assert (folder / "run" / "learning-curves.png").read_bytes() == b"drawn"
     checkpoint.load(folder / "run" / "model.safetensors")
 
 

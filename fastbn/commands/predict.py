@@ -42,7 +42,6 @@ def run(args: argparse.Namespace) -> None:
         outputs = _outputs(args, model, dataset)[:, 0].astype(np.float64)
         predicted = target["mean"] + (target["mean_low"] + target["std"] * outputs)
         sys.stdout.write("".join(f"{value!r}\n" for value in predicted.tolist()))
-        sys.stdout.flush()
         if dataset.y is not None:
             rest, var = np.mean(np.square(dataset.y - predicted)), dataset.y.var()
             r2 = f"{1 - rest / var:.4f}" if var > 0 else "-"
@@ -58,7 +57,6 @@ def run(args: argparse.Namespace) -> None:
         right_classes = np.array([classes.get(labels.key(label), -1) for label in there])[dataset.y]
     chosen = _outputs(args, model, dataset).argmax(axis=1)
     sys.stdout.write("".join(f"{trained['classes'][k]}\n" for k in chosen))
-    sys.stdout.flush()
     if right_classes is not None:
         right = int(np.count_nonzero(chosen == right_classes))
         print(f"accuracy {right / len(chosen):.2%}, {right} of {len(chosen)}{known}", file=sys.stderr)
