@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         target = trained["target"]
         outputs = _outputs(args, model, dataset)[:, 0].astype(np.float64)
         predicted = target["mean"] + (target["mean_low"] + target["std"] * outputs)
-        sys.stdout.write("".join(f"{value!r}\n" for value in predicted.tolist()))
+        _print(map(repr, predicted.tolist()))
         if dataset.y is not None:
             rest, var = np.mean(np.square(dataset.y - predicted)), dataset.y.var()
             r2 = f"{1 - rest / var:.4f}" if var > 0 else "-"
@@ -56,10 +57,15 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.data}: label {unseen[0]!r} was not seen in training, expected one of {expected}")
         right_classes = np.array([classes.get(labels.key(label), -1) for label in there])[dataset.y]
     chosen = _outputs(args, model, dataset).argmax(axis=1)
-    sys.stdout.write("".join(f"{trained['classes'][k]}\n" for k in chosen))
+    _print(trained["classes"][k] for k in chosen)
     if right_classes is not None:
         right = int(np.count_nonzero(chosen == right_classes))
         print(f"accuracy {right / len(chosen):.2%}, {right} of {len(chosen)}{known}", file=sys.stderr)
+
+
+def _print(lines: Iterable[Any]) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()  # before anything is said of them
 
 
 def _check_model(path: Path, model: Any, trained: dict[str, Any]) -> None:
