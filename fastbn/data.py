@@ -1,47 +1,53 @@
-"""Data for the network: readers, the held-out split and seeded mini-batches.
+"""Data for the network: a source's examples with their targets, the held-out split, seeded mini-batches.
 
-Every reader hands back plain arrays, and every fault of a file is one ValueError that names the file and the fault.
+Every fault of a file is one ValueError that names the file and the fault.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import os
-import zipfile
-import zlib
-from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
+from . import labels
+from .arrays import Part, read_idx_folder, read_npz
+from .tables import SUFFIXES, is_table, read_table
+
 __all__ = ["Dataset", "load", "minibatches", "split"]
 
-# The idx format's magic number: two zero bytes, the type (8: unsigned byte), the number of dimensions.
-_IDX_IMAGES, _IDX_LABELS = 0x00000803, 0x00000801
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+Task = Literal["auto", "classification", "regression"]
+# Whole numbers of which more are there, and of which one has fewer examples in the mean, are measured and not counted.
+_MOST_CLASSES, _LEAST_EXAMPLES = 20, 10
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples, one a row, with their labels where there are any.
+    """Examples, one a row, with their targets where there are any.
 
     Attributes
     ----------
-    X : (N, features) float32 array
-    y : (N,) int64 array of class numbers 0 .. K-1, or None
+    X : (N, features) array of float32 or float64
+        With the digits that the source has: float32 where it holds them, as it does bytes and float32 itself; whole
+        numbers beyond 2**53 are rounded to float64.
+    y : (N,) int64 array of class numbers 0 .. K-1, or float64 array of numbers, or None
         None where the source holds no labels.
     classes : (K,) array or None
-        The labels as the source writes them, sorted: `classes[y]` are the originals.
+        The labels of a classification, sorted: `classes[y]` are the originals. None for a regression.
     name : str
         What the data are called, for tables and pictures.
     features : tuple of str, or None
         The names of the columns of X, where the source has names.
     held_out : Dataset or None
-        The source's own test part, where it has one (t10k files).
+        The source's own test part, where it has one (t10k files, x_test).
+    images : bool
+        Whether the features are the pixels of images, which are to be scaled as one: of digits, of idx files, and in
+        an .npz of more than two axes that hold bytes, or numbers from 0 to 1.
+    notes : tuple of str
+        What a reader decided: arrays and columns that were taken, or left out.
     """
 
     X: np.ndarray
@@ -50,21 +56,44 @@ class Dataset:
     name: str
     features: tuple[str, ...] | None = None
     held_out: Dataset | None = None
+    images: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def load(path: str | os.PathLike[str] | None = None, target: str | None = None) -> Dataset:
+def load(
+    path: str | os.PathLike[str] | None = None,
+    target: str | None = None,
+    *,
+    task: Task = "classification",
+    columns: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    header: bool | None = None,
+) -> Dataset:
     """Read a data set.
 
     Parameters
     ----------
     path : path, or None
         - None: scikit-learn's digits, 1,797 images of 8 x 8 pixels, scaled from 0 .. 16 to 0 .. 1;
-        - `.npz`: arrays `X` (N, features), or of more axes, which are flattened, and `y` (N,), which may be missing;
-        - `.csv`: a header row, then numbers; the labels are the column called `target`;
+        - `.npz`: arrays `X` (N, features), or of more axes, which are flattened, and `y` (N,), which may be missing.
+          Also `images` and `labels`, `data` and `target`, `x_train`, `y_train`, `x_test` and `y_test`, and names
+          like these;
+        - a table, `.csv`, `.tsv`, `.txt` or `.data`, also with `.gz` behind it: UTF-8, a header row, then numbers
+          or True and False. Cells are parted by commas, semicolons, tabs, bars or spaces;
         - a folder of idx files as MNIST has them: train-images-idx3-ubyte, train-labels-idx1-ubyte and t10k-...,
           gzipped (.gz) or not, scaled from 0 .. 255 to 0 .. 1. The labels may be missing.
     target : str, optional
-        Name of the column of labels in a .csv. Without it all columns are features and there are no labels.
+        Name of the column of labels in a table. Without it all columns are features and there are no labels.
+    task : {"classification", "regression", "auto"}
+        Whether labels are classes or numbers. "auto": numbers where one has a fraction, or where there are more than
+        20 different whole numbers with fewer than 10 examples each in the mean; else classes.
+    columns : sequence of str, optional
+        The features of a table, in this order; without it all columns but the target.
+    ignore : sequence of str
+        Columns of a table that are left out.
+    header : bool, optional
+        Whether a table's first row is a header. False: the columns are called "1", "2", and so on. Without it
+        there is one, unless its first row holds a number, which is refused: it may be an example.
 
     Returns
     -------
@@ -75,46 +104,65 @@ def load(path: str | os.PathLike[str] | None = None, target: str | None = None) 
     FileNotFoundError
         There is no such file or folder.
     ValueError
-        The source is damaged, empty, or holds something other than finite numbers: the message names file and fault.
+        The source is damaged, empty, lacks a label, or holds something other than finite numbers below 1e150: the
+        message names file and place.
     ImportError
         The digits were asked for and scikit-learn is not installed.
+
+    Notes
+    -----
+    Labels have one meaning in every format. 5, +5 and 5.0 are one label, 5 and 05 are not; whole numbers may have any
+    size. A label is missing where it is empty, NaN, NA, N/A, null, NULL, None, NaT, ?, or another of pandas' or a
+    spreadsheet's names for that.
 
     Examples
     --------
     >>> import tempfile, pathlib
     >>> from fastbn import data
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "pets.csv"
-    >>> _ = path.write_text("weight,height,pet\\n4.5,25,cat\\n30,60,dog\\n")
+    >>> _ = path.write_text("weight;height;pet\\n4.5;25;cat\\n30;60;dog\\n")
     >>> pets = data.load(path, target="pet")
     >>> pets.X.shape, pets.y, pets.classes.tolist()
     ((2, 2), array([0, 1]), ['cat', 'dog'])
+    >>> data.load(path, target="weight", ignore=["pet"], task="regression").y
+    array([ 4.5, 30. ])
     """
+    if task not in ("auto", "classification", "regression"):
+        raise ValueError(f"expected task to be auto, classification or regression, got {task!r}")
     source = None if path is None else Path(path)
-    if target is not None and (source is None or source.suffix.lower() != ".csv"):
-        raise ValueError(f"a target column is for .csv files, got target={target!r} with {source or 'the digits'}")
+    chosen = target is not None or columns is not None or ignore or header is not None
+    if chosen and (source is None or not is_table(source)):
+        given = "a target column" if target is not None else "a choice of columns" if columns or ignore else "a header"
+        raise ValueError(f"{given} is for tables such as .csv files, got {source or 'the digits'}")
     if source is None:
-        return _load_digits()
+        return _load_digits(task)
     if not source.exists():
         raise FileNotFoundError(f"no such file or folder: {source}")
     if source.is_dir():
-        return _load_idx_folder(source)
+        return _of_parts(source.resolve().name, *read_idx_folder(source), task)
+    if is_table(source):
+        table = read_table(source, target, columns, ignore, header)
+
+        def where(row: int) -> str:
+            return f"{source}: line {table.lines[row]}, column {labels.shown(target)}"
+
+        y, classes = (None, None) if table.labels is None else _targets(table.labels, where, task)
+        return Dataset(table.X, y, classes, source.name, table.features, notes=table.notes)
     if source.suffix.lower() == ".npz":
-        return _load_npz(source)
-    if source.suffix.lower() == ".csv":
-        return _load_csv(source, target)
-    raise ValueError(f"{source}: expected a .npz file, a .csv file or a folder of idx files")
+        return _of_parts(source.name, *read_npz(source), task)
+    raise ValueError(f"{source}: expected a folder of idx files, an .npz file or a table: {', '.join(SUFFIXES)}")
 
 
 def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Split into a training and a held-out part: the source's own test part, or else a stratified draw.
+    """Split into a training and a held-out part: the source's own labelled test part, or else a draw.
 
     Parameters
     ----------
     dataset : Dataset
         With labels.
     fraction : float
-        Part of every class that is held out, rounded, at least one example and never all. Unused where the source
-        has its own test part.
+        Part of every class that is held out, rounded, at least one example and never all; of all examples in a
+        regression. Unused where the source has its own test part.
     seed : int
         Seed of the draw.
 
@@ -128,20 +176,28 @@ def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Da
     ValueError
         There are no labels, fewer than two classes, or a class with a single example.
     """
-    if dataset.held_out is not None:
+    if dataset.y is None:
+        raise ValueError(f"{dataset.name}: no labels to split by")
+    if dataset.held_out is not None and dataset.held_out.y is not None:
         return replace(dataset, held_out=None), dataset.held_out
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
-    if dataset.y is None or dataset.classes is None:
-        raise ValueError(f"{dataset.name}: no labels to split by")
-    counts = np.bincount(dataset.y, minlength=len(dataset.classes))
-    if len(counts) < 2:
-        raise ValueError(f"{dataset.name}: expected at least 2 classes, got {len(counts)}")
-    if counts.min() < 2:
-        label = dataset.classes[counts.argmin()]
-        raise ValueError(f"{dataset.name}: expected at least 2 examples of every class, got 1 of class {label}")
-    held = held_out_rows(dataset.y, fraction, seed)
-    train, held_out = (replace(dataset, X=dataset.X[rows], y=dataset.y[rows]) for rows in (~held, held))
+    if dataset.classes is None:
+        if len(dataset.y) < 2:
+            raise ValueError(f"{dataset.name}: expected at least 2 examples, got 1")
+        held = held_out_rows(np.zeros(len(dataset.y)), fraction, seed)
+    else:
+        counts = np.bincount(dataset.y, minlength=len(dataset.classes))
+        if len(counts) < 2:
+            raise ValueError(f"{dataset.name}: expected at least 2 classes, got {len(counts)}")
+        if counts.min() < 2:
+            label = dataset.classes[counts.argmin()]
+            hint = "" if dataset.classes.dtype.kind not in "iuf" else " (task regression takes labels as numbers)"
+            raise ValueError(
+                f"{dataset.name}: expected at least 2 examples of every class, got 1 of class {label}{hint}"
+            )
+        held = held_out_rows(dataset.y, fraction, seed)
+    train, held_out = (replace(dataset, X=dataset.X[rows], y=dataset.y[rows], held_out=None) for rows in (~held, held))
     return train, held_out
 
 
@@ -177,171 +233,54 @@ def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[n
             yield rows
 
 
-def _dataset(name: str, X: np.ndarray, labels: np.ndarray | None, **more: Any) -> Dataset:
-    if labels is None:
-        return Dataset(X, None, None, name, **more)
-    classes, y = np.unique(labels, return_inverse=True)
-    return Dataset(X, y.astype(np.int64), classes, name, **more)
-
-
-def _load_digits() -> Dataset:
+def _load_digits(task: Task) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError('the digits data need scikit-learn: pip install "fastbn[train]"') from error
-    pixels, labels = load_digits(return_X_y=True)
-    return _dataset("digits", (pixels / 16).astype(np.float32), labels)
+    pixels, digits = load_digits(return_X_y=True)
+    part = Part((pixels / 16).astype(np.float32), True, digits, "digits: label")
+    return _of_parts("digits", part, None, (), task)
 
 
-def _load_npz(path: Path) -> Dataset:
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an .npz file, or a damaged one")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: np.asarray(file[key]) for key in ("X", "y") if key in file}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    if "X" not in arrays:
-        raise ValueError(f"{path}: holds no array called X")
-    X, labels = arrays["X"], arrays.get("y")
-    if X.dtype.kind not in "biuf" or X.ndim < 2 or X.size == 0:
-        raise ValueError(f"{path}: X must be a non-empty (N, features) array of numbers, got {X.dtype} {X.shape}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and the check names it
-        X = X.reshape(len(X), -1).astype(np.float32)
-    finite = np.isfinite(X)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        raise ValueError(f"{path}: X[{row}, {column}] is {X[row, column]} in float32")
-    if labels is not None:
-        if labels.dtype.kind not in "biufSU" or labels.size != len(X) or labels.shape[:1] != (len(X),):
-            raise ValueError(f"{path}: expected y to be {len(X)} labels, got {labels.dtype} {labels.shape}")
-        labels = labels.ravel()
-        if labels.dtype.kind == "f":
-            labels = labels.astype(np.float64)
-            if not np.isfinite(labels).all():
-                raise ValueError(f"{path}: y[{np.flatnonzero(~np.isfinite(labels))[0]}] is not finite")
-        elif labels.dtype.kind == "S":
-            labels = _text_labels([label.decode("utf-8", "replace") for label in labels.tolist()])
-    return _dataset(path.name, X, labels)
+def _of_parts(name: str, train: Part, test: Part | None, notes: tuple[str, ...], task: Task) -> Dataset:
+    """A Dataset of one part, or of two that share their classes."""
+    y = classes = test_y = None
+    if train.labels is not None:
+        y, classes = _targets(train.labels, _row_of(train), task)
+    if test is not None and test.labels is not None:
+        if y is not None and classes is None:
+            test_y = labels.numbers(test.labels, _row_of(test))
+        else:
+            test_classes, test_y = labels.encode(test.labels, _row_of(test))
+            classes = test_classes if classes is None else classes
+            test_y = _numbered(classes, test_classes, test, test_y)[test_y]
+    dataset = Dataset(train.X, y, classes, name, images=train.images, notes=notes)
+    return dataset if test is None else replace(dataset, held_out=replace(dataset, X=test.X, y=test_y))
 
 
-def _load_csv(path: Path, target: str | None) -> Dataset:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return _parse_csv(path, csv.reader(file, skipinitialspace=True, strict=True), target)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a .csv text file in UTF-8 ({error})") from error
+def _row_of(part: Part) -> Callable[[int], str]:
+    return lambda row: f"{part.place}[{row}]"
 
 
-def _parse_csv(path: Path, reader: Any, target: str | None) -> Dataset:
-    header = [name.strip() for name in next(reader, [])]
-    if not header:
-        raise ValueError(f"{path}: empty, expected a header row")
-    if target is not None and header.count(target) != 1:
-        raise ValueError(f"{path}: expected one column called {target!r}, got the columns {', '.join(header)}")
-    at = None if target is None else header.index(target)
-    features = header if at is None else header[:at] + header[at + 1 :]
-    if not features:
-        raise ValueError(f"{path}: no feature column beside {target!r}")
-    numbers, labels = array("d"), []
-    for cells in reader:
-        if not cells:  # a blank line
-            continue
-        if len(cells) != len(header):
-            raise ValueError(f"{path}: line {reader.line_num} has {len(cells)} cells, expected {len(header)}")
-        if at is not None:
-            labels.append(cells.pop(at).strip())
-            if not labels[-1]:
-                raise ValueError(f"{path}: line {reader.line_num}, column {target!r}: no label")
-        if not _are_numbers(cells):
-            column, cell = next((i, cell) for i, cell in enumerate(cells) if not _are_numbers([cell]))
-            hint = "" if at is not None else " (a column of labels must be named as the target)"
-            raise ValueError(
-                f"{path}: line {reader.line_num}, column {features[column]!r}: expected a number, got {cell!r}{hint}"
-            )
-        numbers.extend(map(float, cells))
-    if not numbers:
-        raise ValueError(f"{path}: no rows below the header")
-    X = np.array(numbers, dtype=np.float32).reshape(-1, len(features))
-    return _dataset(path.name, X, None if at is None else _text_labels(labels), features=tuple(features))
+def _numbered(classes: np.ndarray, test_classes: np.ndarray, test: Part, y: np.ndarray) -> np.ndarray:
+    """The numbers that the training part gives to the test part's classes."""
+    numbers = {labels.key(label): i for i, label in enumerate(classes.tolist())}
+    for i, label in enumerate(test_classes.tolist()):
+        if labels.key(label) not in numbers:
+            place = _row_of(test)(int((y == i).argmax()))
+            raise ValueError(f"{place}: the test label {labels.shown(label)} does not occur in the training part")
+    return np.array([numbers[labels.key(label)] for label in test_classes.tolist()], dtype=np.int64)
 
 
-def _are_numbers(cells: list[str]) -> bool:
-    """Whether all are finite numbers in float32."""
-    try:
-        return all(-_FLOAT32_MAX <= number <= _FLOAT32_MAX for number in map(float, cells))
-    except ValueError:
-        return False
-
-
-def _text_labels(labels: list[str]) -> np.ndarray:
-    """Integers where all labels are written as integers are, so that 10 sorts behind 9; text otherwise."""
-    try:
-        integers = [int(label) for label in labels]
-    except ValueError:
-        return np.array(labels)
-    if all(str(number) == label for number, label in zip(integers, labels, strict=True)):
-        return np.array(integers)
-    return np.array(labels)
-
-
-def _load_idx_folder(folder: Path) -> Dataset:
-    parts = {}
-    for part in ("train", "t10k"):
-        images = _find(folder / f"{part}-images-idx3-ubyte")
-        if images is None:
-            continue
-        pixels = _read_idx(images, _IDX_IMAGES)
-        if pixels.size == 0:
-            raise ValueError(f"{images}: empty, got shape {pixels.shape}")
-        file = _find(folder / f"{part}-labels-idx1-ubyte")
-        labels = None if file is None else _read_idx(file, _IDX_LABELS)
-        if labels is not None and len(labels) != len(pixels):
-            raise ValueError(f"{file}: {len(labels)} labels for the {len(pixels)} images of {images.name}")
-        X = pixels.reshape(len(pixels), -1).astype(np.float32)
-        X /= 255
-        parts[part] = X, labels
-    if not parts:
-        raise ValueError(f"{folder}: holds neither train-images-idx3-ubyte nor t10k-images-idx3-ubyte (.gz or not)")
-    if len({X.shape[1] for X, _ in parts.values()}) > 1:
-        raise ValueError(f"{folder}: the train and t10k images differ in size")
-    known = [labels for _, labels in parts.values() if labels is not None]
-    classes = np.unique(known[0]) if known else None
-    if len(known) == 2 and (unseen := np.setdiff1d(known[1], known[0])).size:
-        raise ValueError(f"{folder}: label {unseen[0]} of the t10k images does not occur among the train images")
-    sets = [
-        Dataset(X, None, classes, folder.resolve().name)
-        if classes is None or labels is None
-        else Dataset(X, np.searchsorted(classes, labels).astype(np.int64), classes, folder.resolve().name)
-        for X, labels in parts.values()
-    ]
-    return sets[0] if len(sets) == 1 else replace(sets[0], held_out=sets[1])
-
-
-def _find(path: Path) -> Path | None:
-    return next((file for file in (path, path.with_name(path.name + ".gz")) if file.is_file()), None)
-
-
-def _read_idx(path: Path, magic: int) -> np.ndarray:
-    """Read an idx file of unsigned bytes.
-
-    Big-endian 32-bit words: the magic number, then one size for each dimension; then the bytes
-    (the format's description stood at yann.lecun.com/exdb/mnist).
-    """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged or truncated ({error})") from error
-    ndim = magic & 0xFF
-    start = 4 * (1 + ndim)
-    if len(content) < start:
-        raise ValueError(f"{path}: truncated, expected a header of {start} bytes, got {len(content)} bytes")
-    found, *shape = (int(word) for word in np.frombuffer(content, ">u4", count=1 + ndim))
-    if found != magic:
-        raise ValueError(f"{path}: expected the magic number 0x{magic:08x}, got 0x{found:08x}")
-    asked = int(np.prod(shape, dtype=object))
-    if len(content) - start != asked:
-        got = len(content) - start
-        raise ValueError(f"{path}: damaged, shape {tuple(shape)} asks for {asked} bytes of data, got {got}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+def _targets(
+    given: Sequence[str] | np.ndarray, where: Callable[[int], str], task: Task
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """y and, of a classification, its classes."""
+    if task == "regression":
+        return labels.numbers(given, where), None
+    classes, y = labels.encode(given, where)
+    many = len(classes) > _MOST_CLASSES and len(classes) * _LEAST_EXAMPLES > len(y)
+    if task == "auto" and (classes.dtype.kind == "f" or (many and classes.dtype.kind in "iu")):
+        return labels.numbers(given, where), None
+    return y, classes

@@ -27,7 +27,9 @@ class Curves(Protocol):
     def val_accuracy(self) -> Sequence[float]: ...
 
 
-def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str]) -> None:
+def learning_curves(
+    histories: Mapping[str, Curves], path: str | os.PathLike[str], labels: tuple[str, str] = ("Loss", "Accuracy")
+) -> None:
     """Draw loss and accuracy, epoch by epoch, as a PNG.
 
     Training is dashed, held-out data are solid; every history has its colour.
@@ -38,6 +40,8 @@ def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str
         At least one; the names go into the legend, an empty one is left out of it.
     path : path
         Written, or overwritten, as PNG whatever its suffix.
+    labels : pair of str
+        What stands in the histories as loss and accuracy: a regression's are RMSE and R2.
 
     Raises
     ------
@@ -54,9 +58,9 @@ def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str
         raise ImportError('learning curves need matplotlib: pip install "fastbn[train]"') from error
     losses = [loss for history in histories.values() for loss in (*history.loss, *history.val_loss)]
     log = min(losses, default=0) > 0  # a likelihood's can be negative
-    quantities = [("loss", "Loss (log scale)" if log else "Loss")]
-    if any(history.accuracy for history in histories.values()):
-        quantities.append(("accuracy", "Accuracy"))
+    quantities = [("loss", f"{labels[0]} (log scale)" if log else labels[0])]
+    if any(history.accuracy or history.val_accuracy for history in histories.values()):
+        quantities.append(("accuracy", labels[1]))
     if not any(history.loss for history in histories.values()):
         raise ValueError("no epochs to draw")
 
@@ -79,7 +83,7 @@ def learning_curves(histories: Mapping[str, Curves], path: str | os.PathLike[str
         axes.spines[["top", "right"]].set_visible(False)
         if quantity == "loss":
             axes.set_yscale("log" if log else "linear")
-        else:
+        elif label == "Accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(histories), frameon=False)

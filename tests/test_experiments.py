@@ -326,10 +326,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
     monkeypatch.setattr(common, "in_parallel", lambda *_, **__: pytest.fail("training began"))
     out, file = tmp_path / "out", tmp_path / "file"
     file.write_text("here before")
-    assert "--seeds must be at least 1, got 0" in refused(capsys, "speed", "--seeds", 0, "--out", out)
     assert "no such file or folder" in refused(capsys, "speed", "--data", tmp_path / "none.npz", "--out", out)
     assert "not a folder that can be written to" in refused(capsys, "all", "--out", file / "deeper")
-    assert "--paper is for the experiment speed, got noise" in refused(capsys, "noise", "--paper", "--out", out)
     X = np.full((4, 2), np.nan)
     np.savez(tmp_path / "nan.npz", X=X, y=np.arange(4) % 2)
     assert "X[0, 0] is nan" in refused(capsys, "speed", "--data", tmp_path / "nan.npz", "--out", out)
@@ -341,9 +339,14 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypa
     )
     for name in ("shift", "all"):  # before the first of all
         assert "grey.npz: this experiment" in refused(capsys, name, "--data", tmp_path / "grey.npz", "--out", out)
-    with pytest.raises(SystemExit):  # a variable that is not set
-        run(capsys, "speed", "--out", "")
-    assert "expected a folder, got ''" in capsys.readouterr().err
+    for arguments, fault in (
+        (("speed", "--out", ""), "expected a folder, got ''"),  # a variable that is not set
+        (("speed", "--seeds", 0), "argument --seeds: expected a whole number of at least 1, got '0'"),
+        (("noise", "--paper"), "argument --paper: for the experiment speed, got noise"),
+    ):
+        with pytest.raises(SystemExit):
+            run(capsys, *arguments)
+        assert fault in capsys.readouterr().err
     assert not out.exists()
     assert file.read_text() == "here before"
 

@@ -44,6 +44,33 @@ def test_it_is_its_twin(training, dtype, ratio, unchanged):
     assert layer.count == 200
 
 
+@pytest.mark.parametrize("ratio", [1, 1e4, 1e8])
+def test_float64_data_become_float32_after_the_mean_is_gone(ratio):
+    X = data(ratio=ratio)
+    layer = nn.Standardize(4, dtype="float32").fit(X)
+    y, expected = layer(X), exactly(X)
+    assert y.dtype == np.float32
+    bound = U["float32"] * abs(expected) + (5 * U["float64"] + 4e-19 * ratio) * (1 + abs(expected)) * 1.01
+    assert (abs(y - expected) <= bound).all()
+    dy = np.random.default_rng(1).normal(size=X.shape)
+    dx = layer.backward(dy)
+    assert dx.dtype == np.float64
+    np.testing.assert_allclose(dx, dy / X.std(axis=0), rtol=1e-9)
+
+
+def test_dtype_of_the_output():
+    X = data(dtype="float32")
+    wide, narrow, same = (nn.Standardize(4, dtype=dtype).fit(X) for dtype in ("float64", np.float32, None))
+    assert wide(X).tobytes() == same(X.astype(np.float64)).tobytes()
+    assert narrow(X).tobytes() == same(X).tobytes()
+    assert wide(X).dtype == np.float64
+    assert wide.backward(wide(X)).dtype == np.float32
+    assert np.isinf(narrow(np.full((1, 4), 1e300))).all()  # without a warning
+    assert repr(narrow) == "Standardize(num_features=4, dtype='float32')"
+    with pytest.raises(TypeError, match="expected dtype float32 or float64, or None, got float16"):
+        nn.Standardize(4, dtype="float16")
+
+
 @pytest.mark.parametrize(("axis", "shape"), [(1, (6, 3, 5)), (-1, (6, 5, 3)), (0, (3, 20)), (1, (6, 3, 2, 4))])
 def test_any_axis(axis, shape):
     X = np.random.default_rng(0).normal(3, 2, shape)
@@ -128,7 +155,7 @@ def test_errors_change_nothing():
 def test_it_travels(tmp_path):
     pytest.importorskip("safetensors")
     X = data(ratio=1e6)
-    layer = nn.Standardize(4, axis=-1).fit(X)
+    layer = nn.Standardize(4, axis=-1, dtype="float64").fit(X)
     model = nn.Sequential(layer, nn.Dense(4, 2, dtype="float64", seed=0))
     assert eval(repr(layer), vars(nn)).config() == layer.config() == json.loads(json.dumps(layer.config()))
     checkpoint.save(tmp_path / "m.safetensors", model)

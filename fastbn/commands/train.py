@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import fastbn
-from fastbn import checkpoint, data, losses, nn, optim, plots, schedules, training
+from fastbn import checkpoint, data, nn, optim, schedules, training
 
-from .common import add_data, check_out, folder, load, need
+from .common import add_data, folder, load, making, naming, need, real_number, whole_number
+from .tasks import VALIDATION, Classification, Regression, kind_of, task_of
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 FUSED = ("relu", "leaky_relu")  # what BatchNorm does in the same pass
@@ -29,6 +29,10 @@ SCHEDULES = {
     "inverse-time": lambda epochs: schedules.inverse_time(1),
 }
 WITH, WITHOUT = "with batch normalization", "without batch normalization"
+# An output of one example differs from the batch's by rounding: 1e-6 of the largest output where training went well.
+AGREES = 1e-4
+
+Task = Classification | Regression
 
 
 def add_to(commands: Any) -> None:
@@ -42,118 +46,161 @@ def add_to(commands: Any) -> None:
     add_data(parser)
     add = parser.add_argument
     rates = ", ".join(f"{rate} for {name}" for name, rate in RATES.items())
+    positive = real_number("a number above 0", lambda value: value > 0)
+    fraction = real_number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+    add("--task", choices=("auto", "classification", "regression"), default="auto",
+        help="whether the target holds classes or numbers; auto: numbers where one has a fraction, or where more than "
+        "20 different ones have fewer than 10 examples each in the mean, else classes "
+        "(default: %(default)s)")  # fmt: skip
+    add("--no-standardize", dest="standardize", action="store_false",
+        help="leave inputs, and the targets of a regression, as they are: by default every column gets mean 0 and "
+        "variance 1; pixels of images have mean 0 each, and variance 1 all together")  # fmt: skip
     add("--out", type=folder, default="fastbn-run", help="the folder to write into (default: %(default)s)")
     add("--hidden", type=hidden_widths, default="100,100", help="widths of the hidden layers (default: %(default)s)")
     add("--activation", choices=ACTIVATIONS, default="relu", help="of the hidden layers (default: %(default)s)")
     add("--optimizer", choices=RATES, default="adam", help="how steps are taken (default: %(default)s)")
-    add("--lr", type=float, help=f"learning rate (default: {rates})")
-    add("--momentum", type=float, help="of sgd (default: 0.9)")
-    add("--bn-momentum", type=float, default=0.1,
+    add("--lr", type=positive, help=f"learning rate (default: {rates})")
+    add("--momentum", type=real_number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+        help="of sgd (default: 0.9)")  # fmt: skip
+    add("--bn-momentum", type=fraction, default=0.1,
         help="weight of the newest mini-batch in the running averages (default: %(default)s)")  # fmt: skip
     add("--schedule", choices=SCHEDULES, default="constant",
         help="of the learning rate: a tenth after every third of the epochs, half a cosine, or 1/(1 + epochs done) "
         "(default: %(default)s)")  # fmt: skip
-    add("--clip-norm", type=float, help="the largest norm of all gradients together, to which larger ones are scaled")
-    add("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
-    add("--patience", type=int, help="stop after so many epochs without a lower loss on a tenth of the training data, "
-        "left out for that, and keep the best")  # fmt: skip
-    add("--batch-size", type=int, default=32, help="examples in a mini-batch (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of split, start values and mini-batches (default: %(default)s)")
+    add("--clip-norm", type=positive,
+        help="the largest norm of all gradients together, to which larger ones are scaled")  # fmt: skip
+    add("--epochs", type=whole_number(1), default=20, help="passes over the training data (default: %(default)s)")
+    add("--patience", type=whole_number(1), help="stop after so many epochs without a lower loss on a tenth of the "
+        "training data, left out for that, and keep the best")  # fmt: skip
+    add("--batch-size", type=whole_number(2), default=32, help="examples in a mini-batch (default: %(default)s)")
+    add("--seed", type=whole_number(0), default=0,
+        help="of split, start values and mini-batches (default: %(default)s)")  # fmt: skip
     add("--no-batchnorm", action="store_true", help="train only the network without")
     add("--resume", action="store_true", help="go on with a training that was interrupted, with the same options")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, check=lambda args: check(parser, args))
 
 
 def hidden_widths(text: str) -> list[int]:
     try:
-        widths = [int(width) for width in text.split(",")]
-    except ValueError:
-        widths = []
-    if not widths or min(widths) < 1:
-        raise argparse.ArgumentTypeError(f"expected widths such as 100,100, got {text!r}")
-    return widths
+        return [whole_number(1)(width.strip()) for width in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected widths such as 100,100, got {text!r}") from error
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options that do not fit together."""
+    if args.momentum is not None and args.optimizer != "sgd":
+        parser.error(f"argument --momentum: for --optimizer sgd alone, got {args.optimizer}")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, print, write."""
+    """Train, write, print."""
     need({"safetensors": "saving the model needs", "matplotlib": "learning curves need"})
-    if not 0 <= args.bn_momentum <= 1:
-        raise ValueError(f"--bn-momentum must lie between 0 and 1, got {args.bn_momentum}")
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {args.seed}")
-    if args.momentum is not None and args.optimizer != "sgd":
-        raise ValueError(f"--momentum is for --optimizer sgd, got {args.optimizer}")
-    dataset = load(args)
-    if dataset.y is None or dataset.classes is None:
-        columns = f": name their column with --target, one of {', '.join(dataset.features)}" if dataset.features else ""
-        raise ValueError(f"{args.data}: no labels to learn{columns}")
-    train, held_out = data.split(dataset, seed=args.seed)
-    if train.y is None or held_out.y is None:
-        raise ValueError(f"{args.data}: no labels for the t10k images")
-    names = [args.out / name for name in ("model.safetensors", "learning-curves.png", "metrics.json")]
+    files = [args.out / name for name in ("model.safetensors", "learning-curves.png", "metrics.json")]
     unfinished = {name: args.out / f"unfinished-{name.split()[0]}.safetensors" for name in (WITH, WITHOUT)}
-    if not args.resume and (found := next((path for path in unfinished.values() if path.exists()), None)):
-        raise ValueError(f"{found}: an interrupted training, give --resume to go on with it or delete it to begin anew")
-    check_out(args.out, names)
-    n_features, n_classes = train.X.shape[1], len(dataset.classes)
-    print(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
-          f"{n_features} features, {n_classes} classes", flush=True)  # fmt: skip
+    with making(args.out, files):
+        if not args.resume and (found := next((path for path in unfinished.values() if path.exists()), None)):
+            raise ValueError(
+                f"{found}: an interrupted training, give --resume to go on with it or delete it to begin anew"
+            )
+        dataset = load(args, task=args.task)
+        if dataset.y is None:
+            names = ", ".join(dataset.features or ()) or f"1 to {dataset.X.shape[1]}" * (args.header is False)
+            columns = f": name their column with --target, one of {names}" if names else ""
+            raise ValueError(f"{args.data}: no labels to learn{columns}")
+        train, held_out = data.split(dataset, seed=args.seed)
+        task = task_of(args, train)
+        print(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
+              f"{train.X.shape[1]} features, {task.about}")  # fmt: skip
+        for note in (*dataset.notes, *[f"--task auto: {kind_of(dataset)}"] * (args.task == "auto")):
+            print(note)
+        inputs = _inputs(args, train)
+        print(_said_of(inputs, train), flush=True)
 
-    with _unfinished_in(args.out, unfinished.values()):
-        results, histories, saved = _train_networks(args, train, held_out, n_classes, unfinished)
-        alone = _one_at_a_time(saved[0], held_out.X)
-        _print_results(results, alone)
+        with _resumable(list(unfinished.values())):
+            epochs, results, saved = _train_networks(args, task, train, held_out, inputs, unfinished)
+            alone = _one_at_a_time(saved[0], held_out.X, task)
+            metadata = {"fastbn": fastbn.__version__, "data": dataset.name, "inputs": train.X.shape[1],
+                        "columns": dataset.features, **task.metadata}  # fmt: skip
+            options = {key: value for key, value in vars(args).items() if key not in ("run", "check", "out", "resume")}
+            metrics = {"fastbn": fastbn.__version__, "data": dataset.name, "training_examples": len(train.X),
+                       "held_out_examples": len(held_out.X), "options": options, "held_out": results,
+                       "one_at_a_time": alone, "epochs": epochs}  # fmt: skip
+            # Before anything is printed: whoever has stopped to read the lines still gets the files.
+            with naming(args.out):
+                checkpoint.save(files[0], *saved, metadata=metadata)
+                task.draw(epochs, files[1])
+                files[2].write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    _print_results(results, alone, task)
+    print("wrote", ", ".join(map(str, files)))
 
-        metadata = {"fastbn": fastbn.__version__, "data": dataset.name, "classes": dataset.classes.tolist(),
-                    "inputs": n_features, "columns": dataset.features}  # fmt: skip
-        checkpoint.save(names[0], *saved, metadata=metadata)
-        plots.learning_curves(histories, names[1])
-        options = {key: value for key, value in vars(args).items() if key not in ("run", "out", "resume")}
-        metrics = {"fastbn": fastbn.__version__, "data": dataset.name, "training_examples": len(train.X),
-                   "held_out_examples": len(held_out.X), "options": options, "held_out": results,
-                   "one_at_a_time": alone,
-                   "epochs": {name: dataclasses.asdict(history) for name, history in histories.items()}}  # fmt: skip
-        names[2].write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print("wrote", ", ".join(map(str, names)))
+
+def _inputs(args: argparse.Namespace, train: data.Dataset) -> nn.Standardize | None:
+    """What the network gets before its first layer, with the statistics of the training data; None: X as it is."""
+    if not args.standardize:
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(train.X.astype(np.float32, copy=False)).all()
+        if not fits:
+            raise ValueError(f"{train.name}: holds numbers beyond float32's range, leave out --no-standardize")
+        return None
+    layer = nn.Standardize(train.X.shape[1], dtype="float32").fit(train.X)
+    if train.images:
+        # A border pixel that is bright in one of 60,000 images would be 245 standard deviations of its own. On
+        # Fashion-MNIST, one scale for all is as good as one for each, and learns a little better.
+        layer.var[...] = layer.var.mean()
+    return layer
+
+
+def _said_of(inputs: nn.Standardize | None, train: data.Dataset) -> str:
+    if inputs is None:
+        return "inputs as they are"
+    if train.images:
+        return "inputs standardized, by the mean of each pixel and one scale for all"
+    constant = int(np.count_nonzero(inputs.var == 0))
+    return "inputs standardized, column by column" + f", {constant} of them constant" * bool(constant)
 
 
 @contextlib.contextmanager
-def _unfinished_in(folder: Path, files: Collection[Path]) -> Iterator[None]:
-    """Make the folder for these files, which go when all is done; after an error, a new folder goes if it is empty."""
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+def _resumable(files: Sequence[Path]) -> Iterator[None]:
+    """These files go when all is done; after Ctrl-C, what to do with them is said."""
     try:
         yield
-        for path in files:
-            path.unlink(missing_ok=True)
     except KeyboardInterrupt:
         if any(path.exists() for path in files):
             raise KeyboardInterrupt(": the same command with --resume goes on where it stopped") from None
         raise
-    finally:
-        if new:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+    for path in files:
+        path.unlink(missing_ok=True)
 
 
 def _train_networks(
-    args: argparse.Namespace, train: data.Dataset, held_out: data.Dataset, n_classes: int, unfinished: dict[str, Path]
-) -> tuple[dict[str, dict[str, Any]], dict[str, training.History], tuple[Any, Any]]:
-    """Results and histories by name, and the first network with its optimizer."""
-    assert train.y is not None
-    assert held_out.y is not None
+    args: argparse.Namespace,
+    task: Task,
+    train: data.Dataset,
+    held_out: data.Dataset,
+    inputs: nn.Standardize | None,
+    unfinished: dict[str, Path],
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], tuple[nn.Sequential, Any]]:
+    """Epochs and results by name, and the first network with its optimizer."""
+    # Once, not in every step; and in float32, whatever the data are.
+    X, held_out_X = (
+        part.X.astype(np.float32, copy=False) if inputs is None else inputs(part.X) for part in (train, held_out)
+    )
+    target, held_out_target = task.targets(train), task.targets(held_out)
     results: dict[str, dict[str, Any]] = {}
-    histories: dict[str, training.History] = {}
+    epochs: dict[str, Any] = {}
     saved = None
     for name in (WITHOUT,) if args.no_batchnorm else (WITH, WITHOUT):
         print(f"training {name}", flush=True)
-        model = _network([train.X.shape[1], *args.hidden, n_classes], args, batchnorm=name == WITH)
+        trained = _network([X.shape[1], *args.hidden, task.outputs], args, batchnorm=name == WITH)
+        model = trained if inputs is None else nn.Sequential(inputs, *trained)
         optimizer = _optimizer(model, args)
         try:
-            histories[name] = training.fit(
-                model, (train.X, train.y), losses.softmax_cross_entropy, optimizer, epochs=args.epochs,
+            history = training.fit(
+                trained, (X, target), task.loss, optimizer, epochs=args.epochs,
                 batch_size=args.batch_size, seed=args.seed, patience=args.patience, clip_norm=args.clip_norm,
-                validation=(held_out.X, held_out.y) if args.patience is None else 0.1,  # held-out data must not choose
+                # held-out data must not choose
+                validation=(held_out_X, held_out_target) if args.patience is None else VALIDATION,
                 schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name], resume=args.resume,
             )  # fmt: skip
         except FloatingPointError as error:
@@ -162,13 +209,14 @@ def _train_networks(
                 raise FloatingPointError(f"{name}, {error}: try a smaller --lr") from error
             results[name] = {"diverged": str(error)}
             continue
-        loss, accuracy = training.evaluate(model, (held_out.X, held_out.y), losses.softmax_cross_entropy)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{name}, the loss on held-out data is {loss}: try a smaller --lr")
-        results[name] = {"accuracy": accuracy, "loss": loss, "seconds": sum(histories[name].seconds)}
+        epochs[name] = task.epochs(history, held_out_target if args.patience is None else args.seed)
+        scores = task.scores(model, held_out)
+        if not math.isfinite(scores["loss"]):
+            raise FloatingPointError(f"{name}, the loss on held-out data is {scores['loss']}: try a smaller --lr")
+        results[name] = scores | {"seconds": sum(history.seconds)}
         saved = saved or (model.eval(), optimizer)
     assert saved is not None
-    return results, histories, saved
+    return epochs, results, saved
 
 
 def _network(widths: list[int], args: argparse.Namespace, *, batchnorm: bool) -> nn.Sequential:
@@ -192,25 +240,33 @@ def _optimizer(model: nn.Sequential, args: argparse.Namespace) -> optim.SGD | op
     return optim.RMSprop(model, lr) if args.optimizer == "rmsprop" else optim.Adam(model, lr)
 
 
-def _one_at_a_time(model: Any, X: np.ndarray) -> dict[str, Any]:
+def _one_at_a_time(model: Any, X: np.ndarray, task: Task) -> dict[str, Any]:
     """Compare outputs for examples that go through the model alone with those of the batch; 1,000 at most."""
     X = X[:1000]
     batch = model(X)
     alone = np.concatenate([model(X[i : i + 1]) for i in range(len(X))])
-    return {
-        "examples": len(X),
-        "largest_difference": float(np.abs(alone - batch).max()),
-        "other_predictions": int(np.count_nonzero(alone.argmax(axis=1) != batch.argmax(axis=1))),
-    }
+    difference, largest = float(np.abs(alone - batch).max()), float(np.abs(batch).max())
+    found = {"examples": len(X), "largest_difference": difference, "largest_output": largest}
+    if isinstance(task, Classification):
+        found["other_predictions"] = int(np.count_nonzero(alone.argmax(axis=1) != batch.argmax(axis=1)))
+    return found
 
 
-def _print_results(results: dict[str, dict[str, Any]], alone: dict[str, Any]) -> None:
-    print(f"\n{'held-out data, running averages':<32}{'accuracy':>9}{'loss':>9}{'seconds':>9}")
+def _print_results(results: dict[str, dict[str, Any]], alone: dict[str, Any], task: Task) -> None:
+    print(f"\n{'held-out data, running averages':<31}", *(f"{name:>9}" for name in (*task.formats, "seconds")))
     for name, row in results.items():
         if "diverged" in row:
             print(f"{name:<32}diverged: {row['diverged']}")
-        else:
-            print(f"{name:<32}{row['accuracy']:>8.2%} {row['loss']:>8.4f}{row['seconds']:>9.1f}")
-    other = alone["other_predictions"]
-    print(f"\none example at a time agrees with the batch: {alone['examples']} examples, largest difference of an "
-          f"output {alone['largest_difference']:.1e}, {f'{other} other' if other else 'same'} predictions")  # fmt: skip
+            continue
+        cells = ["-" if row[key] is None else _short(row[key], form) for key, form in task.formats.items()]
+        print(f"{name:<31}", *(f"{cell:>9}" for cell in (*cells, f"{row['seconds']:.1f}")))
+    agrees = alone["largest_difference"] <= AGREES * alone["largest_output"]
+    other = alone.get("other_predictions")
+    predictions = "" if other is None else f", {f'{other} other' if other else 'same'} predictions"
+    print(f"\none example at a time {'agrees with' if agrees else 'DIFFERS from'} the batch: {alone['examples']} "
+          f"examples, largest difference of an output {alone['largest_difference']:.1e}, largest output "
+          f"{alone['largest_output']:.1e}{predictions}")  # fmt: skip
+
+
+def _short(value: float, form: str) -> str:
+    return format(value, form if abs(value) < 1e5 else ".4g")

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from .. import calls
 from ..functional import moments
-from ..state import Array, as_float, check_state
+from ..state import FLOATS, Array, as_float, check_state
 from .layer import Layer
 
 __all__ = ["Standardize"]
@@ -33,6 +33,9 @@ class Standardize(Layer):
         C, at least 1.
     axis : int
         The feature axis: 1 for (N, C, ...), -1 for channels-last.
+    dtype : dtype, optional
+        float32 or float64, of y; without it y has the dtype of x. With float32, a network in float32 takes float64
+        data of many digits: the mean is taken away in float64, and what is left is rounded once.
 
     Attributes
     ----------
@@ -52,10 +55,17 @@ class Standardize(Layer):
     >>> nn.Standardize(2).fit(X)(X)
     array([[-1.,  0.],
            [ 1.,  0.]])
+    >>> seconds = [[1700000001.0], [1700000059.0]]
+    >>> nn.Standardize(1, dtype="float32").fit(seconds)(seconds)
+    array([[-1.],
+           [ 1.]], dtype=float32)
     """
 
-    def __init__(self, num_features: int, *, axis: int = 1) -> None:
+    def __init__(self, num_features: int, *, axis: int = 1, dtype: Any = None) -> None:
         self.num_features, self.axis = operator.index(num_features), operator.index(axis)
+        self.dtype = None if dtype is None else np.dtype(dtype)
+        if self.dtype not in (None, *FLOATS):
+            raise TypeError(f"expected dtype float32 or float64, or None, got {self.dtype}")
         if self.num_features < 1:
             raise ValueError(f"expected num_features to be at least 1, got {num_features}")
         super().__init__()
@@ -90,11 +100,14 @@ class Standardize(Layer):
         return self
 
     def forward(self, x: ArrayLike) -> Array:
-        """y, with the shape and dtype of x; RuntimeError before `fit`, ValueError for another number of features."""
+        """y, with the shape of x; RuntimeError before `fit`, ValueError for another number of features."""
         if not self.count:
             raise RuntimeError("Standardize needs the statistics of a data set: call fit(X) before forward")
         a = as_float(x)
-        y = self._scaled(a, self.mean, -self.mean_low)
+        dtype = a.dtype if self.dtype is None else self.dtype
+        y = self._scaled(a.astype(dtype) if dtype.itemsize > a.itemsize else a, self.mean, -self.mean_low)
+        with np.errstate(over="ignore"):  # infinity, as float32 itself would have it
+            y = y.astype(dtype, copy=False)
         self._saved = np.empty(0, a.dtype), y.shape
         return y
 
