@@ -121,7 +121,7 @@ class SGD(Optimizer):
     Raises
     ------
     ValueError
-        For a rate, momentum or decay out of range, a model without parameters, or names that are none of its parameters.
+        For a rate, momentum or decay out of range, a model without parameters, or names that it has not.
     TypeError
         For an exclude that is a single text.
 
@@ -180,7 +180,7 @@ class RMSprop(Optimizer):
     Raises
     ------
     ValueError
-        For an argument out of range, a model without parameters, or names that are none of its parameters.
+        For an argument out of range, a model without parameters, or names that it has not.
     TypeError
         For an exclude that is a single text.
 
@@ -241,7 +241,7 @@ class Adam(Optimizer):
     Raises
     ------
     ValueError
-        For an argument out of range, a model without parameters, or names that are none of its parameters.
+        For an argument out of range, a model without parameters, or names that it has not.
     TypeError
         For an exclude that is a single text.
 

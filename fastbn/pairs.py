@@ -15,7 +15,7 @@ from .data import held_out_rows
 from .nn import walk
 from .state import Array, as_float
 
-__all__ = ["Loss", "Pair", "checked", "check_finite", "inference", "pair", "with_validation"]
+__all__ = ["Loss", "Pair", "check_finite", "checked", "inference", "pair", "with_validation"]
 
 Loss = Callable[[Array, Array], tuple[float, Array]]
 Pair = tuple[ArrayLike, ArrayLike]
