@@ -291,7 +291,7 @@ def test_an_interrupted_training_is_resumed(flowers, capsys, monkeypatch, at, le
     (folder / "run" / "unfinished.json").unlink()
     different = refused(capsys, *command, "--out", folder / "run", "--resume", "--seed", "3")
     assert "unfinished-with.safetensors: cannot be loaded: it is of another run, seed was 0, is 3" in different
-    left.remove("unfinished.json")
+    left = left[:-1]
     assert sorted(path.name for path in (folder / "run").iterdir()) == left
     assert run(capsys, *command, "--out", folder / "run", "--resume")[0] == 0
     assert sorted(path.name for path in (folder / "run").iterdir()) == FILES

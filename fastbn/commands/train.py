@@ -18,6 +18,7 @@ import fastbn
 from fastbn import checkpoint, data, losses, nn, optim, plots, schedules, training
 
 from .common import add_data, check_out, folder, load, need
+from .resume import same_options
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 FUSED = ("relu", "leaky_relu")  # what BatchNorm does in the same pass
@@ -95,16 +96,15 @@ def run(args: argparse.Namespace) -> None:
     if not args.resume and (found := next((path for path in unfinished.values() if path.exists()), None)):
         raise ValueError(f"{found}: an interrupted training, give --resume to go on with it or delete it to begin anew")
     check_out(args.out, names)
-    options = {key: value for key, value in vars(args).items() if key not in ("run", "out", "resume")}
-    begun_with = args.out / "unfinished.json"
-    if args.resume:
-        _check_options(begun_with, options)
     n_features, n_classes = train.X.shape[1], len(dataset.classes)
     print(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
           f"{n_features} features, {n_classes} classes", flush=True)  # fmt: skip
 
-    with _unfinished_in(args.out, unfinished.values(), begun_with):
-        begun_with.write_text(json.dumps(options), encoding="utf-8")
+    begun_with = args.out / "unfinished.json"
+    with (
+        _unfinished_in(args.out, [*unfinished.values(), begun_with]),
+        same_options(args, begun_with, unfinished.values()),
+    ):
         results, histories, saved = _train_networks(args, train, held_out, n_classes, unfinished)
         alone = _one_at_a_time(saved[0], held_out.X)
         _print_results(results, alone)
@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
                     "inputs": n_features, "columns": dataset.features}  # fmt: skip
         checkpoint.save(names[0], *saved, metadata=metadata)
         plots.learning_curves(histories, names[1])
+        options = {key: value for key, value in vars(args).items() if key not in ("run", "out", "resume")}
         metrics = {"fastbn": fastbn.__version__, "data": dataset.name, "training_examples": len(train.X),
                    "held_out_examples": len(held_out.X), "options": options, "held_out": results,
                    "one_at_a_time": alone,
@@ -122,9 +123,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _unfinished_in(folder: Path, files: Collection[Path], begun_with: Path) -> Iterator[None]:
-    """Make the folder for these files, which go when all is done, and `begun_with` with the last of them; after an
-    error, a new folder goes if it is empty."""
+def _unfinished_in(folder: Path, files: Collection[Path]) -> Iterator[None]:
+    """Make the folder for these files, which go when all is done; after an error, a new folder goes if it is empty."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -136,29 +136,9 @@ def _unfinished_in(folder: Path, files: Collection[Path], begun_with: Path) -> I
             raise KeyboardInterrupt(": the same command with --resume goes on where it stopped") from None
         raise
     finally:
-        if not any(path.exists() for path in files):
-            begun_with.unlink(missing_ok=True)
         if new:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
-
-
-def _check_options(begun_with: Path, options: dict[str, Any]) -> None:
-    """ValueError with the first option that the interrupted training had otherwise; epochs may be more, or fewer."""
-    try:
-        before = json.loads(begun_with.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    for name, value in options.items():
-        if name not in ("epochs", "data") and before.get(name) != value:  # training looks at the data themselves
-            raise ValueError(f"{begun_with}: --resume needs the options of the interrupted training, "
-                             f"--{name.replace('_', '-')} was {_shown(before.get(name))}, is {_shown(value)}")  # fmt: skip
-
-
-def _shown(value: Any) -> Any:
-    if value is None or isinstance(value, bool):
-        return "given" if value else "not given"
-    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _train_networks(
