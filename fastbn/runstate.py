@@ -178,13 +178,14 @@ class RunFile:
     def _numbers(self, run: Any) -> dict[str, Any]:
         """The optimizer's numbers to go on with: the file's, but for those that are neither what the run began with
         nor what it stopped with, which somebody wants to be others from here on."""
-        begun, stopped, here = run["optimizer_begun_with"], run["optimizer"], self._optimizer_state()
-        for name, value in (*begun.items(), *stopped.items()):
-            numbers = value if isinstance(value, list) else [value]
-            if name not in here or not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
-                raise ValueError(f"damaged, expected {name} of an optimizer, got {value!r}")
-        self._begun_with = {n: begun[n] if v in (begun[n], stopped[n]) else v for n, v in here.items()}
-        return {n: stopped[n] if v in (begun[n], stopped[n]) else v for n, v in here.items()}
+        numbers: dict[str, Any] = {}
+        for name, given in self._begun_with.items():
+            begun, stopped = run["optimizer_begun_with"][name], run["optimizer"][name]
+            if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in np.ravel([begun, stopped]).tolist()):
+                raise ValueError(f"damaged, expected {name} of an optimizer, got {begun!r} and {stopped!r}")
+            known = given in (begun, stopped)
+            self._begun_with[name], numbers[name] = (begun, stopped) if known else (given, given)
+        return numbers
 
     def _optimizer_state(self) -> dict[str, Any]:
         held = {name: getattr(self._optimizer, name) for name in OPTIMIZER_STATE if hasattr(self._optimizer, name)}

@@ -168,7 +168,10 @@ def fit(
     state = RunState()
     resumed = False
     if checkpoint is not None:
-        options = {"batch_size": batch_size, "seed": seed, "average": average, "average_from": average_from}
+        options = {
+            "batch_size": batch_size, "seed": seed, "average": average, "average_from": average_from,
+            "validation": validation if validation is None or isinstance(validation, float) else "a pair (X, y)",
+        }  # fmt: skip
         arrays: dict[str, Array | None] = {"X": X, "y": y}
         arrays["validation X"], arrays["validation y"] = held_out or (None, None)
         file = RunFile(checkpoint, model, optimizer, mean, options, arrays)
