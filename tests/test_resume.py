@@ -1,5 +1,6 @@
 """A run that was stopped and goes on ends with the bits of one that was never stopped."""
 
+import contextlib
 import json
 import os
 import random
@@ -231,6 +232,30 @@ def test_the_same_objects_go_on_too(tmp_path, whole):
                 model, blobs(), losses.softmax_cross_entropy, optimizer, epochs=EPOCHS, batch_size=9, on_epoch=on_epoch,
                 checkpoint=tmp_path / f"{interrupted}", resume=True, on_step=lambda step, _, stops=stops: step == stops,
             )  # fmt: skip
+        results.append(result(model, optimizer, history))
+    assert results[0] == results[1]
+
+
+def test_objects_that_an_error_left_in_between_go_on_too(tmp_path):
+    """The file has neither the renorm nor the mode that they have by now."""
+    results = []
+    for fails in (False, True):
+        model, broken = network(), []
+        model[1].renorm = (1, 0)
+        optimizer = optim.Adam(model, 0.03)
+
+        def on_step(step, _, model=model, broken=broken, fails=fails):
+            model[1].freeze(step % 3 == 0).renorm = (1 + step, step)
+            if fails and step == STEPS + 2 and not broken:
+                broken.append(step)
+                raise LookupError
+
+        for _ in range(1 + fails):
+            with contextlib.suppress(LookupError):
+                history = training.fit(
+                    model, blobs(), losses.softmax_cross_entropy, optimizer, epochs=EPOCHS, batch_size=9,
+                    on_step=on_step, checkpoint=tmp_path / f"{fails}", resume=True,
+                )  # fmt: skip
         results.append(result(model, optimizer, history))
     assert results[0] == results[1]
 
