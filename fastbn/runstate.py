@@ -6,8 +6,8 @@ rest of the state, and the identity of the run. Floats survive JSON: Python writ
 
 # Design: what training may change is state. The file has it as it was when the run stopped, and a run that goes on gets
 # it from there: weights, averages, buffers, the random streams of Dropout, and what LAYER_STATE and OPTIMIZER_STATE
-# name, which callbacks may set. What makes two runs the same run is identity: what `_identity` gathers. It must be the
-# same when the run goes on, and is never set.
+# name, which callbacks may set. What makes two runs the same run is identity: what IDENTITY names. It must be the same
+# when the run goes on, and is never set.
 """
 
 from __future__ import annotations
@@ -34,21 +34,14 @@ __all__ = ["RunFile", "RunState"]
 # State: attributes of layers that callbacks may set, and the numbers of optimizers.
 LAYER_STATE = ("training", "frozen", "renorm", "p", "negative_slope")
 OPTIMIZER_STATE = ("lr", "momentum", "nesterov", "weight_decay", "alpha", "betas", "eps")
-# Of these layers' attributes one tells nothing about which run it is. The other two are what the network was made with:
-# they have to be what they were at the beginning, or what the file has.
-_NEVER_COMPARED = ("renorm",)
-
-
-def _identity(model: Any, optimizer: Any, options: dict[str, Any], arrays: dict[str, Array | None]) -> dict[str, Any]:
-    """What makes a run the same run: of arrays, their checksums."""
-    return {
-        "model": checkpoint.describe(model),
-        "optimizer": type(optimizer).__name__,
-        "exclude": sorted(getattr(optimizer, "exclude", ())),
-        **options,
-        **{name: None if array is None else _fingerprint(array) for name, array in arrays.items()},
-    }
-
+# Identity: the description of the model, the class of the optimizer, arguments of fit, and the data, by checksums.
+IDENTITY = (
+    "model", "optimizer", "exclude", "batch_size", "seed", "average", "average_from", "validation", "X", "y",
+    "validation X", "validation y",
+)  # fmt: skip
+# Of a model's description, what tells nothing about which run it is. (p and negative_slope are no part of this: they
+# have to be what they were when the run began, or what the file has.)
+_NEVER_COMPARED = ("renorm", "num_threads")
 
 _Path = str | os.PathLike[str]
 _RUN = "fastbn.run"
@@ -106,20 +99,12 @@ class RunFile:
     model, optimizer
         TypeError for those that cannot be saved.
     average : Average or None
-    options : dict
-        Arguments of `fit` that make the run what it is, by their names.
-    arrays : dict of arrays or None
-        The data, by their names.
+    made_of : dict of str to array or JSON
+        What IDENTITY names, but for the model and its optimizer.
     """
 
     def __init__(
-        self,
-        path: _Path,
-        model: Any,
-        optimizer: Any,
-        average: Average | None,
-        options: dict[str, Any],
-        arrays: dict[str, Array | None],
+        self, path: _Path, model: Any, optimizer: Any, average: Average | None, made_of: dict[str, Any]
     ) -> None:
         if not hasattr(optimizer, "load_state_dict"):
             name = type(optimizer).__name__
@@ -127,7 +112,13 @@ class RunFile:
         checkpoint.check_place(path)
         checkpoint.contents(model, optimizer)  # better now than after the first epoch
         self._path, self._model, self._optimizer, self._average = path, model, optimizer, average
-        self._identity = _plain(_identity(model, optimizer, options, arrays))
+        made_of = made_of | {
+            "model": checkpoint.describe(model),
+            "optimizer": type(optimizer).__name__,
+            "exclude": sorted(getattr(optimizer, "exclude", ())),
+        }
+        parts = {name: made_of[name] for name in IDENTITY}
+        self._identity = _plain({k: _fingerprint(a) if isinstance(a, np.ndarray) else a for k, a in parts.items()})
         self._begun_with = self._optimizer_state()
 
     def save(self, state: RunState) -> None:
@@ -207,7 +198,7 @@ def _fingerprint(array: Array) -> str:
 def _check_same(there: Any, here: dict[str, Any], stopped_as: Any) -> None:
     """ValueError with the first difference of two identities. The model may also be as the file has it: a callback may
     have changed it since the run began, and the caller goes on with that very object."""
-    differences = [(name, there.get(name), here.get(name)) for name in here | there if name != "model"]
+    differences = [(name, there[name], here[name]) for name in IDENTITY if name != "model"]
     differences = [(name, was, now) for name, was, now in differences if was != now]
     if not any(next(_differences(one, here["model"]), None) is None for one in (there["model"], stopped_as)):
         differences += _differences(there["model"], here["model"])

@@ -168,13 +168,12 @@ def fit(
     state = RunState()
     resumed = False
     if checkpoint is not None:
-        options = {
+        made_of = {
             "batch_size": batch_size, "seed": seed, "average": average, "average_from": average_from,
             "validation": validation if validation is None or isinstance(validation, float) else "a pair (X, y)",
+            "X": X, "y": y, "validation X": held_out and held_out[0], "validation y": held_out and held_out[1],
         }  # fmt: skip
-        arrays: dict[str, Array | None] = {"X": X, "y": y}
-        arrays["validation X"], arrays["validation y"] = held_out or (None, None)
-        file = RunFile(checkpoint, model, optimizer, mean, options, arrays)
+        file = RunFile(checkpoint, model, optimizer, mean, made_of)
         resumed = resume and os.path.exists(checkpoint)
         if resumed:
             state = file.load(best_wanted=patience is not None)

@@ -188,6 +188,15 @@ def test_what_a_callback_changed_is_restored(tmp_path, name, schedule):
         assert part(path) == whole  # a finished run too
 
 
+def test_threads_are_no_part_of_what_a_run_is(tmp_path, whole):
+    """They change no bit."""
+    kind, expected = whole
+    fit(tmp_path / "run", kind, patience=100, on_step=lambda step, _: step == 5)
+    layers = [*network()]
+    layers[1] = BatchNorm(8, activation="relu", num_threads=1)
+    assert fit(tmp_path / "run", kind, nn.Sequential(*layers), patience=100) == expected
+
+
 def test_an_optimizers_number_may_be_another_one_from_here_on(tmp_path):
     def part(path, lr, stop=None, halve=True):
         model, rates = network(), []
