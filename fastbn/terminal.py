@@ -63,7 +63,7 @@ def progress_bar(state: RunState, *, epochs: int, examples: int, progress: bool)
 def epoch_line(history: History, epochs: int) -> str:
     """The last epoch in a line."""
     numbers = (
-        ("loss", "loss", ".4f"), ("accuracy", "accuracy", ".4f"), ("val_loss", "validation loss", ".4f"),
+        ("loss", "loss", ".4g"), ("accuracy", "accuracy", ".4f"), ("val_loss", "validation loss", ".4g"),
         ("val_accuracy", "validation accuracy", ".4f"), ("seconds", "seconds", ".1f"),
     )  # fmt: skip
     shown = (

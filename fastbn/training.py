@@ -81,30 +81,30 @@ def fit(
         Where the Euclidean norm of all gradients together, taken in float64, is more, they are scaled down to it, as
         by PyTorch's `clip_grad_norm_`.
     average : float within (0, 1) or "swa", optional
-        What the model gets when training ends, in the place of its last weights: their average, with the running
-        averages of BatchNorm taken anew from X, as by `recalibrate`, but for layers that are frozen or in inference
-        mode. A float d, such as 0.999: the average over all steps, each with d times the weight of the next one,
-        divided by what these weights sum to. "swa": the mean over the ends of epochs (Izmailov et al. 2018). The
-        history, validation included, is of the weights that are trained: `evaluate` tells what the average is worth.
-        Not with patience, whose model is another one.
+        When training ends, the model gets an average of its weights in the place of the last ones. A float d, such as
+        0.999: the exponentially weighted average over all steps, in which a step has d times the weight of the next
+        one, divided by the sum of these weights. "swa": the mean over the ends of epochs (Izmailov et al. 2018). The
+        running averages of BatchNorm are then taken anew from X, as by `recalibrate`; those of a layer that is frozen
+        or in inference mode stay. The history, validation included, is of the weights that are trained: `evaluate`
+        tells what the average is worth. It cannot be combined with `patience`, which restores other weights.
     average_from : int
-        Where average="swa": the first epoch, counted from 1, whose weights are averaged. A training that stops before
-        its end leaves the last weights.
+        For average="swa", the first epoch, counted from 1, whose weights are averaged. The model keeps its last weights
+        where training stops before the end of that epoch.
     on_step : callable, optional
         on_step(step, loss) after every update; steps are counted from 1 over all epochs.
     on_epoch : callable, optional
-        on_epoch(epoch, history) after every epoch and its validation. Training ends where either returns True, Python's
-        or NumPy's. Nothing else ends it, such as the count that a file's `write` returns. (tqdm's `update` returns True
-        when it has drawn: let it not be what a callback returns.)
+        on_epoch(epoch, history) after every epoch and its validation. Training ends where either callback returns True,
+        Python's or NumPy's. Anything else does not end it, such as the count that a file's `write` returns. Note that
+        the `update` of a tqdm bar does return True when it has drawn: a callback must not hand that on.
     checkpoint : path, optional
         A file from which training can go on, written after every epoch and where training stops: by a callback, or
         by Ctrl-C. `fastbn.checkpoint.load` reads it as the model as it was after its last step.
     resume : bool
-        Go on from that file, with the bits that a run never stopped would have; from the beginning where there is no
-        such file. A run that is finished is only read. What callbacks may have changed is as it was: the layers' modes,
-        `frozen` and `renorm`, Dropout's p, and the optimizer's numbers. `epochs` and `patience` may be others than
-        before, and so may the optimizer's numbers: one that is neither what the run began with nor what it stopped with
-        holds from here on. What callbacks keep elsewhere is theirs to restore.
+        Go on from that file, with results that are bit-identical to an uninterrupted run; from the beginning where
+        there is no such file. A run that is finished is only read. What callbacks may have changed is restored from
+        the file: the layers' modes, `frozen`, `renorm`, Dropout's p, and the optimizer's numbers. `epochs` and
+        `patience` may be others than before. So may the optimizer's numbers: one that is neither what the run began
+        with nor what it stopped with holds from here on. What callbacks keep elsewhere is theirs to restore.
     progress : bool
         Show a bar with loss, accuracy and examples per second, in notebooks and where standard error is a terminal, if
         tqdm is installed.
@@ -120,10 +120,12 @@ def fit(
     ValueError, TypeError
         Before the first step, for arguments that do not fit together, a NaN or infinity in the data (the message names
         array and row), and a checkpoint that is damaged or of another run: data, seed, batch size, model, kind of
-        optimizer, its exclude, average (the message has what was, and what is). Nothing has been changed then.
+        optimizer, its exclude, average, validation (the message has what was and what is). Nothing has been changed
+        then.
     FloatingPointError
         The loss, or with `clip_norm` the norm of the gradients, is no longer finite; names epoch and step. The
-        parameters are those that gave this loss. Or, after an epoch, a parameter or the validation loss.
+        parameters are those that gave this loss. Or a parameter, or the validation loss, is no longer finite after an
+        epoch, which is named.
 
     Notes
     -----

@@ -226,27 +226,22 @@ def test_loss_that_is_not_finite_stops_and_says_where():
         training.fit(model, (X, y), loss, optim.SGD(model, 0.1), epochs=3, batch_size=8)
 
 
-def poisoned(place, value, n=40):
+def poisoned(name, array, value, at, n=40):
     """(X, y) and a validation pair for mse, float64, one of them with that value somewhere; and what a message says."""
     rng = np.random.default_rng(0)
-    pairs = {name: [rng.normal(size=(n, 5)), rng.normal(size=(n, 3))] for name in ("data", "validation")}
-    name, array, at = place
+    pairs = {key: [rng.normal(size=(n, 5)), rng.normal(size=(n, 3))] for key in ("data", "validation")}
     pairs[name]["Xy".index(array)][at] = value
     return *map(tuple, pairs.values()), f"^{name}: {array}\\[{at[0]}, {at[1]}\\] is {value}: expected finite numbers$"
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize(
-    "place",
-    [(name, array, at) for name in ("data", "validation") for array in "Xy" for at in ((0, 0), (17, 2), (39, 1))],
-    ids=str,
-)
+@pytest.mark.parametrize(("value", "at"), [(np.nan, (0, 0)), (np.inf, (17, 2)), (-np.inf, (39, 1))])
+@pytest.mark.parametrize(("name", "array"), [(name, array) for name in ("data", "validation") for array in "Xy"])
 @pytest.mark.parametrize("layout", [np.copy, np.asfortranarray, lambda a: a[::-1][::-1]], ids=["C", "F", "strided"])
-def test_what_is_not_finite_is_an_error_before_the_first_step(place, value, layout):
-    data_, validation, message = poisoned(place, value)
+def test_what_is_not_finite_is_an_error_before_the_first_step(name, array, value, at, layout):
+    data_, validation, message = poisoned(name, array, value, at)
     model, loss = network(dtype="float64"), losses.mse
     before = state(model)
-    for pair in (validation, *([0.25] if place[0] == "data" else [])):
+    for pair in (validation, *([0.25] if name == "data" else [])):
         with pytest.raises(ValueError, match=message):
             training.fit(
                 model, tuple(map(layout, data_)), loss, optim.SGD(model, 0.1), epochs=1, batch_size=8, patience=3,
@@ -567,10 +562,10 @@ def test_verbose_is_a_line_an_epoch_where_no_bar_is_shown(monkeypatch, capsys, p
         validation=validation, verbose=True, progress=progress, on_epoch=out,
     )  # fmt: skip
     for i, line in enumerate(lines):
-        expected = f"epoch {i + 1}/2: loss {history.loss[i]:.4f}, accuracy {history.accuracy[i]:.4f}"
+        expected = f"epoch {i + 1}/2: loss {history.loss[i]:.4g}, accuracy {history.accuracy[i]:.4f}"
         if validation:
             expected += (
-                f", validation loss {history.val_loss[i]:.4f}, validation accuracy {history.val_accuracy[i]:.4f}"
+                f", validation loss {history.val_loss[i]:.4g}, validation accuracy {history.val_accuracy[i]:.4f}"
             )
         assert line == f"{expected}, seconds {history.seconds[i]:.1f}\n"
     assert sys.stderr.getvalue() == ""
