@@ -1,8 +1,9 @@
 """Checkpoints: a model, and an optimizer's state, in one safetensors file.
 
 The model's tensors have PyTorch's keys, so that other readers of safetensors can use them; the optimizer's have the
-prefix "optimizer.", those of the best epoch that `training.fit` has seen "best.". The architecture is JSON in the
-file's metadata, built from a fixed table of layer classes: nothing is unpickled, nothing looked up by name elsewhere.
+prefix "optimizer.", those of the best epoch that `training.fit` has seen "best.", its averages "average.". The
+architecture is JSON in the file's metadata, built from a fixed table of layer classes: nothing is unpickled, nothing
+looked up by name elsewhere. The same content makes the same bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .state import Array
 __all__ = ["load", "read_metadata", "restore", "save"]
 
 _Path = str | os.PathLike[str]
-OPTIMIZER, BEST = "optimizer.", "best."
+OPTIMIZER, BEST, AVERAGE = "optimizer.", "best.", "average."
 MODEL = "fastbn.model"
 _CLASSES = {
     c.__name__: c
@@ -50,7 +51,8 @@ _SIZES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
 def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, Any] | None = None) -> None:
     """Write a model, and the state of its optimizer, to a safetensors file.
 
-    The file appears whole or not at all: it is written beside its place, flushed to disk, then renamed.
+    The file appears whole or not at all: it is written beside its place, flushed to disk, then renamed. The same model,
+    optimizer's state and metadata make the same bytes, in every process.
 
     Parameters
     ----------
@@ -61,7 +63,7 @@ def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, 
     optimizer : optional
         One of fastbn.optim. Its rate and the like are not saved: they are its constructor's arguments.
     metadata : dict, optional
-        Anything that JSON can hold, for `read_metadata`.
+        Anything that JSON can hold, for `read_metadata`. Its keys are sorted.
 
     Raises
     ------
@@ -91,8 +93,8 @@ def contents(
 ) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors and texts of a file."""
     _safetensors()  # what is missing is said before anything is done
-    texts = {"format": "fastbn", MODEL: json.dumps(_describe(model))}
-    texts["fastbn.metadata"] = json.dumps({} if metadata is None else metadata)
+    texts = {"format": "fastbn", MODEL: to_json(describe(model), default=float)}
+    texts["fastbn.metadata"] = to_json({} if metadata is None else metadata)
     tensors = model.state_dict()
     if optimizer is not None:
         tensors |= {OPTIMIZER + key: array for key, array in optimizer.state_dict().items()}
@@ -102,7 +104,7 @@ def contents(
 def write(path: _Path, tensors: dict[str, Array], texts: dict[str, str]) -> None:
     """The whole file, or none of it."""
     path = check_place(path)
-    content = _safetensors().numpy.save(tensors, texts)
+    content = _in_order(_safetensors().numpy.save(tensors, texts))
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -121,6 +123,21 @@ def write(path: _Path, tensors: dict[str, Array], texts: dict[str, str]) -> None
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _in_order(content: bytes) -> bytes:
+    """The file with its metadata sorted: safetensors leaves them in an order that differs from process to process."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # as safetensors aligns what follows
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def to_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON with its keys sorted, once they are the texts that JSON makes of them; `default` as for json.dumps."""
+    return json.dumps(json.loads(json.dumps(value, default=default)), sort_keys=True)
 
 
 def check_place(path: _Path) -> Path:
@@ -152,9 +169,8 @@ def load(path: _Path) -> Any:
     tensors, texts = read(path)
     description = read_json(path, texts, MODEL)
     with naming(path):
-        state = _of_model(tensors)
-        model = _build(description, {key: array.shape for key, array in state.items()})
-        model.load_state_dict(state)
+        model = build(description, tensors)
+        model.load_state_dict(_of_model(tensors))
     return model
 
 
@@ -213,14 +229,20 @@ def read_metadata(path: _Path) -> dict[str, Any]:
     return metadata
 
 
-def _describe(model: Any) -> dict[str, Any]:
+def describe(model: Any) -> dict[str, Any]:
+    """The architecture, and every layer's mode; TypeError for layers that `load` could not build."""
     if type(model) is Sequential:
-        return {"class": "Sequential", "training": model.training, "layers": [_describe(layer) for layer in model]}
+        return {"class": "Sequential", "training": model.training, "layers": [describe(layer) for layer in model]}
     if _CLASSES.get(type(model).__name__) is not type(model):
         raise TypeError(f"cannot save a {type(model).__name__}: expected Sequential, {', '.join(_CLASSES)}")
     frozen = {"frozen": True} if getattr(model, "frozen", False) else {}
-    parts = {"layers": [_describe(layer) for layer in model.layers]} if isinstance(model, nn.FoldedDense) else {}
+    parts = {"layers": [describe(layer) for layer in model.layers]} if isinstance(model, nn.FoldedDense) else {}
     return {"class": type(model).__name__, "training": model.training, "config": model.config(), **frozen, **parts}
+
+
+def build(description: Any, tensors: dict[str, Array]) -> Any:
+    """A fresh model of what `describe` gave, of the tensors' sizes, every layer in its mode."""
+    return _build(description, {key: array.shape for key, array in _of_model(tensors).items()})
 
 
 def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> Any:
@@ -253,7 +275,7 @@ def _check_sizes(name: str, config: dict[str, Any], shapes: dict[str, tuple[int,
 
 
 def _of_model(tensors: dict[str, Array]) -> dict[str, Array]:
-    return {key: array for key, array in tensors.items() if not key.startswith((OPTIMIZER, BEST))}
+    return {key: array for key, array in tensors.items() if not key.startswith((OPTIMIZER, BEST, AVERAGE))}
 
 
 def with_prefix(tensors: dict[str, Array], prefix: str) -> dict[str, Array]:
@@ -288,7 +310,7 @@ def naming(path: _Path) -> Iterator[None]:
     """Whatever is wrong within is one ValueError that names the file."""
     try:
         yield
-    except (TypeError, ValueError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be loaded: {error}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import plots
 
@@ -41,12 +42,17 @@ class History:
         losses = [math.inf if math.isnan(loss) else loss for loss in self.val_loss]
         return 1 + losses.index(min(losses)) if losses else None
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw loss and accuracy, epoch by epoch, as a PNG; see `plots.learning_curves` for the errors.
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draw loss and accuracy, epoch by epoch; see `plots.learning_curves` for the errors.
 
         Parameters
         ----------
-        path : path
+        path : path, optional
             Written, or overwritten, as PNG whatever its suffix.
+
+        Returns
+        -------
+        matplotlib.figure.Figure or None
+            The picture where there is no path: a notebook shows it.
         """
-        plots.learning_curves({"": self}, path)
+        return plots.learning_curves({"": self}, path)

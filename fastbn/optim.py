@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -33,9 +34,14 @@ class Trainable(Protocol):
 class Optimizer:
     """State and its check; a subclass brings `step`."""
 
-    def __init__(self, model: Trainable, lr: float, buffers: tuple[str, ...]) -> None:
+    def __init__(self, model: Trainable, lr: float, buffers: tuple[str, ...], exclude: Collection[str]) -> None:
         if not model.params:
             raise ValueError("expected a model with parameters, got none")
+        if isinstance(exclude, str):
+            raise TypeError(f"expected exclude to be a list of parameters' names, got the text {exclude!r}")
+        self.exclude = frozenset(exclude)
+        if unknown := self.exclude - model.params.keys():
+            raise ValueError(f"expected exclude to name some of {sorted(model.params)}, got {sorted(unknown, key=str)}")
         self.model = model
         self.lr = lr
         # as it goes into a checkpoint: "step", and for each buffer of "0.weight" a "0.weight.exp_avg"
@@ -77,6 +83,12 @@ class Optimizer:
     def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        arguments = [name for name in inspect.signature(type(self)).parameters if name not in ("model", "exclude")]
+        shown = [f"{name}={getattr(self, name)!r}" for name in arguments]
+        shown += [f"exclude={sorted(self.exclude)}"] if self.exclude else []
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def state_dict(self) -> dict[str, Array]:
         """Copies of the step count and all buffers, as a flat dict that a checkpoint can hold; lr is not in it."""
         return {key: a.copy() for key, a in self._state.items()}
@@ -103,11 +115,15 @@ class SGD(Optimizer):
         Not negative; weight decay is L2, added to the gradient.
     nesterov : bool
         Needs momentum.
+    exclude : collection of str, optional
+        Names of parameters, keys of ``model.params``, that weight decay leaves alone. The module's text says which.
 
     Raises
     ------
     ValueError
-        For a rate, momentum or decay out of range, or a model without parameters.
+        For a rate, momentum or decay out of range, a model without parameters, or names that it has not.
+    TypeError
+        For an exclude that is a single text.
 
     Examples
     --------
@@ -120,17 +136,25 @@ class SGD(Optimizer):
     """
 
     def __init__(
-        self, model: Trainable, lr: float, momentum: float = 0, nesterov: bool = False, weight_decay: float = 0
+        self,
+        model: Trainable,
+        lr: float,
+        momentum: float = 0,
+        nesterov: bool = False,
+        weight_decay: float = 0,
+        *,
+        exclude: Collection[str] = (),
     ) -> None:
         self.momentum = _not_negative(momentum=momentum)
         self.nesterov = bool(nesterov)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
         if self.nesterov and not self.momentum:
             raise ValueError(f"nesterov needs a momentum above 0, got momentum={momentum}")
-        super().__init__(model, lr, ("momentum_buffer",) if self.momentum else ())
+        super().__init__(model, lr, ("momentum_buffer",) if self.momentum else (), exclude)
 
     def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
-        steps.sgd(params, grads, self._buffers, self.lr, self.momentum, self.nesterov, self.weight_decay)
+        numbers = self.lr, self.momentum, self.nesterov, self.weight_decay
+        steps.sgd(params, grads, self._buffers, *numbers, self.exclude)
 
 
 class RMSprop(Optimizer):
@@ -150,11 +174,15 @@ class RMSprop(Optimizer):
         Weight of the past in the mean square.
     eps, weight_decay, momentum : float
         Not negative; weight decay is L2, added to the gradient.
+    exclude : collection of str, optional
+        Names of parameters, keys of ``model.params``, that weight decay leaves alone. The module's text says which.
 
     Raises
     ------
     ValueError
-        For an argument out of range, or a model without parameters.
+        For an argument out of range, a model without parameters, or names that it has not.
+    TypeError
+        For an exclude that is a single text.
 
     Examples
     --------
@@ -174,15 +202,19 @@ class RMSprop(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0,
         momentum: float = 0,
+        *,
+        exclude: Collection[str] = (),
     ) -> None:
         self.alpha = _not_negative(alpha=alpha)
         self.eps = _not_negative(eps=eps)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
         self.momentum = _not_negative(momentum=momentum)
-        super().__init__(model, lr, ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",))
+        buffers = ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",)
+        super().__init__(model, lr, buffers, exclude)
 
     def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
-        steps.rmsprop(params, grads, self._buffers, self.lr, self.alpha, self.eps, self.weight_decay, self.momentum)
+        numbers = self.lr, self.alpha, self.eps, self.weight_decay, self.momentum
+        steps.rmsprop(params, grads, self._buffers, *numbers, self.exclude)
 
 
 class Adam(Optimizer):
@@ -203,11 +235,15 @@ class Adam(Optimizer):
         b1 and b2, within [0, 1).
     eps, weight_decay : float
         Not negative; the decay is decoupled from the gradient.
+    exclude : collection of str, optional
+        Names of parameters, keys of ``model.params``, that weight decay leaves alone. The module's text says which.
 
     Raises
     ------
     ValueError
-        For an argument out of range, or a model without parameters.
+        For an argument out of range, a model without parameters, or names that it has not.
+    TypeError
+        For an exclude that is a single text.
 
     Examples
     --------
@@ -226,6 +262,8 @@ class Adam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
+        *,
+        exclude: Collection[str] = (),
     ) -> None:
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
@@ -234,7 +272,7 @@ class Adam(Optimizer):
         self.betas = float(b1), float(b2)
         self.eps = _not_negative(eps=eps)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
-        super().__init__(model, lr, ("exp_avg", "exp_avg_sq"))
+        super().__init__(model, lr, ("exp_avg", "exp_avg_sq"), exclude)
         self._state |= {"beta1_power": np.ones(()), "beta2_power": np.ones(())}  # b1^t and b2^t
 
     def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
@@ -243,7 +281,8 @@ class Adam(Optimizer):
         power2 = self._state["beta2_power"].item() * b2
         lr, correction = self.lr, math.sqrt(1 - power2)
         kept = 1 - lr * self.weight_decay if self.weight_decay else 1.0
-        steps.adam(params, grads, self._buffers, lr / (1 - power1), b1, b2, correction, self.eps, kept)
+        numbers = lr / (1 - power1), b1, b2, correction, self.eps, kept
+        steps.adam(params, grads, self._buffers, *numbers, self.exclude)
         self._state["beta1_power"][()], self._state["beta2_power"][()] = power1, power2
 
 

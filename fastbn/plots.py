@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,11 @@ class Curves(Protocol):
 
 
 def learning_curves(
-    histories: Mapping[str, Curves], path: str | os.PathLike[str], labels: tuple[str, str] = ("Loss", "Accuracy")
-) -> None:
-    """Draw loss and accuracy, epoch by epoch, as a PNG.
+    histories: Mapping[str, Curves],
+    path: str | os.PathLike[str] | None = None,
+    labels: tuple[str, str] = ("Loss", "Accuracy"),
+) -> Any:
+    """Draw loss and accuracy, epoch by epoch.
 
     Training is dashed, held-out data are solid; every history has its colour.
 
@@ -38,10 +41,15 @@ def learning_curves(
     ----------
     histories : dict of name -> training.History
         At least one; the names go into the legend, an empty one is left out of it.
-    path : path
+    path : path, optional
         Written, or overwritten, as PNG whatever its suffix.
     labels : pair of str
         What stands in the histories as loss and accuracy: a regression's are RMSE and R2.
+
+    Returns
+    -------
+    matplotlib.figure.Figure or None
+        The picture where there is no path: a notebook shows it.
 
     Raises
     ------
@@ -64,7 +72,15 @@ def learning_curves(
     if not any(history.loss for history in histories.values()):
         raise ValueError("no epochs to draw")
 
-    figure = Figure(figsize=(4.8 * len(quantities), 4.2), dpi=150, layout="constrained")
+    class Shown(Figure):
+        """A figure that notebooks show: they ask the object, or pyplot, which is not used here."""
+
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            canvas.print_png(picture)
+            return picture.getvalue()
+
+    figure = Shown(figsize=(4.8 * len(quantities), 4.2), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axes, (quantity, label) in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
         for i, (name, history) in enumerate(histories.items()):
@@ -87,7 +103,10 @@ def learning_curves(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(histories), frameon=False)
+    if path is None:
+        return figure
     canvas.print_png(os.fspath(path))
+    return None
 
 
 @dataclass

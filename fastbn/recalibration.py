@@ -15,7 +15,7 @@ from .nn import Sequential, leaves, walk
 from .running import RunningStats
 from .state import Array, as_float
 
-__all__ = ["recalibrate"]
+__all__ = ["averaging", "recalibrate", "retake"]
 
 
 def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
@@ -68,15 +68,27 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
     X = as_float(X)
     if X.ndim == 0 or len(X) == 0:
         raise ValueError(f"expected X with at least 1 example, got shape {X.shape}")
-    twin = copy.deepcopy(model)  # so that an error, or Ctrl-C, leaves the model as it was
-    twin.train(False)
-    layers, originals = [*leaves([twin])], [*leaves([model])]
-    found = [i for i, layer in enumerate(layers) if isinstance(layer, BatchNorm) and layer.running_mean is not None]
+    found = averaging(model)
+    if not found:
+        raise ValueError("expected a model with a BatchNorm that has running averages, got one without")
+    retake(model, found, X, batch_size)
+    return model
+
+
+def averaging(model: Any) -> list[int]:
+    """Which of the model's leaves are BatchNorm with running averages; ValueError where some are out of reach."""
+    layers = [*leaves([model])]
     for own in (layer for layer in layers if isinstance(layer, Sequential)):
         if any(isinstance(layer, BatchNorm) for layer in walk(own)):
             raise ValueError(f"expected no BatchNorm within a forward of one's own, got one in {type(own).__name__}")
-    if not found:
-        raise ValueError("expected a model with a BatchNorm that has running averages, got one without")
+    return [i for i, layer in enumerate(layers) if isinstance(layer, BatchNorm) and layer.running_mean is not None]
+
+
+def retake(model: Any, found: list[int], X: Array, batch_size: int = 1024) -> None:
+    """What `recalibrate` does, for these leaves; the others normalise with the averages that they have."""
+    twin = copy.deepcopy(model)  # so that an error, or Ctrl-C, leaves the model as it was
+    twin.train(False)
+    layers, originals = [*leaves([twin])], [*leaves([model])]
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error below
         twin(X[:2])  # X that does not fit is an error of the layer that it does not fit
         exact = {i: _statistics(layers[:i], layers[i], X, batch_size) for i in found}
@@ -85,7 +97,6 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
         unbiased = stats.count / (stats.count - 1) if norm.config()["unbiased"] else 1
         norm.running_mean, norm.running_var = stats.mean, stats.var * unbiased
         norm.num_batches_tracked = stats.num_batches
-    return model
 
 
 def _statistics(before: list[Any], norm: BatchNorm, X: Array, batch_size: int) -> RunningStats:

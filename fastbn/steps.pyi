@@ -10,6 +10,7 @@ def sgd(
     momentum: float,
     nesterov: bool,
     weight_decay: float,
+    exclude: frozenset[str],
 ) -> None: ...
 def rmsprop(
     params: Mapping[str, Array],
@@ -20,6 +21,7 @@ def rmsprop(
     eps: float,
     weight_decay: float,
     momentum: float,
+    exclude: frozenset[str],
 ) -> None: ...
 def adam(
     params: Mapping[str, Array],
@@ -31,4 +33,5 @@ def adam(
     correction: float,
     eps: float,
     kept: float,
+    exclude: frozenset[str],
 ) -> None: ...

@@ -30,6 +30,7 @@ cdef enum:
 cdef class Task:
     """One parameter in one step, its arrays checked, and held while the GIL is released."""
     cdef Arrays arrays
+    cdef bint decayed
     cdef cnp.ndarray p
     cdef cnp.ndarray g
     cdef cnp.ndarray p_plain    # p and g themselves, or room for copies
@@ -67,6 +68,7 @@ cdef Task checked(object name, object p, object grads, dict buffers):
     cdef Task task = Task.__new__(Task)
     cdef Arrays *w = &task.arrays
     cdef cnp.ndarray buffer
+    task.decayed = True
     task.buffers = buffers.get(name)
     if task.buffers is None:
         raise KeyError(f"expected the parameters that the optimizer was made for, {sorted(buffers)}, got {name!r} too")
@@ -106,10 +108,17 @@ cdef void run(Update update, Rule *r, Arrays *a) noexcept nogil:
         update(r, a, first, min(share, a.size - first))
 
 
-cdef object step(Update update, Rule *r, object params, object grads, dict buffers):
+cdef object step(Update update, Rule *decaying, double no_decay, object params, object grads, dict buffers, frozenset exclude):
     cdef Task task
     cdef list tasks = [checked(name, p, grads, buffers) for name, p in params.items()]
+    cdef Rule plain = decaying[0]
+    cdef Rule *r
+    plain.decay = no_decay
+    if exclude:
+        for task, name in zip(tasks, params):
+            task.decayed = name not in exclude
     for task in tasks:
+        r = decaying if task.decayed else &plain
         # Copied now, not sooner: an earlier parameter of this step may be the same memory.
         if task.p_plain is not task.p:
             cnp.PyArray_CopyInto(task.p_plain, task.p)
@@ -126,19 +135,21 @@ cdef object step(Update update, Rule *r, object params, object grads, dict buffe
 
 # --- what fastbn/optim.py calls, once a step. params, grads: the model's dicts; buffers: lists of arrays, by the same keys ----------
 
-def sgd(params, grads, dict buffers, double lr, double momentum, bint nesterov, double weight_decay):
+def sgd(params, grads, dict buffers, double lr, double momentum, bint nesterov, double weight_decay, frozenset exclude):
     cdef Rule r
     r.lr, r.momentum, r.nesterov, r.decay = lr, momentum, nesterov, weight_decay
-    step(UPDATES.sgd, &r, params, grads, buffers)
+    step(UPDATES.sgd, &r, 0, params, grads, buffers, exclude)
 
 
-def rmsprop(params, grads, dict buffers, double lr, double alpha, double eps, double weight_decay, double momentum):
+def rmsprop(params, grads, dict buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
+            frozenset exclude):
     cdef Rule r
     r.lr, r.beta2, r.eps, r.decay, r.momentum = lr, alpha, eps, weight_decay, momentum
-    step(UPDATES.rmsprop, &r, params, grads, buffers)
+    step(UPDATES.rmsprop, &r, 0, params, grads, buffers, exclude)
 
 
-def adam(params, grads, dict buffers, double step_size, double beta1, double beta2, double correction, double eps, double kept):
+def adam(params, grads, dict buffers, double step_size, double beta1, double beta2, double correction, double eps, double kept,
+         frozenset exclude):
     cdef Rule r
     r.lr, r.beta1, r.beta2, r.correction, r.eps, r.decay = step_size, beta1, beta2, correction, eps, kept
-    step(UPDATES.adam, &r, params, grads, buffers)
+    step(UPDATES.adam, &r, 1, params, grads, buffers, exclude)

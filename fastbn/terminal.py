@@ -1,4 +1,4 @@
-"""What `fit` does for the person at the terminal: a progress bar, and a Ctrl-C that waits for the end of the step."""
+"""What `fit` does for the person who looks on: a bar, or a line an epoch, and a Ctrl-C that waits its turn."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import signal
 import threading
 from typing import Any, Self
 
+from .history import History
 from .runstate import RunState
 
-__all__ = ["CtrlC", "progress_bar"]
+__all__ = ["CtrlC", "epoch_line", "progress_bar"]
 
 
 class CtrlC:
@@ -42,7 +43,7 @@ def progress_bar(state: RunState, *, epochs: int, examples: int, progress: bool)
     """A context manager: a tqdm bar over all epochs' examples, or None where nobody would see it."""
     if progress:
         with contextlib.suppress(ImportError):
-            from tqdm import tqdm
+            from tqdm.auto import tqdm  # a notebook's own bar in notebooks
 
             class Bar(tqdm):
                 @property
@@ -57,3 +58,15 @@ def progress_bar(state: RunState, *, epochs: int, examples: int, progress: bool)
             if not bar.disable:
                 return bar
     return contextlib.nullcontext()
+
+
+def epoch_line(history: History, epochs: int) -> str:
+    """The last epoch in a line."""
+    numbers = (
+        ("loss", "loss", ".4g"), ("accuracy", "accuracy", ".4f"), ("val_loss", "validation loss", ".4g"),
+        ("val_accuracy", "validation accuracy", ".4f"), ("seconds", "seconds", ".1f"),
+    )  # fmt: skip
+    shown = (
+        f"{label} {getattr(history, name)[-1]:{digits}}" for name, label, digits in numbers if getattr(history, name)
+    )
+    return f"epoch {len(history.loss)}/{epochs}: {', '.join(shown)}"

@@ -8,25 +8,25 @@ import math
 import operator
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import losses
-from .data import held_out_rows, minibatches
+from .averaging import Average
+from .data import minibatches
 from .history import History
-from .nn import walk
-from .recalibration import recalibrate
+from .nn import leaves
+from .pairs import Loss, check_finite, inference, pair, with_validation
+from .recalibration import averaging, recalibrate, retake
 from .runstate import RunFile, RunState
 from .schedules import Schedule
-from .state import Array, as_float
-from .terminal import CtrlC, progress_bar
+from .state import Array
+from .terminal import CtrlC, epoch_line, progress_bar
 
-__all__ = ["History", "evaluate", "fit", "recalibrate"]
-
-Loss = Callable[[Array, Array], tuple[float, Array]]
+__all__ = ["History", "Loss", "evaluate", "fit", "recalibrate"]
 
 
 def fit(
@@ -42,11 +42,14 @@ def fit(
     patience: int | None = None,
     schedule: Schedule | None = None,
     clip_norm: float | None = None,
+    average: float | str | None = None,
+    average_from: int | None = None,
     on_step: Callable[[int, float], Any] | None = None,
     on_epoch: Callable[[int, History], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
+    verbose: bool = False,
 ) -> History:
     """Train a model by mini-batches, and leave it in training mode.
 
@@ -55,7 +58,7 @@ def fit(
     model : nn.Sequential, BatchNorm or any layer
         Changed in place.
     data : (X, y)
-        X, (N, ...), float32 or float64, and y, (N, ...), what `loss` takes as targets for it.
+        X, (N, ...), float32 or float64, and y, (N, ...), what `loss` takes as targets for it. Finite numbers.
     loss : callable
         (prediction, target) -> (mean loss, its gradient with respect to the prediction), as those of `fastbn.losses`.
     optimizer : SGD, RMSprop, Adam, or anything with a `step()`
@@ -77,20 +80,36 @@ def fit(
     clip_norm : float, optional
         Where the Euclidean norm of all gradients together, taken in float64, is more, they are scaled down to it, as
         by PyTorch's `clip_grad_norm_`.
+    average : float within (0, 1) or "swa", optional
+        When training ends, the model gets an average of its weights in the place of the last ones. A float d, such as
+        0.999: the exponentially weighted average over all steps, in which a step has d times the weight of the next
+        one, divided by the sum of these weights. "swa": the mean over the ends of epochs (Izmailov et al. 2018). The
+        running averages of BatchNorm are then taken anew from X, as by `recalibrate`; those of a layer that is frozen
+        or in inference mode stay. The history, validation included, is of the weights that are trained: `evaluate`
+        tells what the average is worth. It cannot be combined with `patience`, which restores other weights.
+    average_from : int
+        For average="swa", the first epoch, counted from 1, whose weights are averaged. The model keeps its last weights
+        where training stops before the end of that epoch.
     on_step : callable, optional
         on_step(step, loss) after every update; steps are counted from 1 over all epochs.
     on_epoch : callable, optional
-        on_epoch(epoch, history) after every epoch and its validation. A true result of either ends training there.
+        on_epoch(epoch, history) after every epoch and its validation. Training ends where either callback returns True,
+        Python's or NumPy's. Anything else does not end it, such as the count that a file's `write` returns. Note that
+        the `update` of a tqdm bar does return True when it has drawn: a callback must not hand that on.
     checkpoint : path, optional
         A file from which training can go on, written after every epoch and where training stops: by a callback, or
         by Ctrl-C. `fastbn.checkpoint.load` reads it as the model as it was after its last step.
     resume : bool
-        Go on from that file, with the bits that a run never stopped would have; from the beginning where there is no
-        such file. A run that is finished is only read. `epochs`, `patience` and the optimizer's numbers may be others
-        than before; what callbacks keep is theirs to restore.
+        Go on from that file, with results that are bit-identical to an uninterrupted run; from the beginning where
+        there is no such file. A run that is finished is only read. What callbacks may have changed is restored from
+        the file: the layers' modes, `frozen`, `renorm`, Dropout's p, and the optimizer's numbers. `epochs` and
+        `patience` may be others than before. So may the optimizer's numbers: one that is neither what the run began
+        with nor what it stopped with holds from here on. What callbacks keep elsewhere is theirs to restore.
     progress : bool
-        Show a bar with loss, accuracy and examples per second, where standard error is a terminal and tqdm is
-        installed.
+        Show a bar with loss, accuracy and examples per second, in notebooks and where standard error is a terminal, if
+        tqdm is installed.
+    verbose : bool
+        Print a line after every epoch, where no bar is shown.
 
     Returns
     -------
@@ -99,11 +118,14 @@ def fit(
     Raises
     ------
     ValueError, TypeError
-        Before the first step, for arguments that do not fit together, and for a checkpoint that is damaged or of
-        another run: data, seed, batch size, model, optimizer. Nothing has been changed then.
+        Before the first step, for arguments that do not fit together, a NaN or infinity in the data (the message names
+        array and row), and a checkpoint that is damaged or of another run: data, seed, batch size, model, kind of
+        optimizer, its exclude, average, validation (the message has what was and what is). Nothing has been changed
+        then.
     FloatingPointError
         The loss, or with `clip_norm` the norm of the gradients, is no longer finite; names epoch and step. The
-        parameters are those that gave this loss.
+        parameters are those that gave this loss. Or a parameter, or the validation loss, is no longer finite after an
+        epoch, which is named.
 
     Notes
     -----
@@ -140,16 +162,22 @@ def fit(
         raise ValueError(f"clip_norm must be above 0, got {clip_norm}")
     if resume and checkpoint is None:
         raise ValueError("resume needs the checkpoint to go on from")
-    (X, y), held_out = _data(model, data, loss, validation, seed)
+    mean = _average(model, average, average_from, epochs, patience)
+    (X, y), held_out = with_validation(model, data, loss, validation, seed)
     if len(X) < 2:
         raise ValueError(f"training needs at least 2 examples, got {len(X)}")
     steps = len(X) // batch_size + (len(X) % batch_size > 1)
     state = RunState()
+    resumed = False
     if checkpoint is not None:
-        made_of = {"optimizer": type(optimizer).__name__, "batch_size": batch_size, "seed": seed, "X": X, "y": y}
-        made_of |= zip(("validation X", "validation y"), held_out or (None, None), strict=True)
-        file = RunFile(checkpoint, model, optimizer, made_of)
-        if resume and os.path.exists(checkpoint):
+        made_of = {
+            "batch_size": batch_size, "seed": seed, "average": average, "average_from": average_from,
+            "validation": validation if validation is None or isinstance(validation, float) else "a pair (X, y)",
+            "X": X, "y": y, "validation X": held_out and held_out[0], "validation y": held_out and held_out[1],
+        }  # fmt: skip
+        file = RunFile(checkpoint, model, optimizer, mean, made_of)
+        resumed = resume and os.path.exists(checkpoint)
+        if resumed:
             state = file.load(best_wanted=patience is not None)
 
     rate: Any = getattr(optimizer, "lr", None)
@@ -165,7 +193,8 @@ def fit(
     ):
         if rate_of is not None:
             afterwards.callback(setattr, optimizer, "lr", rate)
-        model.train()
+        if not resumed:
+            model.train()
         stopped = False
         while not (stopped or ctrl_c.pressed or state.finished(epochs, patience)):
             state.begin_epoch()
@@ -177,25 +206,92 @@ def fit(
                 # mode="clip" lets take write into the buffer directly; the rows are in range by construction
                 x = np.take(X, rows, axis=0, out=buffer[: len(rows)], mode="clip")
                 value = _step(model, x, y[rows], loss, optimizer, clip_norm, state)
+                if mean is not None and average_from is None:
+                    mean.update()
                 if bar is not None:
                     bar.update(len(rows))
-                if on_step is not None and on_step((state.epoch - 1) * steps + state.step, value):
-                    stopped = True
+                stopped = on_step is not None and _stops(on_step((state.epoch - 1) * steps + state.step, value))
                 if stopped or ctrl_c.pressed:
                     state.seconds = time.perf_counter() - started
                     break
             else:
                 state.seconds = time.perf_counter() - started
                 lr = getattr(optimizer, "lr", None) if rate_of is None else rate_of(steps - 1)
-                state.end_epoch(lr, None if held_out is None else evaluate(model, held_out, loss))
+                state.end_epoch(lr, _after_epoch(model, held_out, loss, state.epoch))
                 if patience is not None and state.history.best_epoch == state.epoch:
                     state.best = model.state_dict()
-                stopped = on_epoch is not None and bool(on_epoch(state.epoch, state.history))
+                if mean is not None and average_from is not None and state.epoch >= average_from:
+                    mean.update()
+                if verbose and bar is None:
+                    print(epoch_line(state.history, epochs), flush=True)
+                stopped = on_epoch is not None and _stops(on_epoch(state.epoch, state.history))
+            if rate_of is not None:
+                optimizer.lr = rate  # the state of the run; the schedule gives the rest
             if checkpoint is not None:
                 file.save(state)
     if patience is not None and state.best:
         model.load_state_dict(state.best)
+    if mean is not None and mean.count:
+        _take(mean, model, X)
     return state.history
+
+
+def _stops(answer: Any) -> bool:
+    """Whether a callback's answer is True itself; a comparison of NumPy's numbers gives NumPy's."""
+    return answer is True or (isinstance(answer, np.bool_) and bool(answer))
+
+
+def _average(
+    model: Any, average: float | str | None, average_from: int | None, epochs: int, patience: int | None
+) -> Average | None:
+    """What `fit` averages, once its arguments are right and `_take` can do what it does."""
+    if average != "swa" and average_from is not None:
+        raise ValueError(f'average_from needs average="swa", got average={average!r}')
+    if average is None:
+        return None
+    if isinstance(average, str) and average != "swa":
+        raise ValueError(f'average must be a number between 0 and 1 or "swa", got {average!r}')
+    if average == "swa" and average_from is None:
+        raise ValueError('average="swa" needs average_from, the first epoch whose weights are averaged')
+    if average_from is not None and not 1 <= operator.index(average_from) <= epochs:
+        raise ValueError(f"average_from must be an epoch from 1 to {epochs}, got {average_from}")
+    if not isinstance(average, str) and not 0 < average < 1:
+        raise ValueError(f'average must be a number between 0 and 1 or "swa", got {average!r}')
+    if patience is not None:
+        raise ValueError("patience restores the weights of the best epoch, average gives averaged ones: expected one")
+    averaging(model)
+    return Average(model.params, None if isinstance(average, str) else float(average))
+
+
+def _take(mean: Average, model: Any, X: Array) -> None:
+    """Give the averaged weights to the model, and running averages that are theirs; after an error all is as before."""
+    before = model.state_dict()
+    layers = [*leaves([model])]
+    moving = [i for i in averaging(model) if layers[i].training and not layers[i].frozen]
+    try:
+        mean.give()
+        if moving:
+            retake(model, moving, X)
+    except BaseException:
+        model.load_state_dict(before)
+        raise
+
+
+def _after_epoch(
+    model: Any, held_out: tuple[Array, Array] | None, loss: Loss, epoch: int
+) -> tuple[float, float | None] | None:
+    """Loss and accuracy of the validation data; FloatingPointError where they, or the parameters, are not finite."""
+    try:
+        for name, p in model.params.items():
+            check_finite(p, f"the parameter {name!r}")
+    except ValueError as error:
+        raise FloatingPointError(f"after epoch {epoch}, {error}") from None
+    if held_out is None:
+        return None
+    value, accuracy = evaluate(model, held_out, loss)
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss of the validation data is {value} after epoch {epoch}")
+    return value, accuracy
 
 
 def _step(
@@ -261,9 +357,9 @@ def evaluate(
     """
     if operator.index(batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    X, y = _pair(data, "data")
+    X, y = pair(data, "data")
     total, right, decisions = 0.0, 0, 0
-    with _inference(model):
+    with inference(model):
         for start in range(0, len(X), batch_size):
             x, target = X[start : start + batch_size], y[start : start + batch_size]
             prediction = model(x)
@@ -283,59 +379,3 @@ def _right(loss: Loss, prediction: Array, target: Array) -> tuple[int, int]:
     else:
         return 0, 0
     return int(np.count_nonzero(right)), right.size
-
-
-def _pair(data: tuple[ArrayLike, ArrayLike], name: str) -> tuple[Array, Array]:
-    if not isinstance(data, tuple | list) or len(data) != 2:
-        raise TypeError(f"{name} must be a pair (X, y), got {type(data).__name__}")
-    X, y = as_float(data[0]), np.asarray(data[1])
-    if X.ndim == 0 or y.ndim == 0 or len(X) != len(y):
-        raise ValueError(f"{name}: X and y must be equally long, got shapes {X.shape} and {y.shape}")
-    if len(X) == 0:
-        raise ValueError(f"{name}: no examples")
-    if y.dtype.kind not in "biuf":
-        raise TypeError(f"{name}: y must hold numbers, got {y.dtype}")
-    return X, y
-
-
-def _checked(model: Any, data: tuple[ArrayLike, ArrayLike], loss: Loss, name: str) -> tuple[Array, Array]:
-    """The pair as arrays, once the model takes such an x and the loss takes the lowest and the highest target."""
-    X, y = _pair(data, name)
-    with _inference(model):
-        try:
-            prediction = model(np.zeros((2, *X.shape[1:]), X.dtype))
-            loss(prediction, np.stack([y.min(axis=0), y.max(axis=0)]))
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{name} does not fit the model and the loss: {error}") from error
-    return X, y
-
-
-def _data(
-    model: Any, data: tuple[ArrayLike, ArrayLike], loss: Loss, validation: Any, seed: int
-) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
-    """Training and validation data, checked; the validation's are None, given, or a part of the first."""
-    X, y = _checked(model, data, loss, "data")
-    X = np.ascontiguousarray(X)  # take would copy a strided X whole, for every mini-batch
-    if validation is None:
-        return (X, y), None
-    if not isinstance(validation, float):
-        return (X, y), _checked(model, validation, loss, "validation")
-    if not 0 < validation < 1:
-        raise ValueError(f"validation must be a pair (X, y) or a fraction between 0 and 1, got {validation}")
-    labels = y if loss is losses.softmax_cross_entropy else np.zeros(len(y))
-    held = held_out_rows(labels, validation, seed)
-    if not held.any():
-        raise ValueError(f"validation={validation} holds out no example: there is one of each class")
-    return (X[~held], y[~held]), (X[held], y[held])
-
-
-@contextlib.contextmanager
-def _inference(model: Any) -> Iterator[None]:
-    modes = [(layer, layer.training) for layer in walk([model])]
-    model.train(False)
-    try:
-        yield
-    finally:
-        for layer, mode in modes:  # the outer ones first: setting theirs sets the inner ones' too
-            layer.train(mode)

@@ -180,7 +180,7 @@ def test_flipped_header_bytes_give_a_model_or_a_value_error(tmp_path):
     checkpoint.save(tmp_path / "m", nn.Sequential(nn.Dense(2, 2), BatchNorm(2)))
     content = (tmp_path / "m").read_bytes()
     refused = 0
-    for at in range(8 + struct.unpack("<Q", content[:8])[0]):
+    for at in range(0, 8 + struct.unpack("<Q", content[:8])[0], 3):
         flipped = bytearray(content)
         flipped[at] ^= 0x10
         (tmp_path / "bad").write_bytes(flipped)
@@ -265,6 +265,40 @@ def test_a_small_file_that_asks_for_much_memory(tmp_path, monkeypatch, layer, si
                 monkeypatch.setattr(module, name, None)
     with pytest.raises(ValueError, match=r"huge: .*(expected (n_out|num_features)|missing key)"):
         checkpoint.load(tmp_path / "huge")
+
+
+def saved(path, *content, **metadata):
+    checkpoint.save(path, *content, metadata=metadata or None)
+    return path.read_bytes()
+
+
+def test_the_same_content_makes_the_same_bytes(tmp_path):
+    """safetensors writes the metadata in the order of a table whose hash differs from one save to the next."""
+    model, optimizer, _ = trained()
+    contents = {saved(tmp_path / f"{i}", model, optimizer, a=1, é="\u2028", b={"y": None, "x": [1]}) for i in range(12)}
+    contents |= {saved(tmp_path / "m", model, optimizer, b={"x": [1], "y": None}, é="\u2028", a=1)}
+    twin, twins = trained()[:2]
+    contents |= {saved(tmp_path / "m", twin, twins, a=1, b={"x": (1,), "y": None}, é="\u2028")}
+    back = checkpoint.load(tmp_path / "m")
+    contents |= {saved(tmp_path / "again", back, optimizer, **checkpoint.read_metadata(tmp_path / "m"))}
+    assert len(contents) == 1
+    (content,) = contents
+    size = struct.unpack("<Q", content[:8])[0]
+    assert size % 8 == 0
+    assert [*json.loads(content[8 : 8 + size])["__metadata__"]] == ["fastbn.metadata", "fastbn.model", "format"]
+
+
+def test_other_content_makes_other_bytes(tmp_path):
+    model = network()
+    contents = [saved(tmp_path / "m", model), saved(tmp_path / "m", model, a=1), saved(tmp_path / "m", model.eval())]
+    model[1].freeze()
+    contents.append(saved(tmp_path / "m", model))
+    assert len(set(contents)) == 4
+
+
+def test_metadata_with_keys_that_are_no_texts(tmp_path):
+    checkpoint.save(tmp_path / "m", nn.ReLU(), metadata={2: "two", "a": 1, None: 0.5})
+    assert checkpoint.read_metadata(tmp_path / "m") == {"2": "two", "a": 1, "null": 0.5}
 
 
 SAVING = """

@@ -292,7 +292,10 @@ MORE = ("--schedule", "cosine", "--clip-norm", "0.5", "--epochs", "4", "--hidden
 
 @pytest.mark.parametrize(
     ("at", "left"),
-    [(2, ["unfinished-with.safetensors"]), (14, ["unfinished-with.safetensors", "unfinished-without.safetensors"])],
+    [
+        (2, ["unfinished-with.safetensors", "unfinished.json"]),
+        (14, ["unfinished-with.safetensors", "unfinished-without.safetensors", "unfinished.json"]),
+    ],
 )
 def test_an_interrupted_training_is_resumed(flowers, capsys, monkeypatch, at, left):
     folder, _ = flowers
@@ -314,8 +317,18 @@ def test_an_interrupted_training_is_resumed(flowers, capsys, monkeypatch, at, le
     if "unfinished-without.safetensors" in left:
         assert checkpoint.load(folder / "run" / left[0])[1].num_batches_tracked == 4 * 3
     assert "interrupted training, give --resume" in refused(capsys, *command, "--out", folder / "run")
+    for option, was, now in (
+        ("seed", "0", "3"), ("hidden", "8", "8,4"), ("activation", "relu", "tanh"), ("lr", "not given", "0.5"),
+        ("clip-norm", "0.5", "0.25"), ("patience", "not given", "3"), ("no-batchnorm", "not given", "given"),
+    ):  # fmt: skip
+        given = [f"--{option}"] if now == "given" else [f"--{option}", now]
+        different = refused(capsys, *command, "--out", folder / "run", "--resume", *given)
+        expected = f"--resume needs the options of the interrupted training, --{option} was {was}, is {now}\n"
+        assert different.endswith(f"unfinished.json: {expected}")
+    (folder / "run" / "unfinished.json").unlink()
     different = refused(capsys, *command, "--out", folder / "run", "--resume", "--seed", "3")
     assert "unfinished-with.safetensors: cannot be loaded: it is of another run, seed was 0, is 3" in different
+    left = left[:-1]
     assert sorted(path.name for path in (folder / "run").iterdir()) == left
     assert run(capsys, *command, "--out", folder / "run", "--resume")[0] == 0
     assert sorted(path.name for path in (folder / "run").iterdir()) == FILES

@@ -100,9 +100,10 @@ def test_defaults_are_pytorchs():
     def defaults(cls):
         return {k: p.default for k, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
 
-    assert defaults(optim.SGD) == {"momentum": 0, "nesterov": False, "weight_decay": 0}
-    assert defaults(optim.RMSprop) == {"lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0, "momentum": 0}
-    assert defaults(optim.Adam) == {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
+    own = {"exclude": ()}
+    assert defaults(optim.SGD) == {"momentum": 0, "nesterov": False, "weight_decay": 0} | own
+    assert defaults(optim.RMSprop) == {"lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0, "momentum": 0} | own
+    assert defaults(optim.Adam) == {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0} | own
 
 
 def digest(cls, kwargs, dtype):
@@ -274,6 +275,46 @@ def test_real_models_learn(cls):
 def test_argument_errors(cls, kwargs, message):
     with pytest.raises(ValueError, match=message):
         cls(model("float32"), **{"lr": 0.1, **kwargs})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("excluded", [["0"], ["1", "2"], ["0", "1", "2", "3"]])
+@pytest.mark.parametrize(("cls", "kwargs"), [c for c in CASES if "weight_decay" in c[1]])
+def test_what_is_excluded_steps_as_without_decay(cls, kwargs, excluded, dtype):
+    """Parameters do not meet, so each has the bits that it has in a model without, or with, decay on everything."""
+    plain, decayed, mixed = (model(dtype) for _ in range(3))
+    without = {key: value for key, value in kwargs.items() if key != "weight_decay"}
+    optimizers = cls(plain, **without), cls(decayed, **kwargs), cls(mixed, **kwargs, exclude=excluded)
+    for step in range(1, 8):
+        for m, optimizer in zip((plain, decayed, mixed), optimizers, strict=True):
+            gradients(m, step)
+            optimizer.step()
+    for name, p in mixed.params.items():
+        like, unlike = (plain, decayed) if name in excluded else (decayed, plain)
+        assert p.tobytes() == like.params[name].tobytes() != unlike.params[name].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("exclude", "error", "message"),
+    [
+        (["1", "bias"], ValueError, r"some of \['0', '1', '2', '3'\], got \['bias'\]"),
+        ([0], ValueError, r"got \[0\]"),
+        ("0", TypeError, "names, got the text '0'"),
+    ],
+)
+def test_exclude_takes_names_of_parameters(exclude, error, message):
+    for cls in (optim.SGD, optim.RMSprop, optim.Adam):
+        with pytest.raises(error, match=message):
+            cls(model("float32"), lr=0.1, exclude=exclude)
+
+
+def test_repr_shows_the_numbers():
+    m = model("float32")
+    optimizer = optim.SGD(m, 0.1, 0.9, exclude=("3", "1"))
+    optimizer.lr = 0.05
+    assert repr(optimizer) == "SGD(lr=0.05, momentum=0.9, nesterov=False, weight_decay=0.0, exclude=['1', '3'])"
+    assert repr(optim.RMSprop(m)) == "RMSprop(lr=0.01, alpha=0.99, eps=1e-08, weight_decay=0.0, momentum=0.0)"
+    assert repr(optim.Adam(m)) == "Adam(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0)"
 
 
 def test_a_model_without_parameters():

@@ -1,5 +1,6 @@
 """A run that was stopped and goes on ends with the bits of one that was never stopped."""
 
+import contextlib
 import json
 import os
 import random
@@ -27,18 +28,18 @@ def blobs(n=36, seed=0):
     return (rng.normal(size=(n, 5)) + np.eye(3, 5)[y]).astype(np.float32), y
 
 
-def network(seed=0, p=0.3, width=8):
+def network(seed=0, p=0.3, width=8, activation="relu"):
     return nn.Sequential(
         nn.Dense(5, width, bias=False, seed=seed),
-        BatchNorm(width, activation="relu"),
+        BatchNorm(width, activation=activation),
         nn.Sequential(nn.Dropout(p, seed=9), nn.Dense(width, 6, seed=seed + 1)),
         nn.Dropout(p, seed=10),
         nn.Dense(6, 3, seed=seed + 2),
     )
 
 
-def optimizer_of(kind, model):
-    return optim.SGD(model, 0.3, momentum=0.9) if kind is optim.SGD else kind(model, 0.03)
+def optimizer_of(kind, model, **more):
+    return optim.SGD(model, 0.3, momentum=0.9, **more) if kind is optim.SGD else kind(model, 0.03, **more)
 
 
 def fit(path, kind=optim.Adam, model=None, data=None, **options):
@@ -130,6 +131,142 @@ def test_without_resume_it_begins_anew_and_the_old_file_is_replaced(tmp_path):
 def test_training_is_the_same_with_a_checkpoint(tmp_path, whole):
     kind, expected = whole
     assert fit(tmp_path / "run", kind, patience=100) == expected
+
+
+# --- what training may change
+
+
+def lower(optimizer, **numbers):
+    for name, value in numbers.items():
+        setattr(optimizer, name, value)
+
+
+CHANGES = {
+    "freeze": lambda model, optimizer: model[1].freeze() and None,
+    "eval of one layer": lambda model, optimizer: model[1].eval() and None,
+    "renorm": lambda model, optimizer: setattr(model[1], "renorm", (3, 5)),
+    "no renorm": lambda model, optimizer: setattr(model[1], "renorm", None),
+    "dropout": lambda model, optimizer: setattr(model[2][0], "p", np.float32(0.125)),
+    "dropout off": lambda model, optimizer: model[3].eval() and None,
+    "rate": lambda model, optimizer: lower(optimizer, lr=0.01),
+    "numbers": lambda model, optimizer: lower(optimizer, momentum=np.float32(0.5), nesterov=True, weight_decay=0.25),
+    "betas": lambda model, optimizer: lower(optimizer, betas=(0.5, 0.75), eps=1e-3),
+    "alpha": lambda model, optimizer: lower(optimizer, alpha=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("schedule", [None, schedules.cosine()])
+def test_what_a_callback_changed_is_restored(tmp_path, name, schedule):
+    """The same call again, from nothing but the file: a fresh model and optimizer, as a script makes them."""
+    kind = {"betas": optim.Adam, "alpha": optim.RMSprop}.get(name, optim.SGD)
+    options = {"validation": None, "patience": None, "schedule": schedule}
+
+    def part(path, stop=None):
+        model = network()
+        model[1].renorm = (1, 0)
+        optimizer = optimizer_of(kind, model)
+
+        def on_step(step, _):
+            if step == STEPS + 2:  # between two checkpoints
+                CHANGES[name](model, optimizer)
+            return step == stop
+
+        history = training.fit(
+            model, blobs(), losses.softmax_cross_entropy, optimizer, epochs=EPOCHS, batch_size=9, seed=3,
+            checkpoint=path, resume=path is not None, on_step=on_step, **options,
+        )  # fmt: skip
+        modes = [(layer.training, getattr(layer, "frozen", None)) for layer in (*model, model[2][0])]
+        numbers = {key: value for key, value in vars(optimizer).items() if isinstance(value, float | tuple | np.number)}
+        return *result(model, optimizer, history), modes, model[1].renorm, model[2][0].p, numbers
+
+    whole = part(None)
+    for stop in (STEPS + 3, 2 * STEPS):
+        path = tmp_path / f"{stop}"
+        part(path, stop)
+        assert part(path) == whole
+        assert part(path) == whole  # a finished run too
+
+
+def test_threads_are_no_part_of_what_a_run_is(tmp_path, whole):
+    """They change no bit."""
+    kind, expected = whole
+    fit(tmp_path / "run", kind, patience=100, on_step=lambda step, _: step == 5)
+    layers = [*network()]
+    layers[1] = BatchNorm(8, activation="relu", num_threads=1)
+    assert fit(tmp_path / "run", kind, nn.Sequential(*layers), patience=100) == expected
+
+
+def test_an_optimizers_number_may_be_another_one_from_here_on(tmp_path):
+    def part(path, lr, stop=None, halve=True):
+        model, rates = network(), []
+        optimizer = optim.SGD(model, lr)
+
+        def on_step(step, _):
+            rates.append(optimizer.lr)
+            optimizer.lr /= 2 if halve else 1
+            return step == stop
+
+        training.fit(
+            model, blobs(), losses.softmax_cross_entropy, optimizer, epochs=EPOCHS, batch_size=9, checkpoint=path,
+            resume=True, on_step=on_step,
+        )  # fmt: skip
+        return rates
+
+    path = tmp_path / "run"
+    assert part(path, 1.0, stop=2) == [1, 0.5]
+    assert part(path, 1.0, stop=3) == [0.25]  # what it began with: the file's
+    assert part(path, 0.125, stop=4) == [0.125]  # what it stopped with
+    assert part(path, 1.0, stop=5) == [0.0625]
+    assert part(path, 3.0, stop=7) == [3, 1.5]  # somebody's wish
+    assert part(path, 3.0, stop=8) == [0.75]
+    assert part(path, 1.0, halve=False) == [1.0] * 4
+
+
+def test_the_same_objects_go_on_too(tmp_path, whole):
+    """As in a notebook: whatever a callback did to them since."""
+    kind, _ = whole
+    results = []
+    for interrupted in (False, True):
+        model = network()
+        optimizer = optimizer_of(kind, model)
+
+        def on_epoch(epoch, _, model=model, optimizer=optimizer):
+            model[1].freeze(epoch == 1)
+            model[2][0].p = 0.3 / (1 + epoch)
+            optimizer.lr *= 0.5
+
+        for stops in ([1, 6] if interrupted else []) + [None]:
+            history = training.fit(
+                model, blobs(), losses.softmax_cross_entropy, optimizer, epochs=EPOCHS, batch_size=9, on_epoch=on_epoch,
+                checkpoint=tmp_path / f"{interrupted}", resume=True, on_step=lambda step, _, stops=stops: step == stops,
+            )  # fmt: skip
+        results.append(result(model, optimizer, history))
+    assert results[0] == results[1]
+
+
+def test_objects_that_an_error_left_in_between_go_on_too(tmp_path):
+    """The file has neither the renorm nor the mode that they have by now."""
+    results = []
+    for fails in (False, True):
+        model, broken = network(), []
+        model[1].renorm = (1, 0)
+        optimizer = optim.Adam(model, 0.03)
+
+        def on_step(step, _, model=model, broken=broken, fails=fails):
+            model[1].freeze(step % 3 == 0).renorm = (1 + step, step)
+            if fails and step == STEPS + 2 and not broken:
+                broken.append(step)
+                raise LookupError
+
+        for _ in range(1 + fails):
+            with contextlib.suppress(LookupError):
+                history = training.fit(
+                    model, blobs(), losses.softmax_cross_entropy, optimizer, epochs=EPOCHS, batch_size=9,
+                    on_step=on_step, checkpoint=tmp_path / f"{fails}", resume=True,
+                )  # fmt: skip
+        results.append(result(model, optimizer, history))
+    assert results[0] == results[1]
 
 
 # --- Ctrl-C
@@ -280,7 +417,7 @@ def refuses(path, content, match, **options):
     path.write_bytes(content)
     model = options.pop("model", None) or network()
     model[1].eval()
-    optimizer = optimizer_of(options.pop("kind", optim.Adam), model)
+    optimizer = optimizer_of(options.pop("kind", optim.Adam), model, exclude=options.pop("exclude", ()))
     before = result(model, optimizer, training.History())
     arguments = {"epochs": EPOCHS, "batch_size": 8, "seed": 3, "validation": 0.25, "patience": 2}
     data = options.pop("data", None) or blobs()
@@ -303,11 +440,16 @@ def refuses(path, content, match, **options):
         ({"data": (blobs()[0].astype(np.float64), blobs()[1])}, "another run, X was float32 .* is float64"),
         ({"data": (blobs(seed=1)[0], blobs()[1])}, "another run, X was .*crc32"),
         ({"data": (blobs()[0], blobs()[1][::-1])}, "another run, "),
-        ({"validation": blobs()}, "another run, X was"),
-        ({"validation": None, "patience": None}, "another run, X was"),
-        ({"model": network(width=7)}, r"another run, model.layers.0.config.n_out was 8, is 7"),
-        ({"model": network(p=0.4)}, r"another run, model.layers.2.layers.0.config.p was 0.3, is 0.4"),
-        ({"model": nn.Sequential(*network(), nn.ReLU())}, r"another run, model.layers was"),
+        ({"validation": blobs()}, r"another run, validation was 0.25, is a pair \(X, y\)"),
+        ({"validation": None, "patience": None}, "another run, validation was 0.25, is None"),
+        ({"validation": 0.5}, "another run, validation was 0.25, is 0.5"),
+        ({"model": network(width=7)}, r"another run, model\[0\].n_out was 8, is 7"),
+        ({"model": network(p=0.4)}, r"another run, model\[2\]\[0\].p was 0.3, is 0.4"),
+        ({"model": nn.Sequential(*network(), nn.ReLU())}, r"another run, model\[5\] was no layer, is ReLU"),
+        ({"model": network(activation=None)}, r"another run, model\[1\].activation was 'relu', is None"),
+        ({"model": nn.Sequential(*network()[:4], BatchNorm(6))}, r"another run, model\[4\] was Dense, is BatchNorm"),
+        ({"exclude": ["0.weight"]}, r"another run, exclude was \[\], is \['0.weight'\]"),
+        ({"average": 0.9, "patience": None}, "another run, average was None, is 0.9"),
     ],
 )
 def test_what_is_of_another_run_is_refused(tmp_path, stopped, options, difference):
@@ -328,7 +470,7 @@ def test_a_damaged_file_is_refused(tmp_path, stopped):
     ("change", "fault"),
     [
         (lambda run, tensors: run.pop("epoch"), "epoch"),
-        (lambda run, tensors: run.pop("made_of"), "made_of"),
+        (lambda run, tensors: run.pop("identity"), "identity"),
         (lambda run, tensors: run.update(epoch="2"), "expected epoch to be int, got '2'"),
         (lambda run, tensors: run.update(step=-1), "expected step to be int, got -1"),
         (lambda run, tensors: run.update(epoch=7), "contradict"),
@@ -340,6 +482,11 @@ def test_a_damaged_file_is_refused(tmp_path, stopped):
         (lambda run, tensors: run["random"].append(None), "cannot be loaded"),
         (lambda run, tensors: run["random"][1].update(bit_generator="MT19937"), "PCG64"),
         (lambda run, tensors: run["random"][1]["state"].update(state=-1), "cannot be loaded"),
+        (lambda run, tensors: run["optimizer"].update(lr=-1), "expected lr of an optimizer, got 0.03 and -1"),
+        (lambda run, tensors: run["optimizer_begun_with"].update(betas=["a", 1]), "expected betas of an optimizer"),
+        (lambda run, tensors: run["optimizer"].pop("eps"), "eps"),
+        (lambda run, tensors: run["identity"].update(model=[]), "cannot be loaded"),
+        (lambda run, tensors: run["identity"]["model"]["layers"][0].update(config=[]), "cannot be loaded"),
         (lambda run, tensors: tensors.pop("best.4.bias"), "4.bias"),
         (lambda run, tensors: [tensors.pop(k) for k in list(tensors) if k.startswith("best")], "made without patience"),
         (lambda run, tensors: tensors.pop("0.weight"), "0.weight"),

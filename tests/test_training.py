@@ -1,3 +1,4 @@
+import csv
 import io
 import math
 import sys
@@ -6,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from fastbn import BatchNorm, data, losses, nn, optim, training
+from fastbn import BatchNorm, data, losses, nn, optim, pairs, training
 
 
 def blobs(n=90, seed=0, classes=3, dtype=np.float32):
@@ -213,7 +214,6 @@ def test_evaluate_refuses(data_, batch_size):
 
 def test_loss_that_is_not_finite_stops_and_says_where():
     X, y = blobs(40)
-    second = np.random.default_rng([0, 2]).permutation(40)
     calls = []
 
     def loss(prediction, target):
@@ -225,10 +225,74 @@ def test_loss_that_is_not_finite_stops_and_says_where():
     with pytest.raises(FloatingPointError, match="the loss is nan at epoch 2, step 3"):
         training.fit(model, (X, y), loss, optim.SGD(model, 0.1), epochs=3, batch_size=8)
 
-    X[second[20]] = np.inf  # of the second epoch's third batch; the first epoch meets it too
+
+def poisoned(name, array, value, at, n=40):
+    """(X, y) and a validation pair for mse, float64, one of them with that value somewhere; and what a message says."""
+    rng = np.random.default_rng(0)
+    pairs = {key: [rng.normal(size=(n, 5)), rng.normal(size=(n, 3))] for key in ("data", "validation")}
+    pairs[name]["Xy".index(array)][at] = value
+    return *map(tuple, pairs.values()), f"^{name}: {array}\\[{at[0]}, {at[1]}\\] is {value}: expected finite numbers$"
+
+
+@pytest.mark.parametrize(("value", "at"), [(np.nan, (0, 0)), (np.inf, (17, 2)), (-np.inf, (39, 1))])
+@pytest.mark.parametrize(("name", "array"), [(name, array) for name in ("data", "validation") for array in "Xy"])
+@pytest.mark.parametrize("layout", [np.copy, np.asfortranarray, lambda a: a[::-1][::-1]], ids=["C", "F", "strided"])
+def test_what_is_not_finite_is_an_error_before_the_first_step(name, array, value, at, layout):
+    data_, validation, message = poisoned(name, array, value, at)
+    model, loss = network(dtype="float64"), losses.mse
+    before = state(model)
+    for pair in (validation, *([0.25] if name == "data" else [])):
+        with pytest.raises(ValueError, match=message):
+            training.fit(
+                model, tuple(map(layout, data_)), loss, optim.SGD(model, 0.1), epochs=1, batch_size=8, patience=3,
+                validation=pair,
+            )  # fmt: skip
+    assert state(model) == before
+
+
+def test_only_the_first_fault_is_named_and_large_finite_numbers_are_none():
+    X = np.full((3_000, 500), 3e38, np.float32)  # their sum is not finite
+    pairs.check_finite(X, "X")
+    X[2_999, 499] = np.nan
+    with pytest.raises(ValueError, match=r"X\[2999, 499\] is nan"):
+        pairs.check_finite(X, "X")
+    X[[1_700, 1_800], [3, 2]] = np.inf, -np.inf
+    with pytest.raises(ValueError, match=r"X\[1700, 3\] is inf"):
+        pairs.check_finite(X, "X")
+    with pytest.raises(ValueError, match=r"y\[1\] is nan"):
+        pairs.check_finite(np.array([65000, np.nan], np.float16), "y")
+
+
+def test_masked_targets_are_refused():
+    X, y = blobs()
     model = network()
-    with pytest.raises(FloatingPointError, match="the loss is nan at epoch 1"):
-        training.fit(model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=3, batch_size=8)
+    with pytest.raises(TypeError, match="data: expected y without a mask"):
+        training.fit(
+            model, (X, np.ma.masked_equal(y, 2)), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=1,
+            batch_size=8,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_validation_loss_that_becomes_nan_is_an_error_of_its_epoch(bad):
+    def loss(prediction, target):
+        value, gradient = losses.softmax_cross_entropy(prediction, target)
+        judged.append(1) if len(prediction) == 31 else None
+        return (bad if len(judged) == 2 else value), gradient
+
+    model, judged = network(), []
+    with pytest.raises(FloatingPointError, match=f"the loss of the validation data is {bad} after epoch 2"):
+        training.fit(
+            model, blobs(), loss, optim.SGD(model, 0.1), epochs=3, batch_size=16, validation=blobs(31), patience=3
+        )
+
+
+def test_a_last_step_that_overflows_is_an_error():
+    """No later loss tells of it."""
+    model = network()
+    X, y = blobs(32)
+    with pytest.raises(FloatingPointError, match=r"after epoch 1, the parameter '0.weight'\[0, 0\] is -?(inf|nan)"):
+        training.fit(model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 1e300), epochs=1, batch_size=32)
 
 
 def test_on_step_and_on_epoch_see_everything_and_change_nothing():
@@ -290,6 +354,50 @@ def test_a_true_on_epoch_ends_training_there():
         )
         assert len(history.loss) == 2
     assert state(models[0]) == state(models[1])
+
+
+class Truthy:
+    def __bool__(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [0, 1, 13, -1.0, "text", [0], {"loss": 1}, np.int64(1), np.float64(2), np.ones(()), Truthy(), object, None],
+)
+@pytest.mark.parametrize("callback", ["on_step", "on_epoch"])
+def test_only_true_ends_training(callback, answer):
+    log = io.StringIO()
+    model = network()
+    history = training.fit(
+        model, blobs(), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=3, batch_size=16,
+        **{callback: lambda at, _: [log.write(f"{at} "), answer][1]},
+    )  # fmt: skip
+    assert len(history.loss) == 3
+    assert log.getvalue().split()[-1] == ("18" if callback == "on_step" else "3")
+
+
+@pytest.mark.parametrize("callback", ["on_step", "on_epoch"])
+@pytest.mark.parametrize(("yes", "no"), [(True, False), (np.True_, np.False_), (np.float64(1) < 2, np.float64(3) < 2)])
+def test_true_ends_training_also_numpys(callback, yes, no):
+    seen = []
+    model = network()
+    training.fit(
+        model, blobs(), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=3, batch_size=16,
+        **{callback: lambda at, _: seen.append(at) or (yes if at == 2 else no)},
+    )  # fmt: skip
+    assert seen == [1, 2]
+
+
+def test_writers_of_tables_are_callbacks(tmp_path):
+    model = network()
+    with open(tmp_path / "log.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        training.fit(
+            model, blobs(), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=3, batch_size=16,
+            on_step=lambda step, loss: rows.writerow([step, loss]),
+        )  # fmt: skip
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3 * 6
 
 
 class Witness(nn.ReLU):
@@ -376,6 +484,17 @@ def test_the_history_draws_itself(tmp_path):
         training.History().plot(tmp_path / "none")
 
 
+def test_without_a_path_the_figure_is_returned():
+    pytest.importorskip("matplotlib")
+    figure = training.History(loss=[3.0, 2.0, 1.0], accuracy=[0.1, 0.2, 0.3]).plot()
+    assert [[line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes] == [
+        [[3, 2, 1]],
+        [[0.1, 0.2, 0.3]],
+    ]
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
 def test_a_loss_below_zero_is_drawn_too(tmp_path):
     """A logarithmic axis would show nothing of either."""
     pytest.importorskip("matplotlib")
@@ -410,8 +529,52 @@ def test_progress_bar_on_a_terminal_alone(monkeypatch):
 
 
 def test_no_tqdm_no_bar(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     assert fit_with_bar(monkeypatch, Terminal()) == ""
+
+
+def test_notebooks_have_their_own_bar(monkeypatch):
+    """tqdm.auto's, which shows itself wherever it is made: a notebook's standard error is no terminal."""
+    tqdm = pytest.importorskip("tqdm")
+    made = []
+
+    class Widget(tqdm.tqdm):
+        def __init__(self, *args, disable, **options):
+            assert disable is None
+            super().__init__(*args, file=io.StringIO(), mininterval=0, **options)
+            made.append(self)
+
+    monkeypatch.setitem(sys.modules, "tqdm.auto", types.SimpleNamespace(tqdm=Widget))
+    fit_with_bar(monkeypatch, io.StringIO(), verbose=True)
+    (bar,) = made
+    assert bar.n == bar.total == 2 * 48
+    assert "epoch 2/2" in bar.fp.getvalue()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("validation", [None, blobs(20)])
+def test_verbose_is_a_line_an_epoch_where_no_bar_is_shown(monkeypatch, capsys, progress, validation):
+    model, lines = network(), []
+    out = lambda *_: lines.append(capsys.readouterr().out)  # noqa: E731
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    history = training.fit(
+        model, blobs(49), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=2, batch_size=8,
+        validation=validation, verbose=True, progress=progress, on_epoch=out,
+    )  # fmt: skip
+    for i, line in enumerate(lines):
+        expected = f"epoch {i + 1}/2: loss {history.loss[i]:.4g}, accuracy {history.accuracy[i]:.4f}"
+        if validation:
+            expected += (
+                f", validation loss {history.val_loss[i]:.4g}, validation accuracy {history.val_accuracy[i]:.4f}"
+            )
+        assert line == f"{expected}, seconds {history.seconds[i]:.1f}\n"
+    assert sys.stderr.getvalue() == ""
+
+
+def test_no_line_beside_a_bar(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    assert "epoch 2/2" in fit_with_bar(monkeypatch, Terminal(), verbose=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_optimizer_and_loss_of_ones_own():

@@ -17,6 +17,7 @@ import fastbn
 from fastbn import checkpoint, data, nn, optim, schedules, training
 
 from .common import add_data, folder, load, making, naming, need, real_number, whole_number
+from .resume import same_options
 from .tasks import VALIDATION, Classification, Regression, kind_of, task_of
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
     need({"safetensors": "saving the model needs", "matplotlib": "learning curves need"})
     files = [args.out / name for name in ("model.safetensors", "learning-curves.png", "metrics.json")]
     unfinished = {name: args.out / f"unfinished-{name.split()[0]}.safetensors" for name in (WITH, WITHOUT)}
+    begun_with = args.out / "unfinished.json"
     with making(args.out, files):
         if not args.resume and (found := next((path for path in unfinished.values() if path.exists()), None)):
             raise ValueError(
@@ -117,7 +119,10 @@ def run(args: argparse.Namespace) -> None:
         inputs = _inputs(args, train)
         print(_said_of(inputs, train), flush=True)
 
-        with _resumable(list(unfinished.values())):
+        with (
+            _resumable([*unfinished.values(), begun_with]),
+            same_options(args, begun_with, unfinished.values()),
+        ):
             epochs, results, saved = _train_networks(args, task, train, held_out, inputs, unfinished)
             alone = _one_at_a_time(saved[0], held_out.X, task)
             metadata = {"fastbn": fastbn.__version__, "data": dataset.name, "inputs": train.X.shape[1],

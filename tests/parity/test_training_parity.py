@@ -145,6 +145,74 @@ def test_fit_clips_and_schedules_pytorchs_way(dtype, clip_norm):
     assert max(abs(state[k] - v.numpy()).max() for k, v in theirs.state_dict().items()) <= STATE[dtype]
 
 
+def fit(ours, X, y, our_optimizer, **options):
+    """A training of 4 epochs of 6 steps; returns the rows of each of its steps."""
+    training.fit(
+        ours, (X, y), losses.softmax_cross_entropy, our_optimizer, epochs=4, batch_size=16, seed=7, **options
+    )  # fmt: skip
+    orders = [np.random.default_rng([7, epoch]).permutation(96) for epoch in range(1, 5)]
+    return [order[start : start + 16] for order in orders for start in range(0, 96, 16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name, (_, _, kwargs) in OPTIMIZERS.items() if "weight_decay" in kwargs])
+def test_what_is_excluded_is_a_group_without_decay(name, dtype):
+    """With schedule and clipping over both groups."""
+    our_class, their_class, kwargs = OPTIMIZERS[name]
+    kwargs = kwargs | {"weight_decay": 0.3}
+    ours, theirs = networks(dtype, "Tanh")
+    rng = np.random.default_rng(6)
+    X, y = rng.standard_normal((96, 20)).astype(dtype), rng.integers(0, 6, 96)
+    vectors = [key for key, p in ours.params.items() if p.ndim == 1]
+    assert 0 < len(vectors) < len(ours.params)
+    steps = fit(
+        ours, X, y, our_class(ours, **kwargs, exclude=vectors), schedule=schedules.cosine(), clip_norm=0.5
+    )  # fmt: skip
+    groups = [[p for key, p in theirs.named_parameters() if (key in vectors) == excluded] for excluded in (False, True)]
+    optimizer = their_class([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0}], **kwargs)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
+    for rows in steps:
+        optimizer.zero_grad()
+        F.cross_entropy(theirs(tensor(X[rows])), tensor(y[rows])).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        optimizer.step()
+        rates.step()
+    state = ours.state_dict()
+    assert max(abs(state[k] - v.numpy()).max() for k, v in theirs.state_dict().items()) <= STATE[dtype]
+
+
+@pytest.mark.parametrize("average", [0.8, "swa"])
+def test_averages_are_those_of_swa_utils(average):
+    utils = pytest.importorskip("torch.optim.swa_utils")
+    ours, theirs = networks("float64", "Tanh")
+    rng = np.random.default_rng(8)
+    X, y = rng.standard_normal((96, 20)), rng.integers(0, 6, 96)
+    steps = fit(
+        ours, X, y, optim.SGD(ours, 0.1, 0.9), average=average, average_from=2 if average == "swa" else None
+    )  # fmt: skip
+    decay = utils.get_ema_multi_avg_fn(average) if average != "swa" else None
+    averaged = utils.AveragedModel(theirs, multi_avg_fn=decay)
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1, 0.9)
+    first = None
+    for i, rows in enumerate(steps, 1):
+        optimizer.zero_grad()
+        F.cross_entropy(theirs(tensor(X[rows])), tensor(y[rows])).backward()
+        optimizer.step()
+        if average != "swa" or (i % 6 == 0 and i >= 12):
+            averaged.update_parameters(theirs)
+        if first is None:
+            first = {k: p.detach().clone() for k, p in theirs.named_parameters()}
+    if average != "swa":  # theirs begins with the first weights where ours begins with 0 and divides the start out
+        left = average ** len(steps)
+        for k, p in averaged.module.named_parameters():
+            p.data = (p.data - left * first[k]) / (1 - left)
+    utils.update_bn([tensor(X)], averaged)
+    state = ours.state_dict()
+    for k, v in averaged.module.state_dict().items():
+        if "num_batches" not in k:
+            np.testing.assert_allclose(state[k], v.numpy(), rtol=1e-9, atol=1e-11, err_msg=k)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYERS)
