@@ -20,6 +20,7 @@ def same_options(args: argparse.Namespace, path: Path, unfinished: Collection[Pa
     """Keep the options in a file, which goes after an error where none of the unfinished trainings' files is left; with
     --resume, ValueError with the first one that was another before."""
     options = {k: v for k, v in vars(args).items() if k not in _NOT_COMPARED and not callable(v)}
+    options = json.loads(json.dumps(options))  # as the file will have them: lists instead of tuples
     if args.resume and path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
