@@ -459,13 +459,13 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
     return c
 
 
-# --- a layer's plain call -----------------------------------------------------------------------------------------------------
+# --- a layer's plain call, and its way back -----------------------------------------------------------------------------------------------------
 
 @cython.auto_pickle(False)
 cdef class Callable:
-    """`layer(x, out)` without a way through Python, which would take as long as the arithmetic on a small batch.
+    """`layer(x, out)` and `layer.backward(dy, out)` without a way through Python, which would take as long as the arithmetic on a small batch.
 
-    What a plain call reads and writes of BatchNorm, whose base this is; its docstrings say what it means.
+    What they read and write of BatchNorm, whose base this is; its docstrings say what it means.
     """
     cdef public bint training
     cdef public bint frozen

@@ -16,7 +16,7 @@ from fastbn.kernels.activation cimport act, unact
 from fastbn.kernels.cut cimport Cut, count, cut, plane_of
 from fastbn.kernels.intrinsics cimport (
     WIDTH,
-    Line,
+    StepRoom,
     add_square,
     prefetch,
     square,
@@ -56,7 +56,7 @@ cdef enum:
     ROOM_DOUBLES = 2048                  # float64 values that a call has on its stack: threads may have 64 KB of it
     STREAM_AHEAD_BYTES = 2048    # from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
     WAITING_BYTES = 1024         # stores on their way to memory, for which a load may have to wait
-    BATCH_LINES = 16             # of STEP elements, which stay in the first-level cache beside x and dy
+    BATCH_STEPS = 16             # of STEP elements, which stay in the first-level cache beside x and dy
     LONG_RUN_ELEMENTS = 512               # elements of one feature from which an output is started on a line
     SCRATCH_ROWS = 6             # of sums_pitch: two sums for each lane and what they lost, pivots for each lane and each feature
 
@@ -66,7 +66,7 @@ ctypedef struct Work:
     Schedule plan
     void *params             # (PARAMETERS, pitch) in the arithmetic's type: a column for each feature
     void *lanes              # (PARAMETERS, lane_pitch): a column for each lane of a row; params itself where each lane is a feature
-    double *std              # (C,): sqrt(var + eps)
+    double *std              # (C,): sqrt(var + eps), which PREPARE leaves for the gradients
     double *partial          # (chunks, 3, C): of each chunk the pivot (of the statistics) and the two sums
     double *scratch          # (threads, SCRATCH_ROWS, sums_pitch)
     unsigned char *beyond    # (blocks,): whether float32 cannot hold the parameters of one of its features
@@ -250,6 +250,7 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
     cdef void *taken = room
     cdef Py_ssize_t size = sizeof(x[0])
     cdef Py_ssize_t nbytes
+    cdef Py_ssize_t scratch
     cdef Py_ssize_t partial
     cdef Py_ssize_t doubles
     cdef Work w
@@ -258,7 +259,9 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
     schedule(&w.plan, &w.cut, job, arrays, size)
     w.sums_pitch = sums_pitch(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold)) if arrays else 0
     partial = 3 * w.cut.chunks * job.C if arrays else 0
-    doubles = job.C + partial + w.plan.threads * SCRATCH_ROWS * w.sums_pitch
+    scratch = w.plan.threads * SCRATCH_ROWS * w.sums_pitch
+    # The sums start on a line.
+    doubles = LINE_BYTES // 8 + scratch + partial + job.C
     nbytes = lay_out_table(&w, size, job.table != NULL)
     if job.table != NULL:
         place_table(&w, job.table, params, size)
@@ -268,12 +271,12 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
         taken = malloc(nbytes + doubles * sizeof(double) + w.plan.blocks)
         if taken == NULL:
             return -1
-    w.std = <double *>taken
-    w.partial = w.std + job.C
-    w.scratch = w.partial + partial
+    w.scratch = <double *>aligned(taken)
+    w.partial = w.scratch + scratch
+    w.std = w.partial + partial
     if job.table == NULL:
-        place_table(&w, w.std + doubles, params, size)
-    w.beyond = <unsigned char *>(w.std + doubles) + nbytes
+        place_table(&w, <double *>taken + doubles, params, size)
+    w.beyond = <unsigned char *>(<double *>taken + doubles) + nbytes
     memset(w.beyond, 0, w.plan.blocks)
     run(&w, steps, n, x, <table>w.params)
     job.prepared = job.table != NULL and not any_beyond(&w)

@@ -32,7 +32,7 @@ Size = int | Times
 
 @dataclass(frozen=True)
 class Family:
-    """One processor family; machine.pxd's Settings says what its last eleven members mean.
+    """One processor family; machine.pxd's Settings says what the members from rows_at_once on mean.
 
     models: (vendor, CPUID family, first model, last model).
     build: the preferred one; the nearest lower one is taken where it does not run.
@@ -139,7 +139,8 @@ ZEN1 = replace(
     # An output of 2 MB took 1.09 (training), 1.48 (inference), 0.94 (backward) of the time, of 4 MB 0.89, 0.77, 0.85.
     stream_from_bytes=Times(0.4, "l3"),
     stream_inference_from_bytes=Times(0.4, "l3"),
-    # y of planes of 36, 49, 64, 81 elements 0.91, 0.78, 0.77, 0.94 of the time, of 100 the same, of 196 1.06.
+    # float32, y of runs of 36, 49, 64, 81 elements 0.91, 0.78, 0.77, 0.94 of the time, of 100 the same, of 196 1.06;
+    # backward of 64 and 81 elements 0.88 and 0.96.
     batched_runs_below_elements=96,
     # Training and backward of planes of 3 and 4 KB (32 x 64 x 28 x 28, 16 x 128 x 1000) 0.85 to 0.93 of the time when
     # pass by pass; of 12 KB (32 x 64 x 56 x 56) 0.97 and 1.04.
@@ -207,7 +208,7 @@ SAPPHIRE_RAPIDS = replace(
     build="v3",  # measured with the loops of 0.1.0: v4 was slower on most shapes (train 1.63 of a library, v3 1.74)
     l3_ceiling_bytes=48 * MIB,  # a trial on 0.1.0 that took L3 for so large
     rows_at_once=1,  # the probe: never slower than four, for y as for dx, at any size
-    write_ahead_bytes=1 * KIB,  # the probe: (100000, 200) in 0.93 copies, 1.25 without
+    write_ahead_bytes=1 * KIB,  # the probe: (100000, 200) in 0.93 copies, 1.25 without; what is streamed does not ask
     write_ahead_from_bytes=Times(1, "l3"),  # the probe: nothing gained in L3, twice the time in L2
     write_ahead_to_bytes=NEVER_BYTES,
     stream_from_bytes=8 * MIB,  # the trial: a sixth of 48 MB

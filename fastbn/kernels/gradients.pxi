@@ -133,11 +133,11 @@ cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x, table par
 
 
 cdef inline void gradients_of_one(f64 s1, f64 s2, Py_ssize_t n, f64 dweight, f64 dbias) noexcept nogil:
-    """What the function below comes to for a single chunk."""
+    """What the function below comes to for a single chunk: the sum; NaN where it is infinite, and never minus zero."""
     cdef Py_ssize_t c
     for c in range(n):
-        dbias[c] = s1[c] + 0.0    # no minus zero
-        dweight[c] = s2[c] + 0.0
+        dbias[c] = s1[c] + (s1[c] - s1[c])
+        dweight[c] = s2[c] + (s2[c] - s2[c])
 
 
 cdef void merge_some_gradients(Work *w, Py_ssize_t at, Py_ssize_t n) noexcept nogil:

@@ -21,12 +21,12 @@
 #endif
 #endif
 
-/* Room for 16 elements on cache lines, of which the compiler knows that. Where it does not know the alignment, it may compute
-   element by element, or store what it has in registers anyway. */
+/* Room for 16 elements that starts on a cache line, as the compiler knows. Where it does not, it stores what it has in registers
+   anyway, or computes element by element. */
 #if defined(_MSC_VER)
-typedef __declspec(align(64)) struct { double elements[16]; } fastbn_line;
+typedef struct __declspec(align(64)) { double elements[16]; } fastbn_step;
 #else
-typedef struct { double elements[16]; } __attribute__((aligned(64))) fastbn_line;
+typedef struct { double elements[16]; } __attribute__((aligned(64))) fastbn_step;
 #endif
 
 /* Writes one cache line, from `from` at any address to `to` at a line's beginning: whole, since a line that is streamed in parts

@@ -2,7 +2,7 @@
 
 cdef extern from "intrinsics.h" nogil:
     const bint FASTBN_STREAMS    # whether streaming stores differ from plain ones here
-    ctypedef struct Line "fastbn_line":
+    ctypedef struct StepRoom "fastbn_step":
         double elements[16]
     void stream_line "fastbn_stream_line"(void *to, const void *source) noexcept
     void stream_fence "fastbn_stream_fence"() noexcept

@@ -272,7 +272,7 @@ cdef void add_up_moments(Work *w, Py_ssize_t k, Py_ssize_t b, row x, double *scr
 # --- the merge: the chunks' sums, each about a pivot of its own, into mean and variance (Chan, Golub & LeVeque 1979) ------------------------------
 
 cdef inline void moments_of_one(f64 pivot, f64 s1, f64 s2, Py_ssize_t n, double m, f64 mean, f64 low, f64 var) noexcept nogil:
-    """What the four functions below come to for a single chunk, bit for bit, in a quarter of their time."""
+    """What the four functions below come to for a single chunk of finite sums, bit for bit, in a quarter of their time."""
     cdef Py_ssize_t c
     cdef double shift
     cdef double s

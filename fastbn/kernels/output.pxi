@@ -2,7 +2,8 @@
 #
 # A range of the output, in the order of memory, is written in whole cache lines, whatever the alignment of x and the number of lanes: a store that
 # touches two lines costs as much as two. So a line may begin at one row's end and end in the next; the parameter table has its first STEP lanes once
-# more behind the last. Planes are written run by run, and only past the caches in whole lines, of which one may belong to two features.
+# more behind the last. Runs of one feature are written one by one. Past the caches they go in whole lines, of which one may belong to two features;
+# short ones by way of a few lines in the first-level cache, where the family says so.
 
 cdef enum Operation:
     Y            # activation((x - mean)*weight*invstd + bias)
@@ -91,7 +92,7 @@ cdef inline void stream(row y, row lines) noexcept nogil:
 cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py_ssize_t pitch, const Operation op,
                              const Activation activation) noexcept nogil:
     """STEP elements past the caches; asks for those that are read `ahead` bytes further on."""
-    cdef Line room
+    cdef StepRoom room
     cdef row lines = <row>room.elements
     cdef int count = sizeof(x[0]) * STEP // LINE_BYTES
     prefetch(<char *>x + ahead, count, LINE_BYTES)
@@ -196,16 +197,16 @@ cdef inline void stream_batches(Work *w, row x, row dy, row y, Py_ssize_t first,
                                 const Activation activation) noexcept nogil:
     """n elements from element `first` on, whole lines: short runs, several at a time, by way of the first-level cache.
 
-    Upwards, wherever y is: what is read next was asked for before these lines are streamed.
+    Upwards, wherever y is: only a batch's first elements are loaded from where stores have just been.
     """
-    cdef Line room[BATCH_LINES]
-    cdef row lines = <row>room[0].elements
+    cdef StepRoom room[BATCH_STEPS]
+    cdef row lines = <row><void *>room
     cdef Place at = place_of(&w.cut, first)
     cdef Py_ssize_t j = 0
     cdef Py_ssize_t k
     cdef Py_ssize_t i
     while j < n:
-        k = min(<Py_ssize_t>(BATCH_LINES * STEP), n - j)
+        k = min(<Py_ssize_t>(BATCH_STEPS * STEP), n - j)
         prefetch(<char *>(x + j) + STREAM_AHEAD_BYTES, k * sizeof(x[0]) // LINE_BYTES, LINE_BYTES)
         if op != Y:
             prefetch(<char *>(dy + j) + STREAM_AHEAD_BYTES, k * sizeof(x[0]) // LINE_BYTES, LINE_BYTES)
@@ -271,22 +272,23 @@ cdef inline void write_as(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ss
                           const Activation activation) noexcept nogil:
     """What is streamed is whole lines; parts of lines belong to the neighbours too, and go the usual way."""
     cdef Py_ssize_t begin = min(to_line(y), n) if w.plan.streamed else n
-    cdef Py_ssize_t lines = (n - begin) // STEP * STEP
-    cdef Py_ssize_t end = begin + lines
-    write_cached(w, x, dy, y, first, begin, params, op, activation)
-    write_cached(w, x + end, dy + end, y + end, first + end, n - end, params, op, activation)
-    if lines == 0:
+    cdef Py_ssize_t end = begin + (n - begin) // STEP * STEP
+    cdef Py_ssize_t at
+    cdef Py_ssize_t count
+    cdef int side
+    for side in range(2):  # a loop, since a second call would be a second copy of the loops within
+        at = end if side else 0
+        count = n - end if side else begin
+        if count:
+            write_cached(w, x + at, dy + at, y + at, first + at, count, params, op, activation)
+    if end == begin:
         return
-    x += begin
-    dy += begin
-    y += begin
-    first += begin
     if not w.plan.runs:
-        stream_rows(w, x, dy, y, first, lines, <table>w.lanes, op, activation)
+        stream_rows(w, x + begin, dy + begin, y + begin, first + begin, end - begin, <table>w.lanes, op, activation)
     elif w.plan.batched:
-        stream_batches(w, x, dy, y, first, lines, params, op, activation)
+        stream_batches(w, x + begin, dy + begin, y + begin, first + begin, end - begin, params, op, activation)
     else:
-        stream_runs(w, x, dy, y, first, lines, params, op, activation)
+        stream_runs(w, x + begin, dy + begin, y + begin, first + begin, end - begin, params, op, activation)
 
 
 cdef void write_range(Work *w, Py_ssize_t first, Py_ssize_t n, row x, table params) noexcept nogil:

@@ -82,9 +82,10 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
         plan.traversal = FEATURE_BY_FEATURE
         plan.block = 1
     plan.blocks = ceil_div(cut.C, plan.block)
-    plan.streamed = (FASTBN_STREAMS and not inplace
+    # The last test is for 32-bit systems, where float64 may lie on 4 bytes.
+    plan.streamed = (FASTBN_STREAMS and not inplace and <uintptr_t>job.y % size == 0
                      and nbytes >= (job.settings.stream_from_bytes if arrays else job.settings.stream_inference_from_bytes))
-    # y alone: for dx, whose runs have twice the parameters to change from one to the next, a table of all lanes is the faster one.
+    # y alone: short runs of dx, which have twice the parameters to change from one to the next, are slower than a table of all lanes.
     plan.runs = plan.runs or (plan.streamed and cut.S >= 2 * STEP and job.dy == NULL)
     plan.batched = plan.streamed and plan.runs and cut.S < job.settings.batched_runs_below_elements
     if not plan.streamed and job.settings.write_ahead_from_bytes <= nbytes <= job.settings.write_ahead_to_bytes:
