@@ -23,7 +23,12 @@ SHAPES += [(1, 2, 16_385), (2, 1, 16_399)]
 # What is asked of the processor's family, at its ends: each way to write y, each distance at which lines are asked for.
 SETTINGS = [
     {"stream_from_bytes": sys.maxsize, "stream_inference_from_bytes": sys.maxsize, "rows_at_once": 1},
-    {"stream_from_bytes": 0, "stream_inference_from_bytes": 0, "read_ahead_bytes": 64},
+    {
+        "stream_from_bytes": 0,
+        "stream_inference_from_bytes": 0,
+        "read_ahead_bytes": 64,
+        "read_ahead_in_planes_bytes": 64,
+    },
     {"stream_from_bytes": 0, "stream_inference_from_bytes": 0, "batched_runs_below_elements": sys.maxsize},
     {
         "stream_from_bytes": sys.maxsize,
@@ -31,6 +36,7 @@ SETTINGS = [
         "rows_at_once": 4,
         "rows_at_once_to_bytes": sys.maxsize,
         "read_ahead_bytes": 1 << 20,
+        "read_ahead_in_planes_bytes": 1 << 10,
         "write_ahead_bytes": 1 << 20,
         "write_ahead_to_bytes": sys.maxsize,
     },

@@ -137,6 +137,7 @@ def test_every_family_has_sane_numbers(family, l2_bytes, l3_bytes, sharers, proc
     assert 2**17 <= found["l2_bytes"] <= found["l3_bytes"] <= 64 * MIB
     assert found["rows_at_once"] in (1, 4)
     assert found["read_ahead_bytes"] <= 2**16
+    assert found["read_ahead_in_planes_bytes"] <= 2**16
     assert found["write_ahead_bytes"] <= 2**16
     assert found["write_ahead_from_bytes"] <= found["write_ahead_to_bytes"]
     assert found["stream_from_bytes"] >= found["l2_bytes"]

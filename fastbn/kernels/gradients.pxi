@@ -120,7 +120,7 @@ cdef void add_up_gradients(Work *w, Py_ssize_t k, Py_ssize_t b, row x, table par
     clear(w, &t, s1)
     start(&t, &s)
     if w.cut.planes:
-        while next_run(w, &t, &s):
+        while next_run(w, &t, &s, sizeof(x[0])):
             add_strip(w, &s, x, p + s.feature, w.pitch, s1 + s.lane, e1 + s.lane, s2 + s.lane, e2 + s.lane)
     else:
         while next_rows(w, &t, &s, sizeof(x[0])):

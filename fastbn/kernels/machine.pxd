@@ -5,6 +5,7 @@ ctypedef struct Settings:
     int rows_at_once                        # rows of y or dx that are written together: 4 or 1
     Py_ssize_t rows_at_once_to_bytes        # ... while what is read and written together is no larger than this
     Py_ssize_t read_ahead_bytes             # distance at which sums ask for lines of x and dy; 0: never
+    Py_ssize_t read_ahead_in_planes_bytes   # ... of planes, whose pieces of memory are shorter
     Py_ssize_t read_ahead_from_bytes        # ... where what is read is at least this large
     Py_ssize_t write_ahead_bytes            # distance at which rows written one at a time ask for lines of y or dx; 0: never
     Py_ssize_t write_ahead_from_bytes       # ... where the output is at least this large

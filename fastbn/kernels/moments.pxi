@@ -120,7 +120,7 @@ cdef inline void add_moments(row x, Py_ssize_t ld, Py_ssize_t rows, Py_ssize_t n
         rows -= 1
 
 
-cdef inline void add_run_of_floats(const float *x, Py_ssize_t n, f64 s1, f64 s2) noexcept nogil:
+cdef inline void add_run_of_floats(const float *x, Py_ssize_t n, Py_ssize_t ahead, f64 s1, f64 s2) noexcept nogil:
     """n elements of one feature, over STEP lanes whose sums stay in registers; n a multiple of STEP."""
     cdef vec u[STEP]
     cdef vec v[STEP]
@@ -129,6 +129,8 @@ cdef inline void add_run_of_floats(const float *x, Py_ssize_t n, f64 s1, f64 s2)
         u[i] = vec_load(s1 + i * WIDTH)
         v[i] = vec_load(s2 + i * WIDTH)
     while n >= 4 * STEP:
+        if ahead:
+            prefetch(x + ahead, 4, LINE_BYTES)
         for i in range(STEP // WIDTH):
             add_tree(x + i * WIDTH, STEP, &u[i], &v[i])
         x += 4 * STEP
@@ -144,15 +146,15 @@ cdef inline void add_run_of_floats(const float *x, Py_ssize_t n, f64 s1, f64 s2)
         vec_store(s2 + i * WIDTH, v[i])
 
 
-cdef inline void add_moments_of_run(row x, Py_ssize_t n, f64 pivot, const bint centred, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
-    """n elements of one feature over STEP lanes; pivot: one for each of these."""
-    cdef Py_ssize_t whole = n // STEP * STEP
+cdef inline void add_moments_of_run(row x, const Strip *s, f64 pivot, const bint centred, f64 s1, f64 e1, f64 s2, f64 e2) noexcept nogil:
+    """A run's elements over STEP lanes; pivot: one for each of these."""
+    cdef Py_ssize_t whole = s.n // STEP * STEP
     if row is f32 and not centred:
-        add_run_of_floats(x, whole, s1, s2)
+        add_run_of_floats(x, whole, s.ahead, s1, s2)
     else:
-        add_moments(x, STEP, n // STEP, STEP, pivot, centred, 0, n, s1, e1, s2, e2)
-    if whole < n:
-        one_moment(x + whole, n - whole, pivot, centred, s1, e1, s2, e2)
+        add_moments(x, STEP, s.n // STEP, STEP, pivot, centred, s.ahead, s.left, s1, e1, s2, e2)
+    if whole < s.n:
+        one_moment(x + whole, s.n - whole, pivot, centred, s1, e1, s2, e2)
 
 
 # --- a task: the pivot of each feature and the two sums about it ------------------------------------------------------------------------------
@@ -167,8 +169,8 @@ cdef void total_moments(Work *w, Task t, row x, const bint centred, f64 pivots, 
     clear(w, &t, sums)
     start(&t, &s)
     if w.cut.planes:
-        while next_run(w, &t, &s):
-            add_moments_of_run(x + s.at, s.n, pivots + s.lane, centred, s1 + s.lane, e1 + s.lane, s2 + s.lane, e2 + s.lane)
+        while next_run(w, &t, &s, sizeof(x[0])):
+            add_moments_of_run(x + s.at, &s, pivots + s.lane, centred, s1 + s.lane, e1 + s.lane, s2 + s.lane, e2 + s.lane)
     else:
         while next_rows(w, &t, &s, sizeof(x[0])):
             add_moments(x + s.at, s.ld, s.rows, s.n, pivots, centred, s.ahead, s.left, s1, e1, s2, e2)

@@ -73,13 +73,22 @@ cdef inline bint less_behind(const void *x, const void *y) noexcept nogil:
     return 0 < behind < WAITING_BYTES
 
 
-cdef inline Py_ssize_t direction(const void *x, const void *dy, const void *y) noexcept nogil:
-    """1, or -1 where lines are streamed from the last to the first.
+cdef inline bint waits_upwards(const void *x, const void *dy, const void *y) noexcept nogil:
+    """Whether loads would come to where stores have just been.
 
-    A load waits for an earlier store, which is long on its way to memory, where the low 12 bits of their addresses agree. So the loads must not come
-    to where the stores have just been: upwards they do where y lies a little behind x or dy, downwards where those lie a little behind y.
+    A load waits for an earlier store, which is long on its way to memory, where the low 12 bits of their addresses agree. Upwards that is so where y
+    lies a little behind x or dy, downwards where those lie a little behind y.
     """
-    return -1 if (less_behind(x, y) or less_behind(dy, y)) and not (less_behind(y, x) or less_behind(y, dy)) else 1
+    return less_behind(x, y) or less_behind(dy, y)
+
+
+cdef inline bint waits_downwards(const void *x, const void *dy, const void *y) noexcept nogil:
+    return less_behind(y, x) or less_behind(y, dy)
+
+
+cdef inline Py_ssize_t direction(const void *x, const void *dy, const void *y) noexcept nogil:
+    """1, or -1 where lines are streamed from the last to the first."""
+    return -1 if waits_upwards(x, dy, y) and not waits_downwards(x, dy, y) else 1
 
 
 cdef inline void stream(row y, row lines) noexcept nogil:
@@ -285,7 +294,7 @@ cdef inline void write_as(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ss
         return
     if not w.plan.runs:
         stream_rows(w, x + begin, dy + begin, y + begin, first + begin, end - begin, <table>w.lanes, op, activation)
-    elif w.plan.batched:
+    elif w.plan.batched or (waits_upwards(x, dy, y) and waits_downwards(x, dy, y)):
         stream_batches(w, x + begin, dy + begin, y + begin, first + begin, end - begin, params, op, activation)
     else:
         stream_runs(w, x + begin, dy + begin, y + begin, first + begin, end - begin, params, op, activation)

@@ -72,8 +72,8 @@ cdef inline void schedule(Schedule *plan, const Cut *cut, const Job *job, int ar
         if cut.S == 1:
             plan.block = ceil_div(plan.block, STEP) * STEP
     plan.block = min(plan.block, cut.C)
-    if arrays and job.settings.read_ahead_bytes and nbytes * arrays >= job.settings.read_ahead_from_bytes:
-        plan.read_ahead = job.settings.read_ahead_bytes
+    if arrays and nbytes * arrays >= job.settings.read_ahead_from_bytes:
+        plan.read_ahead = job.settings.read_ahead_in_planes_bytes if cut.planes else job.settings.read_ahead_bytes
     if job.y == NULL:
         plan.blocks = ceil_div(cut.C, plan.block)
         return

@@ -78,7 +78,7 @@ cdef inline bint next_rows(Work *w, Task *t, Strip *s, Py_ssize_t size) noexcept
     return False
 
 
-cdef inline bint next_run(Work *w, Task *t, Strip *s) noexcept nogil:
+cdef inline bint next_run(Work *w, Task *t, Strip *s, Py_ssize_t size) noexcept nogil:
     """The pieces of planes of a chunk, those of all features of the block one after the other."""
     cdef Py_ssize_t begin = 0
     s.feature += 1
@@ -90,8 +90,11 @@ cdef inline bint next_run(Work *w, Task *t, Strip *s) noexcept nogil:
         if t.unit == t.end:
             return False
         s.at = (plane_of(&w.cut, t.unit, &begin, &s.n) * w.cut.C + t.feature) * w.cut.S + begin
-        return True
-    s.at += w.cut.S
+    else:
+        s.at += w.cut.S
+    s.ahead = w.plan.read_ahead // size
+    s.ahead = s.ahead if s.at + s.n + s.ahead <= w.cut.M * w.cut.width else 0
+    s.left = s.n + s.ahead    # as far as this run may ask
     return True
 
 
