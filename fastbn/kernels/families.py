@@ -138,7 +138,7 @@ ZEN1 = replace(
     # y of (512, 512) 87 us by one row, 56 by four; of (777, 333) 93 and 53; dx 187 and 126, 200 and 118.
     rows_at_once_to_bytes=Times(1, "l3"),
     read_ahead_bytes=16 * KIB,  # sums of (65536, 256) 6.5 ms, 11.1 without; of (1000000, 32) 14.8 and 29.1
-    # Gradients' sums of (32, 256, 14, 14) 0.91 ms, 1.25 without, of (32, 64, 56, 56) 3.34 and 3.9; the statistics 0.9 of
+    # Gradients' sums of (32, 256, 14, 14) 0.91 ms, 1.25 without, of (16, 128, 1000) 1.21 and 1.4; the statistics 0.9 of
     # the time. 4 KB ahead the same, 16 KB 1.1.
     read_ahead_in_planes_bytes=1 * KIB,
     read_ahead_from_bytes=Times(1, "l2"),  # nothing gained or lost in L3
@@ -151,8 +151,8 @@ ZEN1 = replace(
     # Training and backward of planes of 3 and 4 KB (32 x 64 x 28 x 28, 16 x 128 x 1000) 0.85 to 0.93 of the time when
     # pass by pass; of 12 KB (32 x 64 x 56 x 56) 0.97 and 1.04.
     feature_by_feature_from_bytes=8 * KIB,
-    # Two threads of (128, 256), (256, 256), (512, 256), (512, 512): training 1.02, 1.28, 1.41, 1.61 times as fast as one,
-    # inference 0.98, 1.35, 1.51, 1.64, backward 0.98, 1.35, 1.51, 1.62.
+    # (128, 256), (256, 256), (512, 256), (512, 512) on two threads: training 1.02, 1.28, 1.41, 1.61 times as fast as on
+    # one, inference 0.98, 1.35, 1.51, 1.64, backward 0.98, 1.35, 1.51, 1.62.
     parallel_from_elements=131072,
 )
 
