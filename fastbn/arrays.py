@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .tables import LARGEST
+from .labels import LARGEST
 
 __all__ = ["Part", "read_idx_folder", "read_npz"]
 

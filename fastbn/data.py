@@ -134,6 +134,10 @@ def load(
     if chosen and (source is None or not is_table(source)):
         given = "a target column" if target is not None else "a choice of columns" if columns or ignore else "a header"
         raise ValueError(f"{given} is for tables such as .csv files, got {source or 'the digits'}")
+    if isinstance(columns, str) or isinstance(ignore, str):
+        raise TypeError(f"expected columns and ignore to be sequences of names, got {columns if columns else ignore!r}")
+    if columns is not None and ignore:
+        raise ValueError(f"expected columns or ignore, got both: {list(columns)!r} and {list(ignore)!r}")
     if source is None:
         return _load_digits(task)
     if not source.exists():
@@ -249,11 +253,12 @@ def _of_parts(name: str, train: Part, test: Part | None, notes: tuple[str, ...],
     if train.labels is not None:
         y, classes = _targets(train.labels, _row_of(train), task)
     if test is not None and test.labels is not None:
-        if y is not None and classes is None:
+        if y is None:
+            test_y, classes = _targets(test.labels, _row_of(test), task)
+        elif classes is None:
             test_y = labels.numbers(test.labels, _row_of(test))
         else:
             test_classes, test_y = labels.encode(test.labels, _row_of(test))
-            classes = test_classes if classes is None else classes
             test_y = _numbered(classes, test_classes, test, test_y)[test_y]
     dataset = Dataset(train.X, y, classes, name, images=train.images, notes=notes)
     return dataset if test is None else replace(dataset, held_out=replace(dataset, X=test.X, y=test_y))

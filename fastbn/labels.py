@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MISSING", "boolean", "encode", "key", "number", "numbers", "shown"]
+__all__ = ["LARGEST", "MISSING", "boolean", "encode", "is_missing", "key", "number", "numbers", "shown"]
+
+LARGEST = 1e150  # the square of more leaves float64
 
 # pandas' names of a missing value, then those of Weka and UCI, of SQL dumps, and the errors of spreadsheets. "nan" is
 # one in any spelling. "None" is in pandas' list, "none" is not: it is a class in many tables, as "-", "Na" and "." are.
@@ -105,14 +107,14 @@ def encode(labels: Sequence[str] | np.ndarray, where: Callable[[int], str]) -> t
 
 
 def numbers(labels: Sequence[str] | np.ndarray, where: Callable[[int], str]) -> np.ndarray:
-    """The targets of a regression, (N,) float64; ValueError where one is missing or not a finite number."""
+    """The targets of a regression, (N,) float64; ValueError where one is missing or no number below 1e150."""
     values, rows, inverse = _distinct(labels, where)
     found = []
     for value, row in zip(values, rows, strict=True):
         x = value if not isinstance(value, str) else number(value) if boolean(value) is None else boolean(value)
-        if x is None or not math.isfinite(x):
+        if x is None or not abs(x) < LARGEST:
             raise ValueError(
-                f"{where(row)}: expected a finite number as the target of a regression, got {shown(value)}"
+                f"{where(row)}: expected a number below {LARGEST:g} as the target of a regression, got {shown(value)}"
             )
         found.append(float(x))
     return np.array(found)[inverse]

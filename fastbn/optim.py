@@ -1,5 +1,10 @@
 """Optimizers: SGD with momentum, RMSprop, Adam. Formulas and defaults are PyTorch's.
 
+`weight_decay` acts on all parameters, as PyTorch's does. It is meant for the weights of linear layers, whose size it
+holds down. A bias, and the weight and bias of BatchNorm, are few, and decay takes from them what the data ask for: many
+trainings leave them out. Their arrays are those of one dimension:
+``exclude=[name for name, p in model.params.items() if p.ndim == 1]``.
+
 # Design: an optimizer reads model.grads and changes model.params in place, parameter by parameter, with the same
 # bits on every machine: IEEE additions, products, quotients and square roots alone, in one order, and running
 # products where the papers have powers (one library's pow differs from the next one's). A step is one compiled call,

@@ -142,6 +142,8 @@ class RunFile:
         run = checkpoint.read_json(self._path, texts, _RUN)
         description = checkpoint.read_json(self._path, texts, checkpoint.MODEL)
         with checkpoint.naming(self._path):
+            if not isinstance(run.get("identity"), dict) or {*run["identity"]} != {*IDENTITY}:
+                raise ValueError("it was written by another version of fastbn: delete it to begin anew")
             _check_same(run["identity"], self._identity, description)
             as_saved = checkpoint.build(description, tensors)
             numbers = self._numbers(run)

@@ -17,12 +17,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from .labels import boolean, is_missing, number, shown
+from .labels import LARGEST, boolean, is_missing, number, shown
 
-__all__ = ["LARGEST", "SUFFIXES", "Table", "is_table", "read_table"]
+__all__ = ["SUFFIXES", "Table", "is_table", "read_table"]
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".data")
-LARGEST = 1e150  # the square of more leaves float64
 _DELIMITERS = ",;\t|"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'", " ": "spaces"}
 _SAMPLE_LINES = 20

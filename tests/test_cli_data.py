@@ -52,6 +52,23 @@ def two_kinds(n=400, seed=0):
     return kinds, rng.normal(size=n) + 4 * kinds - 2
 
 
+@pytest.mark.parametrize("options", [(), ("--patience", "2"), ("--no-standardize",)])
+def test_a_held_out_example_beyond_float32_is_an_error_that_leaves_nothing(capsys, tmp_path, options):
+    kinds, a = two_kinds(100)
+    np.savez("d.npz", x_train=np.c_[a, a], y_train=kinds, x_test=np.array([[0, 1], [1, -1e60]]), y_test=[0, 1])
+    error = refused(capsys, "train", "--data", "d.npz", *SHORT, *options)
+    assert error.endswith("a held-out example's column number 2 is too far from the training data for float32\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("values", [("1e149", "3e149"), ("1e-170", "3e-170")])
+def test_targets_at_the_ends_of_float64_are_refused_or_learnt(capsys, values):
+    write("d.csv", [(i % 2, i % 3, values[i % 2]) for i in range(40)])
+    status, out, err = run(capsys, "train", "--data", "d.csv", "--target", "t", "--task", "regression", *SHORT)
+    assert "nan" not in out
+    assert status == 0 or "too close for float64's squares" in err
+
+
 @pytest.mark.parametrize(
     ("centre", "scale", "form"),
     [

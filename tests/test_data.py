@@ -405,6 +405,26 @@ def test_a_test_part_without_labels_is_not_held_out(tmp_path):
     assert (len(train.X), len(held.X)) == (8, 2)
 
 
+def test_labels_of_the_test_part_alone(tmp_path):
+    arrays = {"x_train": np.eye(4), "x_test": np.eye(4)}
+    np.savez(tmp_path / "d.npz", **arrays, y_test=[10.5, 20.5, 7, 9])
+    dataset = data.load(tmp_path / "d.npz", task="regression")
+    assert (dataset.y, dataset.classes, dataset.held_out.y.tolist()) == (None, None, [10.5, 20.5, 7, 9])
+    np.savez(tmp_path / "d.npz", **arrays, y_test=["b", "a", "b", "a"])
+    dataset = data.load(tmp_path / "d.npz")
+    assert (dataset.y, dataset.classes.tolist(), dataset.held_out.y.tolist()) == (None, ["a", "b"], [1, 0, 1, 0])
+
+
+def test_columns_are_chosen_in_one_way(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("a,b\n1,2\n3,4\n")
+    with pytest.raises(ValueError, match=r"expected columns or ignore, got both: \['a'\] and \['b'\]"):
+        data.load(path, columns=["a"], ignore=["b"])
+    for choice in ({"columns": "ab"}, {"ignore": "b"}):
+        with pytest.raises(TypeError, match="expected columns and ignore to be sequences of names"):
+            data.load(path, **choice)
+
+
 def test_split_faults(tmp_path):
     def split(y, **options):
         arrays = {"X": np.ones((4, 1))} if y is None else {"X": np.ones((4, 1)), "y": np.array(y)}

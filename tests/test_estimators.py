@@ -370,6 +370,28 @@ def test_masks_are_not_lost(estimator):
         fitted.predict(masked[0])
 
 
+@pytest.mark.parametrize("missing", [np.datetime64("NaT"), type("NAType", (), {"__ne__": lambda *_: None})()])
+def test_a_missing_label_of_pandas_and_of_dates(missing):
+    for y in ([missing, "a", "b", "a"], np.array([missing, "a", "b", "a"], object)):
+        with pytest.raises(ValueError, match=r"expected a y without missing values, got .* in row 0"):
+            BatchNormClassifier((2,), max_iter=1).fit(np.eye(4), y)
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_ctrl_c_leaves_the_network_that_there_was(method, monkeypatch):
+    X, y = blobs()
+    estimator = BatchNormClassifier((4,), max_iter=2, tol=1, random_state=0).fit(X, y)
+    before = state(estimator), estimator.predict_proba(X).tobytes()
+
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(estimator._optimizer), "step", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(estimator, method)(X * 2, y)
+    assert (state(estimator), estimator.predict_proba(X).tobytes()) == before
+
+
 def test_targets_that_are_no_numbers():
     for y in (["1", "2"] * 6, np.array(["2020", "2021"] * 6, "M8[D]"), [b"1", b"2"] * 6):
         with pytest.raises(TypeError, match=r"^expected y to hold numbers, got "):

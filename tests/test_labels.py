@@ -169,10 +169,10 @@ def test_auto_decides_by_the_targets_kind(tmp_path, labels, regression):
 
 def test_targets_of_a_regression_are_finite_numbers(tmp_path):
     assert read(tmp_path, ["1e3", "-.5", "True"], task="regression").y.tolist() == [1000, -0.5, 1]
-    for wrong in ("inf", "1e400", "x", "1_0", "\u0663", "0x1"):
-        with pytest.raises(ValueError, match="line 3, column 't': expected a finite number as the target"):
+    for wrong in ("inf", "1e400", "1e200", "x", "1_0", "\u0663", "0x1"):
+        with pytest.raises(ValueError, match=r"line 3, column 't': expected a number below 1e\+150 as the target"):
             read(tmp_path, ["1", wrong], task="regression")
-    with pytest.raises(ValueError, match=r"y\[1\]: expected a finite number as the target"):
+    with pytest.raises(ValueError, match=r"y\[1\]: expected a number below 1e\+150 as the target"):
         read(tmp_path, np.array([1, -np.inf]), "npz", task="regression")
     with pytest.raises(ValueError, match="expected task to be auto"):
         read(tmp_path, ["1", "2"], task="ranking")

@@ -188,9 +188,16 @@ def _train_networks(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], tuple[nn.Sequential, Any]]:
     """Epochs and results by name, and the first network with its optimizer."""
     # Once, not in every step; and in float32, whatever the data are.
-    X, held_out_X = (
-        part.X.astype(np.float32, copy=False) if inputs is None else inputs(part.X) for part in (train, held_out)
-    )
+    with np.errstate(over="ignore"):
+        X, held_out_X = (
+            part.X.astype(np.float32, copy=False) if inputs is None else inputs(part.X) for part in (train, held_out)
+        )
+    if not np.isfinite(held_out_X).all():
+        column = int(np.argwhere(~np.isfinite(held_out_X))[0, 1])
+        called = repr(held_out.features[column]) if held_out.features else f"number {column + 1}"
+        raise ValueError(
+            f"{held_out.name}: a held-out example's column {called} is too far from the training data for float32"
+        )
     target, held_out_target = task.targets(train), task.targets(held_out)
     results: dict[str, dict[str, Any]] = {}
     epochs: dict[str, Any] = {}
@@ -208,6 +215,9 @@ def _train_networks(
                 validation=(held_out_X, held_out_target) if args.patience is None else VALIDATION,
                 schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name], resume=args.resume,
             )  # fmt: skip
+            scores = task.scores(model, held_out)
+            if not math.isfinite(scores["loss"]):
+                raise FloatingPointError(f"the loss on held-out data is {scores['loss']}")
         except FloatingPointError as error:
             unfinished[name].unlink(missing_ok=True)
             if saved is None:
@@ -215,9 +225,6 @@ def _train_networks(
             results[name] = {"diverged": str(error)}
             continue
         epochs[name] = task.epochs(history, held_out_target if args.patience is None else args.seed)
-        scores = task.scores(model, held_out)
-        if not math.isfinite(scores["loss"]):
-            raise FloatingPointError(f"{name}, the loss on held-out data is {scores['loss']}: try a smaller --lr")
         results[name] = scores | {"seconds": sum(history.seconds)}
         saved = saved or (model.eval(), optimizer)
     assert saved is not None

@@ -84,10 +84,7 @@ def refuse_missing(y: Any) -> None:
         labels = np.asarray(y)
     else:  # numbers and text; NaN among numbers is scikit-learn's to find
         return
-    if labels.dtype.kind in "mM":
-        missing = np.isnat(labels)
-    else:
-        missing = np.array([label is None or (isinstance(label, Real) and label != label) for label in labels], bool)
-    if missing.any():
-        row = int(np.argwhere(missing)[0, 0])
-        raise ValueError(f"expected a y without missing values, got {labels[row]} in row {row}")
+    for place, label in np.ndenumerate(labels):
+        kind = type(label).__name__
+        if label is None or kind in ("NAType", "NaTType") or (isinstance(label, Real | np.generic) and label != label):
+            raise ValueError(f"expected a y without missing values, got {label} in row {place[0]}")

@@ -168,7 +168,7 @@ class Network(BaseEstimator):
         attributes, states = self.__dict__.copy(), [part.state_dict() for part in changed]
         try:
             yield
-        except Exception:
+        except BaseException:
             self.__dict__ = attributes
             for part, state in zip(changed, states, strict=True):
                 part.load_state_dict(state)

@@ -203,10 +203,11 @@ def prepare(
 def _drawn(part: data.Dataset, most: int | None, seed: int) -> Pair:
     if part.y is None:
         raise ValueError(f"{part.name}: no labels for the held-out examples")
+    X = part.X.astype(np.float32, copy=False)  # layers hand on the dtype of X
     if most is None or most >= len(part.y):
-        return part.X, part.y
+        return X, part.y
     rows = np.sort(np.random.default_rng(seed).permutation(len(part.y))[:most])
-    return part.X[rows], part.y[rows]
+    return X[rows], part.y[rows]
 
 
 def about(dataset: data.Dataset | None, pairs: Sequence[tuple[Pair, Pair]]) -> dict[str, Any]:
