@@ -55,6 +55,7 @@ cdef enum:
     MERGED_FEATURES = 128                 # features whose sums are merged at once, on the stack
     ROOM_DOUBLES = 2048                  # float64 values that a call has on its stack: threads may have 64 KB of it
     STREAM_AHEAD_BYTES = 2048    # from what is read to what is asked for, where the output is streamed: measured, on 0 to 16 KB
+    ROOM_BEFORE_SUMS = 136       # float64 values: of a line, and of 1 KB
     WAITING_BYTES = 1024         # stores on their way to memory, for which a load may have to wait
     BATCH_STEPS = 16             # of STEP elements, which stay in the first-level cache beside x and dy
     LONG_RUN_ELEMENTS = 512               # elements of one feature from which an output is started on a line
@@ -228,6 +229,16 @@ cdef inline Py_ssize_t sums_pitch(Py_ssize_t n) noexcept nogil:
     return ((n + 127) // 128 | 1) * 128
 
 
+cdef inline double *before(void *room, const void *x) noexcept nogil:
+    """The first line within room that lies up to 128 bytes before x, modulo 1024.
+
+    The rows of sums are 1 KB from each other, modulo 4 KB. A load of x waits for a store that lies a little before it there: these are then 896 bytes
+    away or more, where rows of x are multiples of 4 KB.
+    """
+    cdef char *at = <char *>aligned(room)
+    return <double *>(at + (<uintptr_t>x - 128 - <uintptr_t>at) % 1024 // LINE_BYTES * LINE_BYTES)
+
+
 cdef Py_ssize_t lay_out_table(Work *w, Py_ssize_t size, bint lasting) noexcept nogil:
     """Sets the pitches of the parameter table, and gives its bytes. One that lasts has all rows: the next call may write y in another way."""
     cdef Py_ssize_t C = w.job.C
@@ -260,8 +271,7 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
     w.sums_pitch = sums_pitch(w.plan.block * (STEP if w.cut.planes else w.cut.S * w.cut.fold)) if arrays else 0
     partial = 3 * w.cut.chunks * job.C if arrays else 0
     scratch = w.plan.threads * SCRATCH_ROWS * w.sums_pitch
-    # The sums start on a line.
-    doubles = LINE_BYTES // 8 + scratch + partial + job.C
+    doubles = ROOM_BEFORE_SUMS + scratch + partial + job.C
     nbytes = lay_out_table(&w, size, job.table != NULL)
     if job.table != NULL:
         place_table(&w, job.table, params, size)
@@ -271,7 +281,7 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
         taken = malloc(nbytes + doubles * sizeof(double) + w.plan.blocks)
         if taken == NULL:
             return -1
-    w.scratch = <double *>aligned(taken)
+    w.scratch = before(taken, job.x)
     w.partial = w.scratch + scratch
     w.std = w.partial + partial
     if job.table == NULL:
