@@ -103,8 +103,9 @@ def fit(
         Go on from that file, with results that are bit-identical to an uninterrupted run; from the beginning where
         there is no such file. A run that is finished is only read. What callbacks may have changed is restored from
         the file: the layers' modes, `frozen`, `renorm`, Dropout's p, and the optimizer's numbers. `epochs`,
-        `patience`, `loss`, `schedule` and `clip_norm` are not compared and may be others than before. So may the optimizer's numbers: one that is neither what the run began
-        with nor what it stopped with holds from here on. What callbacks keep elsewhere is theirs to restore.
+        `patience`, `loss`, `schedule` and `clip_norm` are not compared and may be others than before. So may the
+        optimizer's numbers: one that is neither what the run began with nor what it stopped with holds from here on.
+        What callbacks keep elsewhere is theirs to restore.
     progress : bool
         Show a bar with loss, accuracy and examples per second, in notebooks and where standard error is a terminal, if
         tqdm is installed.

@@ -206,5 +206,5 @@ def test_a_missing_label_of_objects_is_an_error_of_the_estimators_too(missing):
         (BatchNormClassifier((2,), max_iter=1), ["a", "b", missing, "b"]),
         (BatchNormRegressor((2,), max_iter=1), [1.0, 2.0, missing, 3.0]),
     ):
-        with pytest.raises(ValueError, match="without missing values, got .* in row 2"):
+        with pytest.raises(ValueError, match=r"without missing values, got .* in row 2"):
             estimator.fit(X, np.array(y, dtype=object))

@@ -83,7 +83,7 @@ class Regression:
             self._scale.var[...], self._scale.count = 1, len(y)
         self._std = math.sqrt(float(self._scale.var[0]))
         if not self._std > 0:
-            raise ValueError(f"{train.name}: targets from {y.min()!r} to {y.max()!r} are too close for float64's squares")
+            raise ValueError(f"{train.name}: the squares of targets that differ by {y.max() - y.min():g} leave float64")
         self._train = self.targets(train)
         if not np.isfinite(self._train).all():
             raise ValueError(f"{train.name}: targets beyond float32's range, leave out --no-standardize")
