@@ -22,7 +22,7 @@ class Average:
     Parameters
     ----------
     params : dict of numpy.ndarray
-        A model's.
+        A model's parameters, by name.
     decay : float within (0, 1), or None
     """
 

@@ -207,6 +207,8 @@ def _weights(sample_weight: ArrayLike, like: Array) -> Array:
     weight = as_float(sample_weight, "sample_weight").astype(np.float64)
     if like.ndim == 0 or weight.shape != like.shape[:1]:
         raise ValueError(f"expected sample_weight of shape {like.shape[:1] or '(N,)'}, got {weight.shape}")
-    if not (weight.min() >= 0 and weight.max() < np.inf):
-        raise ValueError(f"expected finite weights of at least 0, got {weight.min()} to {weight.max()}")
+    if not (weight.min() >= 0 and weight.max() <= np.finfo(like.dtype).max):
+        raise ValueError(
+            f"expected weights of at least 0 that are finite in {like.dtype}, got {weight.min()} to {weight.max()}"
+        )
     return weight.reshape(-1, *[1] * (like.ndim - 1))

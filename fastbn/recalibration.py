@@ -85,7 +85,7 @@ def averaging(model: Any) -> list[int]:
 
 
 def retake(model: Any, found: list[int], X: Array, batch_size: int = 1024) -> None:
-    """What `recalibrate` does, for these leaves; the others normalise with the averages that they have."""
+    """Take the averages of these leaves anew, as `recalibrate` does; the others normalise with those that they have."""
     twin = copy.deepcopy(model)  # so that an error, or Ctrl-C, leaves the model as it was
     twin.train(False)
     layers, originals = [*leaves([twin])], [*leaves([model])]

@@ -16,7 +16,7 @@ Part = tuple[Array, Array, Array]  # a mean's high and low part, and the sum of 
 def merge(into: Part, weight: float, part: Part, part_weight: float) -> None:
     """The statistics of two parts as one, in place, by the rule of Chan, Golub & LeVeque (1979).
 
-    Of parts that fade in between, it is the exponentially weighted variance (West 1979).
+    For parts that fade in between, the result is the exponentially weighted variance (West 1979).
     """
     mean, low, spread = into
     if not weight:  # a difference to 0 would round the mean to one number

@@ -88,7 +88,9 @@ def _delimiter(lines: Sequence[str], candidates: str) -> str:
     widths = {d: [_width(line, d) for line in lines] for d in candidates}
     parting = [d for d in candidates if lines and widths[d][0] > 1]
     if not parting:
-        return " " if lines and len(lines[0].split()) > 1 and '"' not in lines[0] else ","
+        # A header such as "sepal length" above single cells is one name.
+        spaced = bool(lines) and all(len(line.split()) > 1 for line in lines[:2]) and '"' not in lines[0]
+        return " " if spaced else ","
     return next((d for d in parting if len(set(widths[d])) == 1), parting[0])
 
 

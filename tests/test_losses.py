@@ -214,7 +214,9 @@ def test_weights_that_do_not_fit(loss):
         with pytest.raises(ValueError, match=r"^expected sample_weight of shape \(2,\), got \("):
             loss(z, t, wrong)
     for wrong in ([1, -1e-9], [1, np.nan], [np.inf, 1]):
-        with pytest.raises(ValueError, match=r"^expected finite weights of at least 0, got "):
+        with pytest.raises(ValueError, match=r"^expected weights of at least 0 that are finite in float\d+, got "):
             loss(z, t, wrong)
+    with pytest.raises(ValueError, match=r"finite in float32, got 1\.0 to 1e\+39"):
+        loss(*example(loss, (2, 3), np.float32), [1, 1e39])
     with pytest.raises(TypeError, match="sample_weight"):
         loss(z, t, ["a", "b"])

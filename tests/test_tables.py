@@ -31,6 +31,12 @@ def test_the_delimiter_is_found(tmp_path, delimiter):
         assert dataset.classes[dataset.y].tolist() == ["b", "a"]
 
 
+def test_a_name_with_a_space_above_single_cells(tmp_path):
+    (tmp_path / "d.csv").write_text("sepal length\n5.1\n4.9\n")
+    dataset = data.load(tmp_path / "d.csv")
+    assert (dataset.features, dataset.X.tolist()) == (("sepal length",), [[5.1], [4.9]])
+
+
 def test_delimiters_within_names_and_excels_own_line(tmp_path):
     assert read(tmp_path, "weight (kg, dry);height\n1;2\n").features == ("weight (kg, dry)", "height")
     assert read(tmp_path, '"a;b",c\n1,2\n').features == ("a;b", "c")

@@ -23,8 +23,8 @@ def same_options(args: argparse.Namespace, path: Path, unfinished: Collection[Pa
     options = json.loads(json.dumps(options))  # as the file will have them: lists instead of tuples
     if args.resume and path.exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: damaged, delete it to go on without a look at the options ({error})") from error
         for name, value in options.items():
             was = before.get(name)
