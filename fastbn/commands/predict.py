@@ -21,7 +21,7 @@ def add_to(commands: Any) -> None:
     """The command and its options."""
     parser = commands.add_parser("predict", help="print a label for every example, by a model of train's")
     parser.add_argument("model", metavar="MODEL", type=Path, help="the model.safetensors that train wrote")
-    parser.add_argument("data", metavar="DATA", help=SOURCE + "; where the source has a test part, that part is predicted")
+    parser.add_argument("data", metavar="DATA", help=SOURCE + "; its test part, where it has one")
     add_columns(parser, "the column of labels in a table; how well they are met then goes to standard error")
     parser.set_defaults(run=run, output_is_all=True)
 

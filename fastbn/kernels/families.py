@@ -145,9 +145,9 @@ ZEN1 = replace(
     # An output of 2 MB took 1.09 (training), 1.48 (inference), 0.94 (backward) of the time, of 4 MB 0.89, 0.77, 0.85.
     stream_from_bytes=Times(0.4, "l3"),
     stream_inference_from_bytes=Times(0.4, "l3"),
-    # float32, y of runs of 36, 49, 64, 81 elements 0.91, 0.78, 0.77, 0.94 of the time, of 100 the same, of 196 1.06;
-    # backward of 64 and 81 elements 0.88 and 0.96.
-    batched_runs_below_elements=96,
+    # float32, y of runs of 36, 49, 64, 81, 100 elements 0.99, 0.94, 0.94, 1.20, 1.34 of the time; backward of 64 and 81
+    # elements 0.92 and 1.02.
+    batched_runs_below_elements=72,
     # Training and backward of planes of 3 and 4 KB (32 x 64 x 28 x 28, 16 x 128 x 1000) 0.85 to 0.93 of the time when
     # pass by pass; of 12 KB (32 x 64 x 56 x 56) 0.97 and 1.04.
     feature_by_feature_from_bytes=8 * KIB,

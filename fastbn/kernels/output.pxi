@@ -98,7 +98,7 @@ cdef inline void stream(row y, row lines) noexcept nogil:
         stream_line(y + 8, lines + 8)
 
 
-cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py_ssize_t pitch, const Operation op,
+cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py_ssize_t pitch, const bint run, const Operation op,
                              const Activation activation) noexcept nogil:
     """STEP elements past the caches; asks for those that are read `ahead` bytes further on."""
     cdef StepRoom room
@@ -107,7 +107,7 @@ cdef inline void stream_step(row x, row dy, row y, Py_ssize_t ahead, table p, Py
     prefetch(<char *>x + ahead, count, LINE_BYTES)
     if op != Y:
         prefetch(<char *>dy + ahead, count, LINE_BYTES)
-    write(x, dy, lines, STEP, p, pitch, False, op, activation)
+    write(x, dy, lines, STEP, p, pitch, run, op, activation)
     stream(y, lines)
 
 
@@ -155,7 +155,7 @@ cdef inline void stream_rows(Work *w, row x, row dy, row y, Py_ssize_t first, Py
     cdef Py_ssize_t lane = (first + j) % lanes
     cdef Py_ssize_t _
     for _ in range(n // STEP):
-        stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, p + lane, pitch, op, activation)
+        stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, p + lane, pitch, False, op, activation)
         j += by
         lane += by
         lane -= lanes if lane >= lanes else 0
@@ -225,6 +225,13 @@ cdef inline void stream_batches(Work *w, row x, row dy, row y, Py_ssize_t first,
         j += k
 
 
+cdef inline void copy_column(table column, table p, Py_ssize_t pitch, const Operation op) noexcept nogil:
+    """A feature's parameters that the operation reads: no store to y can be to them, as a compiler knows."""
+    cdef int r
+    for r in range(INVSTD if op == Y else PARAMETERS):
+        column[r] = p[r * pitch]
+
+
 cdef inline void set_lanes(table lanes, table p, Py_ssize_t pitch, const Operation op) noexcept nogil:
     """STEP lanes of rows of 2*STEP, from a feature's column: the rows that the operation reads."""
     cdef int r
@@ -237,32 +244,38 @@ cdef inline void set_lanes(table lanes, table p, Py_ssize_t pitch, const Operati
 cdef inline void stream_runs(Work *w, row x, row dy, row y, Py_ssize_t first, Py_ssize_t n, table p, const Operation op,
                              const Activation activation) noexcept nogil:
     """n elements from element `first` on, whole lines. One that ends a run takes its parameters from where two features' lanes meet."""
-    cdef double lane_room[PARAMETERS * 2 * STEP + 8]
-    cdef table lanes = <table>aligned(lane_room)
+    cdef StepRoom lane_room[2 * PARAMETERS]
+    cdef double column_room[PARAMETERS]
+    cdef table lanes = <table><void *>lane_room
+    cdef table column = <table>column_room
     cdef Py_ssize_t S = w.cut.S
-    cdef Py_ssize_t by = direction(x, dy, y) * STEP
-    cdef Py_ssize_t j = 0 if by > 0 else n - STEP
+    cdef Py_ssize_t C = w.cut.C
+    cdef Py_ssize_t pitch = w.pitch
+    cdef Py_ssize_t way = direction(x, dy, y)
+    cdef Py_ssize_t ahead = way * STREAM_AHEAD_BYTES
+    cdef Py_ssize_t by = way * STEP
+    cdef Py_ssize_t j = 0 if way > 0 else n - STEP
+    cdef Py_ssize_t end = n if way > 0 else -STEP
     cdef Place at = place_of(&w.cut, first + j)     # where the line begins
-    cdef Py_ssize_t beside
-    cdef Py_ssize_t i
-    set_lanes(lanes, p + at.feature, w.pitch, op)
-    for i in range(n // STEP):
-        beside = max(<Py_ssize_t>0, STEP - at.left)
-        if beside:
-            set_lanes(lanes + STEP, p + after(&w.cut, at.feature), w.pitch, op)
-        stream_step(x + j, dy + j, y + j, STREAM_AHEAD_BYTES if by > 0 else -STREAM_AHEAD_BYTES, lanes + beside, 2 * STEP, op, activation)
-        j += by
-        at.left -= by
-        if i + 1 == n // STEP:
-            return  # a neighbour's column may still be in the making
+    while j != end:
+        if at.left < STEP:
+            set_lanes(lanes, p + at.feature, pitch, op)
+            set_lanes(lanes + STEP, p + after(&w.cut, at.feature), pitch, op)
+            stream_step(x + j, dy + j, y + j, ahead, lanes + STEP - at.left, 2 * STEP, False, op, activation)
+            j += by
+            at.left -= by
+        else:
+            copy_column(column, p + at.feature, pitch, op)
+            while j != end and STEP <= at.left <= S:
+                stream_step(x + j, dy + j, y + j, ahead, column, 1, True, op, activation)
+                j += by
+                at.left -= by
         if at.left <= 0:
             at.left += S
             at.feature = after(&w.cut, at.feature)
-            set_lanes(lanes, p + at.feature, w.pitch, op)
         elif at.left > S:
             at.left -= S
-            at.feature = (at.feature if at.feature else w.cut.C) - 1
-            set_lanes(lanes, p + at.feature, w.pitch, op)
+            at.feature = (at.feature if at.feature else C) - 1
 
 
 # --- a range: each operation, activation and kind of store is a loop of its own ------------------------------------------------------------------
