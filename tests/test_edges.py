@@ -85,11 +85,11 @@ def results(x, dy, activation, threads, place):
     return [np.ascontiguousarray(a).tobytes() for a in found]
 
 
-def check(threads):
+def check():
     rng = np.random.default_rng(0)
     for i, (shape, dtype) in enumerate((shape, dtype) for shape in SHAPES for dtype in ("float32", "float64")):
         x, dy = rng.standard_normal((2, *shape)).astype(dtype)
-        activation = [None, "relu", "leaky_relu"][i % 3]
+        activation, threads = [None, "relu", "leaky_relu"][i % 3], 1 + i // 2 % 2 * 2
         expected = results(x, dy, activation, 1, np.copy)
         for numbers in SETTINGS:
             before = machine.set_settings(parallel_from_elements=0, read_ahead_from_bytes=0, **numbers)
@@ -102,10 +102,9 @@ def check(threads):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows protects pages by another call")
 @pytest.mark.parametrize("build", fastbn.kernels.BUILDS)
 def test_nothing_outside_the_arrays_is_touched(build, python):
-    for threads in (1, 3):
-        done = python("-X", "faulthandler", __file__, str(threads), FASTBN_ISA=build)
-        assert done.returncode == 0, done.stderr
+    done = python("-X", "faulthandler", __file__, FASTBN_ISA=build)
+    assert done.returncode == 0, done.stderr
 
 
 if __name__ == "__main__":
-    check(int(sys.argv[1]))
+    check()
