@@ -232,8 +232,8 @@ cdef inline Py_ssize_t sums_pitch(Py_ssize_t n) noexcept nogil:
 cdef inline double *before(void *room, const void *x) noexcept nogil:
     """The first line within room that lies 128 to 191 bytes before x, modulo 1024.
 
-    The rows of sums are 1 KB from each other, modulo 4 KB. A load of x waits for a recent store to the same low 12 bits. Sums are stored upwards, as x is
-    read, so the load comes to bits that were stored 833 bytes of sums ago or more, where rows of x are multiples of 4 KB.
+    The rows of sums are 1 KB from each other, modulo 4 KB. A load of x waits for a recent store to the same low 12 bits. Sums are stored upwards, as
+    x is read, so the load comes to bits that were stored 833 bytes of sums ago or more, where rows of x are multiples of 4 KB.
     """
     cdef char *at = <char *>aligned(room)
     return <double *>(at + (<uintptr_t>x - 128 - <uintptr_t>at) % 1024 // LINE_BYTES * LINE_BYTES)
