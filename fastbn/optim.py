@@ -104,7 +104,25 @@ class Optimizer:
             self._state[key][...] = a
 
 
-class SGD(Optimizer):
+class _WithMomentum(Optimizer):
+    """The buffers of momentum are there if it was above 0 from the start: without it a step needs no memory."""
+
+    @property
+    def momentum(self) -> float:
+        """May be set at any time, but to no other number than 0 where it was 0 from the start."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        momentum = _not_negative(momentum=value)
+        made = getattr(self, "_state", None)
+        if momentum and made is not None and not any(key.endswith(".momentum_buffer") for key in made):
+            name = type(self).__name__
+            raise ValueError(f"expected momentum 0, with which this {name} was made and has no buffers, got {value}")
+        self._momentum = momentum
+
+
+class SGD(_WithMomentum):
     """Gradient descent, with momentum, Nesterov's momentum and weight decay.
 
     d = g + weight_decay p;  v = momentum v + d;  p -= lr v,  or with nesterov  p -= lr (d + momentum v).
@@ -150,7 +168,7 @@ class SGD(Optimizer):
         *,
         exclude: Collection[str] = (),
     ) -> None:
-        self.momentum = _not_negative(momentum=momentum)
+        self.momentum = momentum
         self.nesterov = bool(nesterov)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
         if self.nesterov and not self.momentum:
@@ -162,7 +180,7 @@ class SGD(Optimizer):
         steps.sgd(params, grads, self._buffers, *numbers, self.exclude)
 
 
-class RMSprop(Optimizer):
+class RMSprop(_WithMomentum):
     """The gradient divided by the root of its mean square.
 
     d = g + weight_decay p;  s = alpha s + (1 - alpha) d^2;  u = d / (sqrt(s) + eps);
@@ -213,7 +231,7 @@ class RMSprop(Optimizer):
         self.alpha = _not_negative(alpha=alpha)
         self.eps = _not_negative(eps=eps)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
-        self.momentum = _not_negative(momentum=momentum)
+        self.momentum = momentum
         buffers = ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",)
         super().__init__(model, lr, buffers, exclude)
 

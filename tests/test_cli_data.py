@@ -202,7 +202,7 @@ def test_labels_beyond_64_bits_are_printed_whole(capsys):
 def test_a_table_without_a_header_from_train_to_predict(capsys):
     _, x = two_kinds(60)
     write("d.data", zip(range(7, 67), x, ["no", "yes"] * 30, strict=True), header="")
-    assert "--no-header reads it as an example" in refused(capsys, "train", *SHORT, "--data", "d.data", "--target", "3")
+    assert "(--no-header) reads it as an example" in refused(capsys, "train", *SHORT, "--data", "d.data", "--target", "3")
     out, _ = trained(capsys, "--data", "d.data", "--no-header", "--target", "3", "--ignore", "1")
     assert "48 training examples, 12 held out, 1 features" in out
     write("e.data", [[value] for value in x], header="")
@@ -217,7 +217,7 @@ def test_predict_takes_the_columns_that_the_model_was_trained_on(capsys):
     kinds, x = two_kinds(60)
     rows = [*zip([f"2018-01-{i % 28 + 1:02}" for i in range(60)], x, x**2, kinds, strict=True)]
     write("d.csv", rows, header="day,u,v,t")
-    assert "got '2018-01-01' (--ignore day leaves the column out" in refused(
+    assert "got '2018-01-01' (ignore=['day'] (--ignore day) leaves the column out" in refused(
         capsys, "train", *SHORT, "--data", "d.csv", "--target", "t"
     )
     trained(capsys, "--data", "d.csv", "--target", "t", "--ignore", "day")

@@ -18,7 +18,7 @@ from fastbn import checkpoint, data, nn, optim, schedules, training
 
 from .common import add_data, folder, load, making, naming, need, real_number, whole_number
 from .resume import same_options
-from .tasks import VALIDATION, Classification, Regression, kind_of, task_of
+from .tasks import Classification, Regression, kind_of, task_of
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 FUSED = ("relu", "leaky_relu")  # what BatchNorm does in the same pass
@@ -32,6 +32,7 @@ SCHEDULES = {
 WITH, WITHOUT = "with batch normalization", "without batch normalization"
 # An output of one example differs from the batch's by rounding: 1e-6 of the largest output where training went well.
 AGREES = 1e-4
+VALIDATION = 0.1  # what --patience leaves out of the training data
 
 Task = Classification | Regression
 
@@ -198,7 +199,13 @@ def _train_networks(
         raise ValueError(
             f"{held_out.name}: a held-out example's column {called} is too far from the training data for float32"
         )
-    target, held_out_target = task.targets(train), task.targets(held_out)
+    target = task.targets(train)
+    validation = held_out_X, task.targets(held_out)
+    if args.patience is not None:  # held-out data must not choose
+        held = data.held_out_rows(np.zeros(len(X)) if train.classes is None else train.y, VALIDATION, args.seed)
+        if not held.any():
+            raise ValueError(f"{train.name}: --patience needs 2 training examples of a class, got 1 of each")
+        (X, target), validation = (X[~held], target[~held]), (X[held], target[held])
     results: dict[str, dict[str, Any]] = {}
     epochs: dict[str, Any] = {}
     saved = None
@@ -211,9 +218,7 @@ def _train_networks(
             history = training.fit(
                 trained, (X, target), task.loss, optimizer, epochs=args.epochs,
                 batch_size=args.batch_size, seed=args.seed, patience=args.patience, clip_norm=args.clip_norm,
-                # held-out data must not choose
-                validation=(held_out_X, held_out_target) if args.patience is None else VALIDATION,
-                schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name], resume=args.resume,
+                validation=validation, schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name], resume=args.resume,
             )  # fmt: skip
             scores = task.scores(model, held_out)
             if not math.isfinite(scores["loss"]):
@@ -224,7 +229,7 @@ def _train_networks(
                 raise FloatingPointError(f"{name}, {error}: try a smaller --lr") from error
             results[name] = {"diverged": str(error)}
             continue
-        epochs[name] = task.epochs(history, held_out_target if args.patience is None else args.seed)
+        epochs[name] = task.epochs(history, target, validation[1])
         results[name] = scores | {"seconds": sum(history.seconds)}
         saved = saved or (model.eval(), optimizer)
     assert saved is not None
