@@ -8,10 +8,11 @@ import numpy as np
 cimport cython
 cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cython.parallel cimport prange
+from cython.parallel cimport parallel, prange
 
 from fastbn.arguments cimport is_plain
 from fastbn.kernels cimport machine
+from fastbn.kernels.rounding cimport Control, as_before, ieee
 from fastbn.kernels.updates cimport Arrays, Rule, Update, Updates
 
 from fastbn import kernels
@@ -99,13 +100,17 @@ cdef void run(Update update, Rule *r, Arrays *a) noexcept nogil:
     cdef Py_ssize_t share
     cdef Py_ssize_t first
     cdef int i
+    cdef Control word
     if threads < 2:
         update(r, a, 0, a.size)
         return
     share = (a.size + threads * LINE - 1) // (threads * LINE) * LINE
-    for i in prange(threads, schedule="static", num_threads=threads):
-        first = min(i * share, a.size)
-        update(r, a, first, min(share, a.size - first))
+    with parallel(num_threads=threads):
+        word = ieee()
+        for i in prange(threads, schedule="static"):
+            first = min(i * share, a.size)
+            update(r, a, first, min(share, a.size - first))
+        as_before(word)
 
 
 cdef object step(Update update, Rule *decaying, double no_decay, object params, object grads, dict buffers, frozenset exclude):
