@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import re
 import zipfile
 import zlib
@@ -151,8 +152,6 @@ def _unread(files: Iterable[tuple[str, str]]) -> tuple[str, ...]:
 def _idx_part(files: dict[tuple[str, str], list[Path]], part: str) -> Part:
     images = files[part, "X"][0]
     pixels = _read_idx(images, _IDX_IMAGES)
-    if pixels.size == 0:
-        raise ValueError(f"{images}: empty, got shape {pixels.shape}")
     X = pixels.reshape(len(pixels), -1).astype(np.float32)
     X /= 255
     if (part, "y") not in files:
@@ -180,7 +179,9 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
             found, *shape = (int(word) for word in np.frombuffer(head, ">u4", count=1 + ndim))
             if found != magic:
                 raise ValueError(f"{path}: expected the magic number 0x{magic:08x}, got 0x{found:08x}")
-            asked = int(np.prod(shape, dtype=object))
+            asked = math.prod(shape)
+            if asked == 0:
+                raise ValueError(f"{path}: empty, got shape {tuple(shape)}")
             content = b"".join(_chunks(file, asked + 1))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated ({error})") from error

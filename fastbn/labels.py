@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LARGEST", "MISSING", "boolean", "encode", "is_missing", "key", "number", "numbers", "shown"]
+__all__ = ["LARGEST", "MISSING", "boolean", "encode", "is_missing", "key", "number", "numbers", "printable", "shown"]
 
 LARGEST = 1e150  # the square of more leaves float64
 
@@ -33,6 +33,11 @@ _BOOLEANS = {"true": True, "false": False}
 def shown(value: object) -> str:
     """Its repr, cut where it is long: for the sentence of an error."""
     return reprlib.repr(value)
+
+
+def printable(text: object) -> str:
+    """Its text in one line that does nothing to a terminal: control characters, and what is no text, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def is_missing(text: str) -> bool:

@@ -480,7 +480,13 @@ def test_learning_curves_of_a_regression_and_of_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"classes": ["a"]}, {"classes": 5}, {"columns": 7}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"classes": ["a"]}, {"classes": 5}, {"columns": 7},
+        *({"inputs": inputs} for inputs in (4.0, "4", None, [4], True, -4, 600_000_000, 10**30)),
+    ],
+)  # fmt: skip
 def test_a_model_whose_metadata_do_not_fit(flowers, monkeypatch, capsys, wrong):
     monkeypatch.chdir(flowers[0] if isinstance(flowers, tuple) else flowers)
     metadata = {"classes": ["a", "b"], "inputs": 4, "columns": None, "data": "x"} | wrong

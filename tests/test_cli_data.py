@@ -316,3 +316,15 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_read(capsys,
     monkeypatch.chdir(tmp_path)
     assert "no such file" in refused(capsys, "train", "--data", "none.csv", "--out", "a/b/c")
     assert not (tmp_path / "a").exists()
+
+
+def test_nothing_in_a_file_does_anything_to_a_terminal(capsys):
+    kinds, x = two_kinds(60)
+    np.savez("d.npz", X=np.c_[x, x], y=np.array(["a\nb", "c\x1b[2J"])[kinds])
+    trained(capsys, "--data", "d.npz")
+    assert {*run(capsys, "predict", MODEL, "d.npz")[1].splitlines()} == {"a\\nb", "c\\x1b[2J"}
+    write("d.csv", [("x", "y\r")], "a\x1b[2J,t")
+    for name, fault in (("d\x1b[2J.csv", "no such file"), ("\udcff.npz", "no such file"), ("d.csv", "expected a number")):
+        error = refused(capsys, "train", *SHORT, "--data", name, "--target", "t")
+        assert fault in error
+        assert error.rstrip("\n").isprintable()

@@ -15,6 +15,8 @@ import numpy as np
 
 import fastbn
 from fastbn import checkpoint, data, nn, optim, schedules, training
+from fastbn.files import write_whole
+from fastbn.labels import printable
 
 from .common import add_data, folder, load, making, naming, need, real_number, whole_number
 from .resume import same_options
@@ -113,10 +115,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.data}: no labels to learn{columns}")
         train, held_out = data.split(dataset, seed=args.seed)
         task = task_of(args, train)
-        print(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
+        print(f"{printable(dataset.name)}: {len(train.X)} training examples, {len(held_out.X)} held out, "
               f"{train.X.shape[1]} features, {task.about}")  # fmt: skip
         for note in (*dataset.notes, *[f"--task auto: {kind_of(dataset)}"] * (args.task == "auto")):
-            print(note)
+            print(printable(note))
         inputs = _inputs(args, train)
         print(_said_of(inputs, train), flush=True)
 
@@ -136,9 +138,9 @@ def run(args: argparse.Namespace) -> None:
             with naming(args.out):
                 checkpoint.save(files[0], *saved, metadata=metadata)
                 task.draw(epochs, files[1])
-                files[2].write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+                write_whole(files[2], f"{json.dumps(metrics, indent=2)}\n".encode())
     _print_results(results, alone, task)
-    print("wrote", ", ".join(map(str, files)))
+    print("wrote", ", ".join(map(printable, files)))
 
 
 def _inputs(args: argparse.Namespace, train: data.Dataset) -> nn.Standardize | None:

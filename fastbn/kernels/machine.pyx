@@ -179,9 +179,14 @@ cdef const Settings *settings() noexcept nogil:
     return &numbers
 
 
+def most_threads():
+    """A call can have so many. Far more than there are processors take memory for their stacks, or cannot be begun, which ends the process."""
+    return max(64, 4 * omp_get_num_procs())
+
+
 cpdef int checked_threads(object n) except -1:
-    """n as a number of threads: far more than there are processors take the memory of their stacks, or cannot be begun, which ends the process."""
-    cdef int most = max(64, 4 * omp_get_num_procs())
+    """n as a number of threads."""
+    cdef int most = most_threads()
     try:
         count = operator.index(n)
     except TypeError:
