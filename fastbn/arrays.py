@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import math
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,6 +23,8 @@ __all__ = ["Part", "read_idx_folder", "read_npz"]
 # The idx format's magic number: two zero bytes, the type (8: unsigned byte), the number of dimensions.
 _IDX_IMAGES, _IDX_LABELS = 0x00000803, 0x00000801
 _CHUNK_BYTES = 1 << 24
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_DEFLATED_AT_MOST = 1032  # bytes that zlib can make of one
 _ROLES = {"X": "x|data|images?|imgs?|features?|inputs?", "y": "y|labels?|targets?"}
 _PARTS = {"train": "train|training", "test": "test|testing|t10k", "validation": "validation|valid|val|dev"}
 _ANY_PART = "|".join(_PARTS.values())
@@ -32,7 +36,10 @@ _IDX_NAME = re.compile(
     rf"(.*[ _.-])?(?P<part>{_ANY_PART})[ _.-]*(?P<role>images?|imgs?|labels?)[ _.-]*idx\d[ _.-]*(ubyte)?(\.gz)?",
     re.IGNORECASE,
 )
-_UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
+_UNREADABLE = (
+    OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+    RuntimeError, SyntaxError, TypeError, OverflowError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ def read_npz(path: Path) -> tuple[Part, Part | None, tuple[str, ...]]:
         with np.load(path, allow_pickle=False) as file:
             names = list(file)
             roles, fault = _npz_roles(names)
+            for name in roles.values():
+                _check_member(file.zip, name)
             arrays = {at: np.asarray(file[name]) for at, name in roles.items()}
     except _UNREADABLE as error:
         objects = "it holds Python objects, which are not unpickled" if "pickle" in str(error) else error
@@ -67,6 +76,18 @@ def read_npz(path: Path) -> tuple[Part, Part | None, tuple[str, ...]]:
     unused = [name for name in names if name not in read]
     note = f"read {', '.join(read)}" + (f"; not used: {', '.join(unused)}" if unused else "")
     return parts[0], parts[1] if len(parts) > 1 else None, () if set(names) <= {"X", "y"} else (note,)
+
+
+def _check_member(archive: zipfile.ZipFile, name: str) -> None:
+    """ValueError for an array whose header asks for more than the archive can hold, before memory is taken for it."""
+    info = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
+    with archive.open(info) as member:
+        if (version := np.lib.format.read_magic(member)) not in _NPY_HEADERS:  # of names that are no ASCII
+            return
+        shape, _, dtype = _NPY_HEADERS[version](member)
+    asked, there = math.prod(shape) * dtype.itemsize, min(info.file_size, _DEFLATED_AT_MOST * info.compress_size)
+    if asked > there and not dtype.hasobject:
+        raise ValueError(f"{name} asks for {asked} bytes of data, of which there are at most {there}")
 
 
 def _npz_roles(names: list[str]) -> tuple[dict[tuple[str, str], str], str]:
