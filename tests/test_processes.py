@@ -1,0 +1,90 @@
+"""The same bits in other processes, however they were begun, and in threads with small stacks. A hang becomes a failure."""
+
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+
+
+PROGRAM = """
+import faulthandler, hashlib, multiprocessing, sys, threading, warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+faulthandler.dump_traceback_later(100, exit=True)
+import numpy as np, fastbn
+from fastbn import losses, nn, optim
+
+def step(seed):
+    rng = np.random.default_rng(seed)
+    h = hashlib.sha256()
+    with fastbn.threads(2):
+        for shape in ((3, 2), (4000, 100), (40, 64, 30, 30), (16, 300, 7, 7)):
+            x = rng.standard_normal(shape).astype("float32")
+            bn = fastbn.BatchNorm(shape[1], activation="relu")
+            for a in (bn(x), bn.backward(x), bn.running_var, bn.eval()(x), fastbn.moments(x).var):
+                h.update(a.tobytes())
+        model = nn.Sequential(nn.Dense(600, 500, seed=0), fastbn.BatchNorm(500), nn.ReLU(), nn.Dense(500, 3, seed=1))
+        optimizer = optim.Adam(model)
+        x, y = rng.standard_normal((64, 600)).astype("float32"), np.arange(64) % 3
+        _, gradient = losses.softmax_cross_entropy(model(x), y)
+        model.backward(gradient)
+        optimizer.step()
+        h.update(model.params["0.weight"].tobytes())
+    return h.hexdigest()
+
+def in_processes(method):
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        return list(pool.map(step, range(4)))
+
+def in_loky(_):
+    from joblib import Parallel, delayed
+    return Parallel(n_jobs=2, backend="loky")(delayed(step)(seed) for seed in range(4))
+
+def in_threads(stack):
+    threading.stack_size(int(stack))
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(step, [*range(4)] * 8))
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside OpenMP's threads, which is the point
+    expected = [step(seed) for seed in range(4)]
+    way, argument = sys.argv[1:]
+    found = globals()["in_" + way](argument)
+    assert found == expected * (len(found) // 4) and len(found) >= 4
+    assert [step(seed) for seed in range(4)] == expected
+    print("same")
+"""
+
+
+def same(tmp_path, *arguments):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["same"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes(tmp_path, method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"{method} is missing on this platform")
+    same(tmp_path, "processes", method)
+
+
+def test_joblibs_processes(tmp_path):
+    pytest.importorskip("joblib")
+    same(tmp_path, "loky", "")
+
+
+@pytest.mark.parametrize("stack", [65536, 131072])
+def test_threads_with_small_stacks(tmp_path, stack):
+    """As musl gives them, and a little less."""
+    same(tmp_path, "threads", str(stack))
+
+
+def test_a_fault_would_be_seen(tmp_path, monkeypatch):
+    """One other digest fails."""
+    monkeypatch.setitem(globals(), "PROGRAM", PROGRAM.replace("expected * (len", "expected[::-1] * (len"))
+    with pytest.raises(AssertionError):
+        same(tmp_path, "threads", "131072")
