@@ -256,12 +256,15 @@ cdef int store(double *values, cnp.ndarray to, Py_ssize_t C) except -1:
     cdef Py_ssize_t i
     cdef float *f32
     cdef double *f64
+    cdef Control word
     if cnp.PyArray_TYPE(to) == cnp.NPY_FLOAT64:
         f64 = <double *>cnp.PyArray_DATA(to)
         for i in range(C):
             f64[i] = values[i]
     else:
         f32 = <float *>cnp.PyArray_DATA(to)
+        word = ieee()
         for i in range(C):
             f32[i] = <float>values[i]
+        as_before(word)
     return 0

