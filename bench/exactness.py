@@ -11,7 +11,6 @@ from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
-
 import numpy as np
 
 from bench import nist
@@ -203,15 +202,15 @@ def page() -> str:
         "## Digits of mean and standard deviation",
         "",
         "NIST's univariate data sets (Statistical Reference Datasets), in float64. Each cell has the right decimal",
-        "digits of the mean and of the standard deviation, against exact arithmetic on the stored numbers. float64 holds",
-        "15.95. NIST's own certified values are of the decimal numbers, which float64 cannot store; `tests/test_nist.py`",
-        "compares with those.",
+        "digits of the mean and of the standard deviation, against exact arithmetic on the stored numbers. float64",
+        "holds 15.95. NIST's own certified values are of the decimal numbers, which float64 cannot store;",
+        "`tests/test_nist.py` compares with those.",
         "",
         *of_nist(),
         "## Errors of a normalised batch",
         "",
-        "The largest error of y = (x - mean)/sqrt(var + eps) over a batch, in units of u (1 + |y|): u is 2^-24 in float32,",
-        "2^-53 in float64. 1 is what rounding y and its size costs; fastbn promises 5. eps is 1e-5, and 0 for",
+        "The largest error of y = (x - mean)/sqrt(var + eps) over a batch, in units of u (1 + |y|): u is 2^-24 in",
+        "float32, 2^-53 in float64. 1 is what rounding y and its size costs; fastbn promises 5. eps is 1e-5, and 0 for",
         "scikit-learn's StandardScaler, which has none.",
         "",
         *of_outputs("float32"),
@@ -230,5 +229,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-

@@ -37,7 +37,6 @@ _IDX_NAME = re.compile(
 )
 
 
-
 @dataclass(frozen=True)
 class Part:
     """Examples, (N, features), with their labels or None; `place` is where these are, for the sentence of an error."""

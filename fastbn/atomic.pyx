@@ -5,7 +5,7 @@ raises therefore leaves the caller's state as it was before the change, or as it
 """
 
 
-def change(list arrays, object owner=None, **attributes):
+def change(arrays, object owner=None, **attributes):
     """Copy each value into its array, given as pairs that fit, and then set the owner's attributes."""
     for array, value in arrays:
         array[...] = value

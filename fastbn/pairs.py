@@ -78,7 +78,7 @@ def with_validation(
     X = np.ascontiguousarray(X)  # take would copy a strided X whole, for every mini-batch
     if validation is None:
         return (X, y), None
-    if not isinstance(validation, Real) or isinstance(validation, bool):
+    if isinstance(validation, bool) or not isinstance(validation, Real | float):
         return (X, y), checked(model, validation, loss, "validation")
     if not 0 < validation < 1:
         raise ValueError(f"validation must be a pair (X, y) or a fraction between 0 and 1, got {validation}")

@@ -167,8 +167,8 @@ class _Reading:
         if known is not None:
             raise ValueError(
                 f"{self.path}: the first row holds {_short(known)}, so it may be an example or the columns' names: "
-                "header=False (--no-header) reads it as an example and calls the columns 1, 2, 3 and so on, header=True "
-                "(--header) as names"
+                "header=False (--no-header) reads it as an example and calls the columns 1, 2, 3 and so on, "
+                "header=True (--header) as names"
             )
 
     def _read(

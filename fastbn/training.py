@@ -174,7 +174,8 @@ def fit(
     if checkpoint is not None:
         drawn = validation if validation is None or isinstance(validation, Real) else "a pair (X, y)"
         made_of = {
-            "batch_size": batch_size, "seed": seed, "average": average, "average_from": average_from, "validation": drawn,
+            "batch_size": batch_size, "seed": seed, "average": average, "average_from": average_from,
+            "validation": drawn,
             "X": X, "y": y, "validation X": held_out and held_out[0], "validation y": held_out and held_out[1],
         }  # fmt: skip
         file = RunFile(checkpoint, model, optimizer, mean, made_of)

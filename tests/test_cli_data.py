@@ -202,7 +202,9 @@ def test_labels_beyond_64_bits_are_printed_whole(capsys):
 def test_a_table_without_a_header_from_train_to_predict(capsys):
     _, x = two_kinds(60)
     write("d.data", zip(range(7, 67), x, ["no", "yes"] * 30, strict=True), header="")
-    assert "(--no-header) reads it as an example" in refused(capsys, "train", *SHORT, "--data", "d.data", "--target", "3")
+    assert "(--no-header) reads it as an example" in refused(
+        capsys, "train", *SHORT, "--data", "d.data", "--target", "3"
+    )
     out, _ = trained(capsys, "--data", "d.data", "--no-header", "--target", "3", "--ignore", "1")
     assert "48 training examples, 12 held out, 1 features" in out
     write("e.data", [[value] for value in x], header="")
@@ -324,7 +326,11 @@ def test_nothing_in_a_file_does_anything_to_a_terminal(capsys):
     trained(capsys, "--data", "d.npz")
     assert {*run(capsys, "predict", MODEL, "d.npz")[1].splitlines()} == {"a\\nb", "c\\x1b[2J"}
     write("d.csv", [("x", "y\r")], "a\x1b[2J,t")
-    for name, fault in (("d\x1b[2J.csv", "no such file"), ("\udcff.npz", "no such file"), ("d.csv", "expected a number")):
+    for name, fault in (
+        ("d\x1b[2J.csv", "no such file"),
+        ("\udcff.npz", "no such file"),
+        ("d.csv", "expected a number"),
+    ):
         error = refused(capsys, "train", *SHORT, "--data", name, "--target", "t")
         assert fault in error
         assert error.rstrip("\n").isprintable()

@@ -369,7 +369,7 @@ def test_thread_counts_are_integers(world, n):
 @pytest.mark.parametrize("c", [2**63 // 8 // 5 + 1, 2**60, 2**64 // 24 + 1, 2**64 // 40 + 1, 2**62])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sizes_that_are_none(c, dtype):
-    """An empty array may have any number of features; what is kept for each would take more bytes than a size can count."""
+    """An empty array may have any number of features, for each of which something is kept."""
     try:
         x = np.empty((0, c), dtype)
     except ValueError:

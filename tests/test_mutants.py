@@ -64,13 +64,16 @@ def tried(path, contents, read):
     readable = 0
     for content in contents:
         path.write_bytes(content)
+        refused = None
         try:
             read(path)
             readable += 1
         except ValueError as error:
-            assert str(path.name) in str(error) or str(path.parent) in str(error), error
-            assert len(str(error)) < 2000 + len(str(path))
-            assert not isinstance(error, UnicodeError)
+            refused = error
+        if refused is not None:
+            assert str(path.name) in str(refused) or str(path.parent) in str(refused), refused
+            assert len(str(refused)) < 2000 + len(str(path))
+            assert not isinstance(refused, UnicodeError)
     return readable
 
 
@@ -88,10 +91,13 @@ def test_models(tmp_path):
         metadata = checkpoint.read_metadata(path)
         assert isinstance(metadata, dict)
         model.state_dict()
+        said = "expected"
         try:
-            model(x)
-        except (ValueError, TypeError) as error:  # layers that do not fit together: say so when they are called
-            assert "expected" in str(error) or isinstance(error, np.exceptions.AxisError), error
+            with np.errstate(all="ignore"):  # of numbers that are none
+                model(x)
+        except (ValueError, TypeError) as error:  # layers that do not fit together: said when they are called
+            said = str(error)
+        assert "expected" in said or "out of bounds" in said
 
     for model, seed in ((network(), 0), (network().eval().folded(), 1)):
         checkpoint.save(tmp_path / "m", model, metadata={"classes": ["a", 2], "inputs": 3})

@@ -1,4 +1,4 @@
-"""The same bits in other processes, however they were begun, and in threads with small stacks. A hang becomes a failure."""
+"""The same bits in other processes, however they were begun, and in threads with small stacks; no hang."""
 
 import multiprocessing
 

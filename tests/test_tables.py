@@ -66,7 +66,9 @@ def test_what_numpy_writes_is_read(tmp_path):
     "text", ["1,2,0\n3,4,1\n", "5.1,3.5,setosa\n4,3,other\n", "a,1990,1991\nx,1,2\n", "x1,True,x\nx2,False,y\n"]
 )
 def test_a_first_row_that_may_be_an_example_is_not_eaten(tmp_path, text):
-    with pytest.raises(ValueError, match=r"d\.csv: the first row holds \S+, so it may be an example .*header=False \(--no-header\)"):
+    with pytest.raises(
+        ValueError, match=r"d\.csv: the first row holds \S+, so it may be an example .*header=False \(--no-header\)"
+    ):
         read(tmp_path, text)
     rows = [line.split(",") for line in text.splitlines()]
     last = len(rows[0])
@@ -101,7 +103,8 @@ def test_numbers_keep_their_digits(tmp_path, cell):
 @pytest.mark.parametrize("beside", ["1", "True"])  # the row's other cell: numbers alone are read at once
 def test_what_nobody_writes_for_a_number_is_refused(tmp_path, cell, beside):
     with pytest.raises(
-        ValueError, match=r"line 2, column 'a': expected a number, got .*ignore=\['a'\] \(--ignore a\) leaves the column out"
+        ValueError,
+        match=r"line 2, column 'a': expected a number, got .*ignore=\['a'\] \(--ignore a\) leaves the column out",
     ):
         read(tmp_path, f"a,b,t\n{cell},{beside},x\n", "t")
 
@@ -109,7 +112,8 @@ def test_what_nobody_writes_for_a_number_is_refused(tmp_path, cell, beside):
 @pytest.mark.parametrize("missing", ["", "NA", "nan", "?", "#N/A"])
 def test_a_missing_number_is_refused_with_the_way_on(tmp_path, missing):
     with pytest.raises(
-        ValueError, match=r"line 3, column 'a b': .* \(fill in what is missing, or ignore=\['a b'\] \(--ignore 'a b'\) leaves"
+        ValueError,
+        match=r"line 3, column 'a b': .* \(fill in what is missing, or ignore=\['a b'\] \(--ignore 'a b'\) leaves",
     ):
         read(tmp_path, f"a b,t\n1,x\n{missing},x\n", "t")
 

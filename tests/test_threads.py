@@ -129,7 +129,7 @@ def test_a_child_that_python_did_not_fork(printed):
     assert printed(FORKED_BY_C) == ["0", "0", "0", "True"]
 
 
-# A thread's control word is the last number in glibc's fenv_t: flush denormals, or another rounding, as a library does for itself.
+# The last number in glibc's fenv_t: flushed denormals, or another rounding, as a library sets them for itself.
 ANOTHER_CONTROL_WORD = """
 import ctypes, hashlib, sys, numpy as np, fastbn
 from fastbn import nn, optim

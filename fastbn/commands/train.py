@@ -204,7 +204,8 @@ def _train_networks(
     target = task.targets(train)
     validation = held_out_X, task.targets(held_out)
     if args.patience is not None:  # held-out data must not choose
-        held = data.held_out_rows(np.zeros(len(X)) if train.classes is None else train.y, VALIDATION, args.seed)
+        labels = np.zeros(len(X)) if train.classes is None or train.y is None else train.y
+        held = data.held_out_rows(labels, VALIDATION, args.seed)
         if not held.any():
             raise ValueError(f"{train.name}: --patience needs 2 training examples of a class, got 1 of each")
         (X, target), validation = (X[~held], target[~held]), (X[held], target[held])
@@ -220,7 +221,8 @@ def _train_networks(
             history = training.fit(
                 trained, (X, target), task.loss, optimizer, epochs=args.epochs,
                 batch_size=args.batch_size, seed=args.seed, patience=args.patience, clip_norm=args.clip_norm,
-                validation=validation, schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name], resume=args.resume,
+                validation=validation, schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name],
+                resume=args.resume,
             )  # fmt: skip
             scores = task.scores(model, held_out)
             if not math.isfinite(scores["loss"]):

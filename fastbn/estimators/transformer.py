@@ -103,7 +103,7 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
             fading = None if self.momentum is None else 1 - self.momentum
             into, held, seen = np.zeros((3, X.shape[1])), 0.0, 0
         else:
-            # Copies: whoever holds the arrays of before keeps them, and a model that is mapped from a file is read-only.
+            # Copies: whoever holds the arrays of before keeps them, and a model mapped from a file is read-only.
             into = np.stack([self.mean_, self.mean_low_, self._spread])
             fading, held, seen = self._fading, self._weight, self.n_samples_seen_
         weight: float = stats.count
@@ -114,7 +114,7 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         merge(tuple(into), held, (stats.mean, stats.mean_low, stats.var * weight), weight)
         var = into[2] / (held + weight)
         # At once: a signal's handler may raise between any two statements.
-        vars(self).update(
+        self.__dict__.update(
             mean_=into[0], mean_low_=into[1], _spread=into[2], _fading=fading, _weight=held + weight, var_=var,
             n_samples_seen_=seen + stats.count, scale_=np.where(var == 0, 1, np.sqrt(var)),
         )  # fmt: skip
