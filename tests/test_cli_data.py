@@ -328,7 +328,7 @@ def test_nothing_in_a_file_does_anything_to_a_terminal(capsys):
     write("d.csv", [("x", "y\r")], "a\x1b[2J,t")
     for name, fault in (
         ("d\x1b[2J.csv", "no such file"),
-        ("\udcff.npz", "no such file"),
+        ("\udcff.csv", "no such file"),
         ("d.csv", "expected a number"),
     ):
         error = refused(capsys, "train", *SHORT, "--data", name, "--target", "t")
