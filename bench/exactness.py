@@ -114,7 +114,7 @@ def digits(found: float, exact: Fraction) -> float:
     if not math.isfinite(found):
         return 0.0
     error = abs(Fraction(found) - exact) / abs(exact)
-    return 15.95 if error < Fraction(1, 10**16) else max(0.0, -math.log10(error))
+    return min(15.95, max(0.0, -math.log10(max(error, Fraction(1, 10**20)))))
 
 
 def worst_error(y: np.ndarray, x: np.ndarray, eps: float = EPS) -> float:
