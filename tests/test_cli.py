@@ -364,13 +364,17 @@ def test_patience_leaves_the_held_out_data_alone(flowers, capsys, monkeypatch):
     command = ("train", "--data", folder / "flowers.csv", "--target", "kind", "--out", folder / "run", "--lr", "0.05")
     seen = []
     fit = training.fit
-    monkeypatch.setattr(training, "fit", lambda *a, **options: seen.append(options) or fit(*a, **options))
+    monkeypatch.setattr(
+        training, "fit", lambda *a, **options: seen.append((a[1], options["validation"])) or fit(*a, **options)
+    )
     assert run(capsys, *command, "--patience", "2", "--epochs", "200")[0] == 0
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     for history in metrics["epochs"].values():
         best = int(np.argmin(history["val_loss"])) + 1
         assert len(history["loss"]) == best + 2 < 200
-    assert [options["validation"] for options in seen] == [0.1, 0.1]
+    for (X, _), (held_X, held_y) in seen:
+        assert len(X) + len(held_X) == metrics["training_examples"]
+        assert len(held_X) == len(held_y) == round(metrics["training_examples"] / 10)
 
 
 def test_idx_folder_is_judged_by_its_own_test_part(tmp_path, capsys):

@@ -449,7 +449,7 @@ def test_divergence_names_the_epoch_and_leaves_the_old_network(settings, early_s
 
 
 @pytest.mark.parametrize(("rate", "early_stopping", "named"), [
-    (1e306, False, r"after epoch 1, the parameter '0.weight'\[0, 0\] is inf: expected finite numbers"),
+    (1e306, False, r"after epoch 1, the model's '0.weight'\[0, 0\] is inf: expected finite numbers"),
     (1e160, True, "the validation score is -inf at epoch 1"),
 ])  # fmt: skip
 def test_the_last_step_diverges(rate, early_stopping, named):

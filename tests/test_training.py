@@ -291,7 +291,7 @@ def test_a_last_step_that_overflows_is_an_error():
     """No later loss tells of it."""
     model = network()
     X, y = blobs(32)
-    with pytest.raises(FloatingPointError, match=r"after epoch 1, the parameter '0.weight'\[0, 0\] is -?(inf|nan)"):
+    with pytest.raises(FloatingPointError, match=r"after epoch 1, the model's '0.weight'\[0, 0\] is -?(inf|nan)"):
         training.fit(model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 1e300), epochs=1, batch_size=32)
 
 
