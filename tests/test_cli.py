@@ -374,7 +374,7 @@ def test_patience_leaves_the_held_out_data_alone(flowers, capsys, monkeypatch):
         assert len(history["loss"]) == best + 2 < 200
     for (X, _), (held_X, held_y) in seen:
         assert len(X) + len(held_X) == metrics["training_examples"]
-        assert len(held_X) == len(held_y) == round(metrics["training_examples"] / 10)
+        assert len(held_X) == len(held_y) == 3 * round(metrics["training_examples"] / 3 / 10)  # of every class
 
 
 def test_idx_folder_is_judged_by_its_own_test_part(tmp_path, capsys):
