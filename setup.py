@@ -41,7 +41,7 @@ BUILDS = {
     "arm64": {"gnu": [], "msvc": []},
 }
 PER_BUILD = ["batchnorm", "optim"]  # sources in fastbn/kernels
-ONCE = ["arguments", "batchstats", "calls", "functional", "kernels.machine", "kernels.memory", "steps"]
+ONCE = ["arguments", "atomic", "batchstats", "calls", "functional", "kernels.machine", "kernels.memory", "steps"]
 # MSVC only warns of an /arch that it does not know, and the arm64 half of a universal build is given none.
 BUILD_PROGRAM = """
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(%s)

@@ -11,6 +11,7 @@ from typing import TextIO
 
 import fastbn
 from fastbn.commands import experiment, predict, train
+from fastbn.labels import printable
 
 SIGPIPE_STATUS = 128 + 13  # what a shell shows of a program that SIGPIPE ends
 
@@ -53,7 +54,7 @@ def _run(argv: Sequence[str] | None, closed: set[str]) -> None:
 
 def _failed(status: int, sentence: str) -> int:
     with contextlib.suppress(OSError):
-        print(f"fastbn: {sentence}", file=sys.stderr)
+        print(f"fastbn: {printable(sentence)}", file=sys.stderr)
     _flush_or_drop(sys.stdout, sys.stderr)
     return status
 

@@ -14,6 +14,7 @@ cdef bint is_plain(object a) except -1
 cdef cnp.ndarray checked_out(object out, cnp.ndarray x)
 cdef Activation activation_of(object name) except? RELU
 cdef double checked_eps(object eps) except -1
+cdef double *new_doubles(Py_ssize_t rows, Py_ssize_t C) except NULL
 cdef int load(object a, double *to, Py_ssize_t C, double default, str name) except -1
 cdef void *writable(object a, Py_ssize_t C, bint float64_only, str name) except NULL
 cdef cnp.ndarray updatable(object a, str name)

@@ -8,11 +8,19 @@ from numpy.exceptions import AxisError
 from numpy.ma import MaskedArray
 
 cimport numpy as cnp
+from cpython.mem cimport PyMem_Malloc
 from libc.string cimport memcpy
 
 from fastbn.kernels.job cimport IDENTITY, LEAKY_RELU, RELU, Activation
+from fastbn.kernels.rounding cimport Control, as_before, ieee
 
 cnp.import_array()
+
+cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
+
+cdef enum:
+    MOST_ROWS = 8    # of new_doubles
 
 
 cpdef cnp.ndarray floating(object a, str name="x"):
@@ -179,11 +187,22 @@ cdef double checked_eps(object eps) except -1:
     return value
 
 
+cdef double *new_doubles(Py_ssize_t rows, Py_ssize_t C) except NULL:
+    """Room for (rows, C), to be freed by PyMem_Free; MemoryError where there is none, or where its size in bytes is no size."""
+    cdef double *room = NULL
+    if C <= PY_SSIZE_T_MAX // MOST_ROWS // <Py_ssize_t>sizeof(double):
+        room = <double *>PyMem_Malloc(max(rows * C, <Py_ssize_t>1) * sizeof(double))
+    if room == NULL:
+        raise MemoryError(f"expected memory for {rows} numbers of each of {C} features")
+    return room
+
+
 cdef int load(object a, double *to, Py_ssize_t C, double default, str name) except -1:
     """The (C,) parameter a as float64."""
     cdef Py_ssize_t i
     cdef cnp.ndarray array
     cdef float *f32
+    cdef Control word
     if a is None:
         for i in range(C):
             to[i] = default
@@ -196,9 +215,11 @@ cdef int load(object a, double *to, Py_ssize_t C, double default, str name) exce
     if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
         memcpy(to, cnp.PyArray_DATA(array), C * sizeof(double))
     else:
+        word = ieee()
         f32 = <float *>cnp.PyArray_DATA(array)
         for i in range(C):
             to[i] = f32[i]
+        as_before(word)
     return 0
 
 
@@ -235,12 +256,15 @@ cdef int store(double *values, cnp.ndarray to, Py_ssize_t C) except -1:
     cdef Py_ssize_t i
     cdef float *f32
     cdef double *f64
+    cdef Control word
     if cnp.PyArray_TYPE(to) == cnp.NPY_FLOAT64:
         f64 = <double *>cnp.PyArray_DATA(to)
         for i in range(C):
             f64[i] = values[i]
     else:
         f32 = <float *>cnp.PyArray_DATA(to)
+        word = ieee()
         for i in range(C):
             f32[i] = <float>values[i]
+        as_before(word)
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -20,6 +22,8 @@ __all__ = ["Part", "read_idx_folder", "read_npz"]
 # The idx format's magic number: two zero bytes, the type (8: unsigned byte), the number of dimensions.
 _IDX_IMAGES, _IDX_LABELS = 0x00000803, 0x00000801
 _CHUNK_BYTES = 1 << 24
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_DEFLATED_AT_MOST = 1032  # bytes that zlib can make of one
 _ROLES = {"X": "x|data|images?|imgs?|features?|inputs?", "y": "y|labels?|targets?"}
 _PARTS = {"train": "train|training", "test": "test|testing|t10k", "validation": "validation|valid|val|dev"}
 _ANY_PART = "|".join(_PARTS.values())
@@ -31,7 +35,6 @@ _IDX_NAME = re.compile(
     rf"(.*[ _.-])?(?P<part>{_ANY_PART})[ _.-]*(?P<role>images?|imgs?|labels?)[ _.-]*idx\d[ _.-]*(ubyte)?(\.gz)?",
     re.IGNORECASE,
 )
-_UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ def read_npz(path: Path) -> tuple[Part, Part | None, tuple[str, ...]]:
         raise ValueError(f"{path}: not an .npz file, or a damaged one")
     roles: dict[tuple[str, str], str] = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             names = list(file)
             roles, fault = _npz_roles(names)
+            for name in roles.values():
+                _check_member(file.zip, name)
             arrays = {at: np.asarray(file[name]) for at, name in roles.items()}
-    except _UNREADABLE as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of NumPy's readers of headers and zipfile's unpackers there are many kinds
         objects = "it holds Python objects, which are not unpickled" if "pickle" in str(error) else error
         raise ValueError(f"{path}: cannot be read ({objects})") from error
     if fault:
@@ -66,6 +73,18 @@ def read_npz(path: Path) -> tuple[Part, Part | None, tuple[str, ...]]:
     unused = [name for name in names if name not in read]
     note = f"read {', '.join(read)}" + (f"; not used: {', '.join(unused)}" if unused else "")
     return parts[0], parts[1] if len(parts) > 1 else None, () if set(names) <= {"X", "y"} else (note,)
+
+
+def _check_member(archive: zipfile.ZipFile, name: str) -> None:
+    """ValueError for an array whose header asks for more than the archive can hold, before memory is taken for it."""
+    info = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
+    with archive.open(info) as member:
+        if (version := np.lib.format.read_magic(member)) not in _NPY_HEADERS:  # of names that are no ASCII
+            return
+        shape, _, dtype = _NPY_HEADERS[version](member)
+    asked, there = math.prod(shape) * dtype.itemsize, min(info.file_size, _DEFLATED_AT_MOST * info.compress_size)
+    if asked > there and not dtype.hasobject:
+        raise ValueError(f"{name} asks for {asked} bytes of data, of which there are at most {there}")
 
 
 def _npz_roles(names: list[str]) -> tuple[dict[tuple[str, str], str], str]:
@@ -118,7 +137,10 @@ def _npz_part(
         hint = ": one number an example, as y.argmax(axis=1) makes of a one-hot y" if one_hot else ""
         got = f"got {labels.dtype} {labels.shape}"
         raise ValueError(f"{path}: expected {labels_name} to be {len(X)} labels, {got}{hint}")
-    return Part(rows, images, labels.ravel(), f"{path}: {labels_name}")
+    labels = labels.ravel().astype(labels.dtype.newbyteorder("="))
+    if labels.dtype.kind == "U" and labels.dtype.itemsize and (labels.view(np.uint32) > sys.maxunicode).any():
+        raise ValueError(f"{path}: expected {labels_name} to be text, got characters that are none")
+    return Part(rows, images, labels, f"{path}: {labels_name}")
 
 
 def read_idx_folder(folder: Path) -> tuple[Part, Part | None, tuple[str, ...]]:
@@ -151,8 +173,6 @@ def _unread(files: Iterable[tuple[str, str]]) -> tuple[str, ...]:
 def _idx_part(files: dict[tuple[str, str], list[Path]], part: str) -> Part:
     images = files[part, "X"][0]
     pixels = _read_idx(images, _IDX_IMAGES)
-    if pixels.size == 0:
-        raise ValueError(f"{images}: empty, got shape {pixels.shape}")
     X = pixels.reshape(len(pixels), -1).astype(np.float32)
     X /= 255
     if (part, "y") not in files:
@@ -180,7 +200,9 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
             found, *shape = (int(word) for word in np.frombuffer(head, ">u4", count=1 + ndim))
             if found != magic:
                 raise ValueError(f"{path}: expected the magic number 0x{magic:08x}, got 0x{found:08x}")
-            asked = int(np.prod(shape, dtype=object))
+            asked = math.prod(shape)
+            if asked == 0:
+                raise ValueError(f"{path}: empty, got shape {tuple(shape)}")
             content = b"".join(_chunks(file, asked + 1))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated ({error})") from error

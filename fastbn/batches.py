@@ -38,10 +38,11 @@ def forward(
     training: bool,
     ghost_size: int | None,
     averaging: tuple[float | None, int],
-) -> tuple[Array, list[Batch], bool, int]:
-    """y, the batches that it was made of, whether x is still there, and how many batches the running averages took.
+) -> tuple[Array, list[Batch], bool, list[tuple[Array, Array]], int]:
+    """y, the batches that it was made of, whether x is still there, what becomes of the running averages (each with its
+    new values), and of the number of batches that they hold.
 
-    `averaging` is momentum and the number of batches that the averages hold.
+    `averaging` is momentum and that number.
     """
     x, y, out, kept = calls.arrays_of_forward(constants, x, out, training)
     axis = constants.axis % x.ndim
@@ -68,11 +69,9 @@ def forward(
         batches.append(Batch(where, valid, stats))
     if y is not out:
         np.copyto(out, y)
-    averaged = 0
-    if training and constants.mean is not None and constants.var is not None:
-        constants.mean[...], constants.var[...] = mean, var
-        averaged = tracked - averaging[1]
-    return out, batches, kept, averaged
+    if training and constants.mean is not None and constants.var is not None and mean is not None and var is not None:
+        return out, batches, kept, [(constants.mean, mean), (constants.var, var)], tracked
+    return out, batches, kept, [], averaging[1]
 
 
 def backward(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import batches, calls
+from .atomic import change
 from .state import FLOATS, Array, Arrays, Held, check_state
 
 
@@ -185,9 +186,9 @@ class BatchNorm(calls.Callable):
     def _forward_in_batches(self, x: ArrayLike, out: Array | None, mask: ArrayLike | None, training: bool) -> Array:
         ghost_size = self._ghost_size if self.training and not self.frozen else None
         averaging = self._momentum, self.num_batches_tracked
-        y, parts, kept, n = batches.forward(self._constants, x, out, mask, training, ghost_size, averaging)
-        self.num_batches_tracked += n
-        self._saved = (batches.backward, x, parts, training) if kept else None
+        y, parts, kept, averages, n = batches.forward(self._constants, x, out, mask, training, ghost_size, averaging)
+        saved = (batches.backward, x, parts, training) if kept else None
+        change(averages, self, num_batches_tracked=n, _saved=saved)
         return y
 
     def fold(self) -> tuple[Array, Array]:

@@ -5,10 +5,10 @@ import numpy as np
 
 cimport cython
 cimport numpy as cnp
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.mem cimport PyMem_Free
 from libc.string cimport memcpy
 
-from fastbn.arguments cimport load
+from fastbn.arguments cimport load, new_doubles
 
 cnp.import_array()
 
@@ -52,9 +52,7 @@ cdef class BatchStats:
         PyMem_Free(self.data)
 
     cdef int reserve(self, Py_ssize_t C, Py_ssize_t count, bint renormalised) except -1:
-        self.data = <double *>PyMem_Malloc(max((5 if renormalised else 3) * C, 1) * sizeof(double))
-        if self.data == NULL:
-            raise MemoryError()
+        self.data = new_doubles(5 if renormalised else 3, C)
         self.C = C
         self.count = count
         self.renormalised = renormalised

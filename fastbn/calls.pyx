@@ -26,6 +26,7 @@ from fastbn.arguments cimport (
     floating,
     identical,
     load,
+    new_doubles,
     overlap,
     shape_of,
     store,
@@ -36,6 +37,7 @@ from fastbn.batchstats cimport BatchStats, new_stats
 from fastbn.kernels cimport machine, memory
 from fastbn.kernels.cut cimport NARROW_LANES
 from fastbn.kernels.job cimport Activation, Job, Kernel, Table
+from fastbn.kernels.rounding cimport Control, as_before, ieee
 from fastbn.kernels.types cimport LINE_BYTES
 from fastbn.renorm cimport correct_gradients, correct_parameters, corrections
 
@@ -145,9 +147,7 @@ cdef class Call:
 
     cdef int parameters(self, Constants constants, int rows) except -1:
         cdef Py_ssize_t C = self.job.C
-        self.room = <double *>PyMem_Malloc(max(rows * C, <Py_ssize_t>1) * sizeof(double))
-        if self.room == NULL:
-            raise MemoryError()
+        self.room = new_doubles(rows, C)
         self.job.weight = self.room
         self.job.bias = self.room + C
         if rows == 4:
@@ -255,6 +255,7 @@ cdef Call normalized(Constants constants, object x, object out, double factor):
     cdef Py_ssize_t i
     cdef Job *job = &c.job
     cdef Py_ssize_t m = job.M * job.S
+    cdef Control word
     if m == 1 and job.C:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(c.x)}")
     if constants.mean is not None:
@@ -268,10 +269,12 @@ cdef Call normalized(Constants constants, object x, object out, double factor):
         call(&KERNELS.forward, job)
     c.finish()
     if running_mean != NULL and m:
+        word = ieee()
         correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
         for i in range(job.C):
             running_mean[i] = (1 - factor) * running_mean[i] + factor * job.mean[i]
             running_var[i] = (1 - factor) * running_var[i] + factor * (job.var[i] * correction)
+        as_before(word)
     c.x_kept = c.kept(x, given)
     return c
 
@@ -307,9 +310,9 @@ cdef class Prepared:
     cdef int make(self, Constants constants, Job *job) except -1:
         cdef Py_ssize_t at = 0
         self.table = job.table = PyMem_Malloc(KERNELS.table_bytes(job))
-        self.made_of = <char *>PyMem_Malloc(4 * job.C * sizeof(double))
-        if self.table == NULL or self.made_of == NULL:
+        if self.table == NULL:
             raise MemoryError()
+        self.made_of = <char *>new_doubles(4, job.C)
         write_key(job, self.key)
         for array in (constants.weight, constants.bias, constants.mean, constants.var):
             if array is not None:

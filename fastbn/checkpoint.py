@@ -17,6 +17,8 @@ from typing import Any
 
 from . import nn
 from .batchnorm import BatchNorm
+from .files import write_whole
+from .kernels import machine
 from .nn import Sequential
 from .state import Array
 
@@ -51,7 +53,8 @@ _SIZES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
 def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, Any] | None = None) -> None:
     """Write a model, and the state of its optimizer, to a safetensors file.
 
-    The file appears whole or not at all: it is written beside its place, flushed to disk, then renamed. The same model,
+    The file appears whole or not at all: it is written beside its place, flushed to disk, then renamed. Of two who save
+    to one path at once, one wins whole. A symbolic link stays, and what it points to is replaced. The same model,
     optimizer's state and metadata make the same bytes, in every process.
 
     Parameters
@@ -103,26 +106,7 @@ def contents(
 
 def write(path: _Path, tensors: dict[str, Array], texts: dict[str, str]) -> None:
     """The whole file, or none of it."""
-    path = check_place(path)
-    content = _in_order(_safetensors().numpy.save(tensors, texts))
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:  # a full disk is an error without a name
-        error.filename = error.filename or os.fspath(path)
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
-    with contextlib.suppress(OSError, AttributeError):  # the new name too outlasts a loss of power, where a system can
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_whole(check_place(path), _in_order(_safetensors().numpy.save(tensors, texts)))
 
 
 def _in_order(content: bytes) -> bytes:
@@ -253,6 +237,8 @@ def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "
             return model
         case {"class": str(name), "training": bool(training), "config": dict(config)} if name in _CLASSES:
             _check_sizes(name, config, shapes, prefix)
+            if isinstance(config.get("num_threads"), int):  # of the machine that it was saved on
+                config = config | {"num_threads": min(config["num_threads"], machine.most_threads())}
             layer = _CLASSES[name](**config).train(training)
             if isinstance(layer, nn.FoldedDense):
                 parts = enumerate(description["layers"])

@@ -86,7 +86,8 @@ def load(
         Name of the column of labels in a table. Without it all columns are features and there are no labels.
     task : {"classification", "regression", "auto"}
         Whether labels are classes or numbers. "auto": numbers where one has a fraction, or where there are more than
-        20 different whole numbers with fewer than 10 examples each in the mean; else classes.
+        20 different whole numbers with fewer than 10 examples each in the mean; else classes. Text among that many
+        numbers is refused.
     columns : sequence of str, optional
         The features of a table, in this order; without it all columns but the target.
     ignore : sequence of str
@@ -285,7 +286,18 @@ def _targets(
     if task == "regression":
         return labels.numbers(given, where), None
     classes, y = labels.encode(given, where)
-    many = len(classes) > _MOST_CLASSES and len(classes) * _LEAST_EXAMPLES > len(y)
-    if task == "auto" and (classes.dtype.kind == "f" or (many and classes.dtype.kind in "iu")):
+    if task == "classification":
+        return y, classes
+    keys = [labels.key(known) for known in classes.tolist()]
+    numeric = [isinstance(k, int | float) and not isinstance(k, bool) for k in keys]
+    rows = np.array(numeric, bool)[y]
+    many = sum(numeric) > _MOST_CLASSES and sum(numeric) * _LEAST_EXAMPLES > np.count_nonzero(rows)
+    if rows.all() and (many or any(isinstance(k, float) for k in keys)):
         return labels.numbers(given, where), None
+    if many:
+        row = int(rows.argmin())
+        raise ValueError(
+            f"{where(row)}: expected a number, as most targets are, got {labels.shown(keys[y[row]])}: "
+            'task="classification" (--task classification) takes each as a class'
+        )
     return y, classes

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LARGEST", "MISSING", "boolean", "encode", "is_missing", "key", "number", "numbers", "shown"]
+__all__ = ["LARGEST", "MISSING", "boolean", "encode", "is_missing", "key", "number", "numbers", "printable", "shown"]
 
 LARGEST = 1e150  # the square of more leaves float64
 
@@ -33,6 +33,11 @@ _BOOLEANS = {"true": True, "false": False}
 def shown(value: object) -> str:
     """Its repr, cut where it is long: for the sentence of an error."""
     return reprlib.repr(value)
+
+
+def printable(text: object) -> str:
+    """Its text in one line that does nothing to a terminal: control characters, and what is no text, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def is_missing(text: str) -> bool:
@@ -101,7 +106,7 @@ def encode(labels: Sequence[str] | np.ndarray, where: Callable[[int], str]) -> t
     if infinite and all(isinstance(k, int | float) for k in spelt):
         raise ValueError(f"{where(min(infinite))}: expected a label that is finite, got an infinity")
     order = sorted(spelt) if numeric else sorted(spelt, key=lambda k: spelt[k])
-    classes = _numbers(order) if numeric else np.array([spelt[k] for k in order])
+    classes = _array(order) if numeric else np.array([spelt[k] for k in order])
     at = {k: i for i, k in enumerate(order)}
     return classes, np.array([at[k] for k in keys], dtype=np.int64)[inverse]
 
@@ -127,7 +132,7 @@ def _distinct(
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "biuf":
         values, rows, inverse = np.unique(labels, return_index=True, return_inverse=True)
         if values.dtype.kind == "f" and np.isnan(values).any():
-            raise ValueError(f"{where(int(np.isnan(labels).argmax()))}: the label is missing (nan)")
+            raise ValueError(f"{where(int(np.isnan(labels).argmax()))}: the label is missing, expected one, got nan")
         if values.dtype.itemsize < 8 and values.dtype.kind == "f":
             # As it is written: 0.1 of float32 is the label 0.1, not 0.10000000149.
             return [float(str(value)) for value in values], rows.tolist(), inverse
@@ -142,13 +147,14 @@ def _distinct(
             raise ValueError(f"{where(row)}: expected a label in UTF-8, got {shown(label)}") from error
         if text not in first:
             if is_missing(text):
-                raise ValueError(f"{where(row)}: the label is missing" + f" ({shown(text)})" * bool(text))
+                called = f", or another name where {shown(text)} is a class" * bool(text)
+                raise ValueError(f"{where(row)}: the label is missing, expected one{called}")
             first[text], positions[text] = row, len(positions)
         numbered.append(positions[text])
     return list(first), first.values(), np.array(numbered, dtype=np.intp)
 
 
-def _numbers(keys: list[int | float]) -> np.ndarray:
+def _array(keys: list[int | float]) -> np.ndarray:
     """Sorted numbers in an array that keeps their digits: numpy's own choice for -1 and 2**63 is float64."""
     if any(isinstance(k, float) for k in keys):
         if all(isinstance(k, float) or abs(k) <= 2**53 for k in keys):

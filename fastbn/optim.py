@@ -26,6 +26,8 @@ from .state import FLOATS, Array, check_state
 
 __all__ = ["SGD", "Adam", "RMSprop"]
 
+Counters = list[tuple[Array, ArrayLike]]
+
 
 class Trainable(Protocol):
     """What an optimizer asks of a model: parameters and gradients by name; a single layer has them too."""
@@ -82,10 +84,11 @@ class Optimizer:
             For arrays of another dtype than float32 and float64, gradients not of their parameter's shape and dtype,
             and read-only parameters. Nothing is changed then, in no parameter.
         """
-        self._update(self.model.params, self.model.grads)
-        self._state["step"][()] += 1
+        count = self._state["step"]
+        self._update(self.model.params, self.model.grads, [(count, count + 1)])
 
-    def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
+    def _update(self, params: dict[str, Array], grads: dict[str, Array], counters: Counters) -> None:
+        """Change the parameters, and then the counters, each an array with what becomes of it."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -104,7 +107,25 @@ class Optimizer:
             self._state[key][...] = a
 
 
-class SGD(Optimizer):
+class _WithMomentum(Optimizer):
+    """The buffers of momentum are there if it was above 0 from the start: without it a step needs no memory."""
+
+    @property
+    def momentum(self) -> float:
+        """May be set at any time, but to no other number than 0 where it was 0 from the start."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        momentum = _not_negative(momentum=value)
+        made = getattr(self, "_state", None)
+        if momentum and made is not None and not any(key.endswith(".momentum_buffer") for key in made):
+            name = type(self).__name__
+            raise ValueError(f"expected momentum 0, with which this {name} was made and has no buffers, got {value}")
+        self._momentum = momentum
+
+
+class SGD(_WithMomentum):
     """Gradient descent, with momentum, Nesterov's momentum and weight decay.
 
     d = g + weight_decay p;  v = momentum v + d;  p -= lr v,  or with nesterov  p -= lr (d + momentum v).
@@ -150,19 +171,19 @@ class SGD(Optimizer):
         *,
         exclude: Collection[str] = (),
     ) -> None:
-        self.momentum = _not_negative(momentum=momentum)
+        self.momentum = momentum
         self.nesterov = bool(nesterov)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
         if self.nesterov and not self.momentum:
             raise ValueError(f"nesterov needs a momentum above 0, got momentum={momentum}")
         super().__init__(model, lr, ("momentum_buffer",) if self.momentum else (), exclude)
 
-    def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
+    def _update(self, params: dict[str, Array], grads: dict[str, Array], counters: Counters) -> None:
         numbers = self.lr, self.momentum, self.nesterov, self.weight_decay
-        steps.sgd(params, grads, self._buffers, *numbers, self.exclude)
+        steps.sgd(params, grads, self._buffers, *numbers, self.exclude, counters)
 
 
-class RMSprop(Optimizer):
+class RMSprop(_WithMomentum):
     """The gradient divided by the root of its mean square.
 
     d = g + weight_decay p;  s = alpha s + (1 - alpha) d^2;  u = d / (sqrt(s) + eps);
@@ -213,13 +234,13 @@ class RMSprop(Optimizer):
         self.alpha = _not_negative(alpha=alpha)
         self.eps = _not_negative(eps=eps)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
-        self.momentum = _not_negative(momentum=momentum)
+        self.momentum = momentum
         buffers = ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",)
         super().__init__(model, lr, buffers, exclude)
 
-    def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
+    def _update(self, params: dict[str, Array], grads: dict[str, Array], counters: Counters) -> None:
         numbers = self.lr, self.alpha, self.eps, self.weight_decay, self.momentum
-        steps.rmsprop(params, grads, self._buffers, *numbers, self.exclude)
+        steps.rmsprop(params, grads, self._buffers, *numbers, self.exclude, counters)
 
 
 class Adam(Optimizer):
@@ -280,15 +301,15 @@ class Adam(Optimizer):
         super().__init__(model, lr, ("exp_avg", "exp_avg_sq"), exclude)
         self._state |= {"beta1_power": np.ones(()), "beta2_power": np.ones(())}  # b1^t and b2^t
 
-    def _update(self, params: dict[str, Array], grads: dict[str, Array]) -> None:
+    def _update(self, params: dict[str, Array], grads: dict[str, Array], counters: Counters) -> None:
         b1, b2 = self.betas
         power1 = self._state["beta1_power"].item() * b1
         power2 = self._state["beta2_power"].item() * b2
         lr, correction = self.lr, math.sqrt(1 - power2)
         kept = 1 - lr * self.weight_decay if self.weight_decay else 1.0
         numbers = lr / (1 - power1), b1, b2, correction, self.eps, kept
-        steps.adam(params, grads, self._buffers, *numbers, self.exclude)
-        self._state["beta1_power"][()], self._state["beta2_power"][()] = power1, power2
+        counters = [*counters, (self._state["beta1_power"], power1), (self._state["beta2_power"], power2)]
+        steps.adam(params, grads, self._buffers, *numbers, self.exclude, counters)
 
 
 def _not_negative(**argument: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike
 from . import losses
 from .data import held_out_rows
 from .nn import walk
-from .state import Array, as_float
+from .state import Array, as_float, refuse_masked
 
 __all__ = ["Loss", "Pair", "check_finite", "checked", "inference", "pair", "with_validation"]
 
@@ -27,9 +28,8 @@ def pair(data: Pair, name: str) -> tuple[Array, Array]:
     """X as floats and y as numbers, equally long."""
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise TypeError(f"{name} must be a pair (X, y), got {type(data).__name__}")
-    if isinstance(data[1], np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected y without a mask, got a masked array: its mask would be lost")
-    X, y = as_float(data[0]), np.asarray(data[1])
+    refuse_masked(data[1], f"{name}: y")
+    X, y = as_float(data[0], f"{name}: X"), np.asarray(data[1])
     if X.ndim == 0 or y.ndim == 0 or len(X) != len(y):
         raise ValueError(f"{name}: X and y must be equally long, got shapes {X.shape} and {y.shape}")
     if len(X) == 0:
@@ -78,10 +78,11 @@ def with_validation(
     X = np.ascontiguousarray(X)  # take would copy a strided X whole, for every mini-batch
     if validation is None:
         return (X, y), None
-    if not isinstance(validation, float):
+    if isinstance(validation, bool) or not isinstance(validation, Real | float):
         return (X, y), checked(model, validation, loss, "validation")
     if not 0 < validation < 1:
         raise ValueError(f"validation must be a pair (X, y) or a fraction between 0 and 1, got {validation}")
+    validation = float(validation)
     labels = y if loss is losses.softmax_cross_entropy else np.zeros(len(y))
     held = held_out_rows(labels, validation, seed)
     if not held.any():

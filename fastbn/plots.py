@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .files import write_whole
+
 __all__ = ["Curve", "Panel", "learning_curves", "panels"]
 
 # Two hues that stay apart for colour-blind eyes and in grey, then three more (Okabe and Ito's palette).
@@ -105,7 +107,7 @@ def learning_curves(
     figure.legend(handles, names, loc="outside upper center", ncols=len(histories), frameon=False)
     if path is None:
         return figure
-    canvas.print_png(os.fspath(path))
+    _write(canvas, path)
     return None
 
 
@@ -157,7 +159,13 @@ def panels(drawn: Sequence[Panel], path: str | os.PathLike[str]) -> None:
     ImportError
         matplotlib is not installed.
     """
-    _canvas(drawn).print_png(os.fspath(path), pil_kwargs={"optimize": True})
+    _write(_canvas(drawn), path, pil_kwargs={"optimize": True})
+
+
+def _write(canvas: Any, path: str | os.PathLike[str], **options: Any) -> None:
+    picture = io.BytesIO()
+    canvas.print_png(picture, **options)
+    write_whole(path, picture.getvalue())
 
 
 def _canvas(drawn: Sequence[Panel]) -> Any:

@@ -15,7 +15,7 @@ from .nn import Sequential, leaves, walk
 from .running import RunningStats
 from .state import Array, as_float
 
-__all__ = ["averaging", "recalibrate", "retake"]
+__all__ = ["recalibrate", "retake", "tracking"]
 
 
 def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
@@ -68,14 +68,14 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
     X = as_float(X)
     if X.ndim == 0 or len(X) == 0:
         raise ValueError(f"expected X with at least 1 example, got shape {X.shape}")
-    found = averaging(model)
+    found = tracking(model)
     if not found:
         raise ValueError("expected a model with a BatchNorm that has running averages, got one without")
     retake(model, found, X, batch_size)
     return model
 
 
-def averaging(model: Any) -> list[int]:
+def tracking(model: Any) -> list[int]:
     """Which of the model's leaves are BatchNorm with running averages; ValueError where some are out of reach."""
     layers = [*leaves([model])]
     for own in (layer for layer in layers if isinstance(layer, Sequential)):

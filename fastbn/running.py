@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .atomic import change
 from .batchstats import BatchStats
 
 Array = NDArray[np.float64]
@@ -159,14 +160,17 @@ class RunningStats:
         if stats.count == 0:
             return
         if self.momentum is None:
-            self._merge(stats.mean, stats.mean_low, stats.var * stats.count, stats.count)
-        else:
-            if self.unbiased and stats.count == 1:
-                raise ValueError("expected more than 1 value per feature for an unbiased variance, got 1")
-            correction = stats.count / (stats.count - 1) if self.unbiased else 1.0
-            self._mean[...] = (1 - self.momentum) * self._mean + self.momentum * stats.mean
-            self._spread[...] = (1 - self.momentum) * self._spread + self.momentum * (stats.var * correction)
-        self._counted(stats)
+            self._merge((stats.mean, stats.mean_low, stats.var * stats.count), stats.count, 1)
+            return
+        if self.unbiased and stats.count == 1:
+            raise ValueError("expected more than 1 value per feature for an unbiased variance, got 1")
+        correction = stats.count / (stats.count - 1) if self.unbiased else 1.0
+        mean = (1 - self.momentum) * self._mean + self.momentum * stats.mean
+        spread = (1 - self.momentum) * self._spread + self.momentum * (stats.var * correction)
+        change(
+            [(self._mean, mean), (self._spread, spread)], self,
+            count=self.count + stats.count, num_batches=self.num_batches + 1, _rest=self._rest * (1 - self.momentum),
+        )  # fmt: skip
 
     def merge(self, other: Self) -> None:
         """Take in everything that another one has seen.
@@ -188,20 +192,15 @@ class RunningStats:
         self._check(other._mean.shape)
         if other.count == 0:
             return
-        self._merge(other._mean, other._low, other._spread, other.count)
-        self.count += other.count
-        self.num_batches += other.num_batches
+        self._merge((other._mean, other._low, other._spread), other.count, other.num_batches)
 
-    def _merge(self, mean: Array, low: Array, spread: Array, count: int) -> None:
-        merge((self._mean, self._low, self._spread), self.count, (mean, low, spread), count)
-
-    def _counted(self, stats: BatchStats) -> None:
-        """Count a batch whose statistics the averages hold already."""
-        if stats.count:
-            self.count += stats.count
-            self.num_batches += 1
-            if self.momentum is not None:
-                self._rest *= 1 - self.momentum
+    def _merge(self, part: Part, count: int, batches: int) -> None:
+        own = self._mean, self._low, self._spread
+        merged = self._mean.copy(), self._low.copy(), self._spread.copy()
+        merge(merged, self.count, part, count)
+        change(
+            list(zip(own, merged, strict=True)), self, count=self.count + count, num_batches=self.num_batches + batches
+        )
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if shape != (self.num_features,):

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from .arguments import floating as as_float
 
 Array = NDArray[Any]
-__all__ = ["FLOATS", "Array", "Arrays", "Held", "as_float", "assign", "check_state"]
+__all__ = ["FLOATS", "Array", "Arrays", "Held", "as_float", "assign", "check_state", "refuse_masked"]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -25,12 +25,16 @@ def assign(array: Array, value: ArrayLike, name: str) -> None:
 
 
 def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -> dict[str, Array]:
-    """`given` as arrays, once keys, shapes and kinds are those of `expected`; ValueError naming the key if not.
+    """`given` as arrays, once keys, shapes and kinds are those of `expected`; ValueError naming the key if not,
+    TypeError for a masked array.
 
     As PyTorch's strict load: a missing num_batches_tracked is 0 (PyTorch had none before 0.4.1, and layers that do not
     count have none), and counts may be of any dtype, as after ``.half()`` of a whole state, and of shape (1,).
     """
-    arrays = {key: np.asarray(value) for key, value in dict(given).items()}
+    given = dict(given)
+    for key, value in given.items():
+        refuse_masked(value, repr(key))
+    arrays = {key: np.asarray(value) for key, value in given.items()}
     for key in expected.keys() - arrays.keys():
         if key.rpartition(".")[2] == "num_batches_tracked":
             arrays[key] = np.zeros((), np.int64)
@@ -46,9 +50,13 @@ def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -
             if not 0 <= a.item() < 2**63 or a.item() % 1:
                 raise ValueError(f"{key!r}: expected a count, a whole number of at least 0, got {a.item()}")
             arrays[key] = a.astype(dtype).reshape(shape)
-        if isinstance(given.get(key), np.ma.MaskedArray):
-            raise ValueError(f"{key!r}: expected a plain array, got a masked array")
     return arrays
+
+
+def refuse_masked(a: Any, name: str) -> None:
+    """TypeError for a masked array, as everywhere in fastbn: NumPy would hand on the values behind its mask."""
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(f"expected {name} without a mask, got a masked array: its mask would be lost")
 
 
 class Held:

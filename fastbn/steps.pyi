@@ -1,5 +1,7 @@
 from collections.abc import Mapping
 
+from numpy.typing import ArrayLike
+
 from .state import Array
 
 def sgd(
@@ -11,6 +13,7 @@ def sgd(
     nesterov: bool,
     weight_decay: float,
     exclude: frozenset[str],
+    counters: list[tuple[Array, ArrayLike]],
 ) -> None: ...
 def rmsprop(
     params: Mapping[str, Array],
@@ -22,6 +25,7 @@ def rmsprop(
     weight_decay: float,
     momentum: float,
     exclude: frozenset[str],
+    counters: list[tuple[Array, ArrayLike]],
 ) -> None: ...
 def adam(
     params: Mapping[str, Array],
@@ -34,4 +38,5 @@ def adam(
     eps: float,
     kept: float,
     exclude: frozenset[str],
+    counters: list[tuple[Array, ArrayLike]],
 ) -> None: ...

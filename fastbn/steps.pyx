@@ -8,13 +8,15 @@ import numpy as np
 cimport cython
 cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cython.parallel cimport prange
+from cython.parallel cimport parallel, prange
 
 from fastbn.arguments cimport is_plain
 from fastbn.kernels cimport machine
+from fastbn.kernels.rounding cimport Control, as_before, ieee
 from fastbn.kernels.updates cimport Arrays, Rule, Update, Updates
 
 from fastbn import kernels
+from fastbn.atomic import change
 
 cnp.import_array()
 
@@ -99,20 +101,26 @@ cdef void run(Update update, Rule *r, Arrays *a) noexcept nogil:
     cdef Py_ssize_t share
     cdef Py_ssize_t first
     cdef int i
+    cdef Control word
     if threads < 2:
         update(r, a, 0, a.size)
         return
     share = (a.size + threads * LINE - 1) // (threads * LINE) * LINE
-    for i in prange(threads, schedule="static", num_threads=threads):
-        first = min(i * share, a.size)
-        update(r, a, first, min(share, a.size - first))
+    with parallel(num_threads=threads):
+        word = ieee()
+        for i in prange(threads, schedule="static"):
+            first = min(i * share, a.size)
+            update(r, a, first, min(share, a.size - first))
+        as_before(word)
 
 
-cdef object step(Update update, Rule *decaying, double no_decay, object params, object grads, dict buffers, frozenset exclude):
+cdef object step(Update update, Rule *decaying, double no_decay, object params, object grads, dict buffers, frozenset exclude, list counters):
+    """counters: arrays of one number, with what it becomes. They change with the parameters, whatever a signal's handler raises afterwards."""
     cdef Task task
     cdef list tasks = [checked(name, p, grads, buffers) for name, p in params.items()]
     cdef Rule plain = decaying[0]
     cdef Rule *r
+    cdef Control word
     plain.decay = no_decay
     if exclude:
         for task, name in zip(tasks, params):
@@ -124,32 +132,35 @@ cdef object step(Update update, Rule *decaying, double no_decay, object params, 
             cnp.PyArray_CopyInto(task.p_plain, task.p)
         if task.g_plain is not task.g:
             cnp.PyArray_CopyInto(task.g_plain, task.g)
+        word = ieee()
         if task.arrays.size < SHORT:
             update(r, &task.arrays, 0, task.arrays.size)
         else:
             with nogil:
                 run(update, r, &task.arrays)
+        as_before(word)
         if task.p_plain is not task.p:
             cnp.PyArray_CopyInto(task.p, task.p_plain)
+    change(counters)
 
 
 # --- what fastbn/optim.py calls, once a step. params, grads: the model's dicts; buffers: lists of arrays, by the same keys ----------
 
-def sgd(params, grads, dict buffers, double lr, double momentum, bint nesterov, double weight_decay, frozenset exclude):
+def sgd(params, grads, dict buffers, double lr, double momentum, bint nesterov, double weight_decay, frozenset exclude, list counters):
     cdef Rule r
     r.lr, r.momentum, r.nesterov, r.decay = lr, momentum, nesterov, weight_decay
-    step(UPDATES.sgd, &r, 0, params, grads, buffers, exclude)
+    step(UPDATES.sgd, &r, 0, params, grads, buffers, exclude, counters)
 
 
 def rmsprop(params, grads, dict buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
-            frozenset exclude):
+            frozenset exclude, list counters):
     cdef Rule r
     r.lr, r.beta2, r.eps, r.decay, r.momentum = lr, alpha, eps, weight_decay, momentum
-    step(UPDATES.rmsprop, &r, 0, params, grads, buffers, exclude)
+    step(UPDATES.rmsprop, &r, 0, params, grads, buffers, exclude, counters)
 
 
 def adam(params, grads, dict buffers, double step_size, double beta1, double beta2, double correction, double eps, double kept,
-         frozenset exclude):
+         frozenset exclude, list counters):
     cdef Rule r
     r.lr, r.beta1, r.beta2, r.correction, r.eps, r.decay = step_size, beta1, beta2, correction, eps, kept
-    step(UPDATES.adam, &r, 1, params, grads, buffers, exclude)
+    step(UPDATES.adam, &r, 1, params, grads, buffers, exclude, counters)

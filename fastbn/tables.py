@@ -52,11 +52,10 @@ def read_table(
     """The file's features and labels; ValueError with line and column for what is wrong. See `data.load`."""
     try:
         with _open(path) as file:
-            delimiter, lines, skipped = _delimited(
-                file, tab_first=path.name.lower().removesuffix(".gz").endswith(".tsv")
-            )
+            tab_first = path.name.lower().removesuffix(".gz").endswith(".tsv")
+            delimiter, lines, skipped, nameless = _delimited(file, tab_first=tab_first)
             reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
-            return _Reading(path, reader, delimiter, skipped).table(target, columns, ignore, header)
+            return _Reading(path, reader, delimiter, skipped, nameless).table(target, columns, ignore, header)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error}): save it as UTF-8") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -70,17 +69,24 @@ def _open(path: Path) -> Any:
     return opened(path, "rt", newline="", encoding="utf-8-sig")
 
 
-def _delimited(file: TextIO, *, tab_first: bool) -> tuple[str, Iterator[str], int]:
-    """What parts the cells, all lines but Excel's `sep=;`, and the number of lines left out for that."""
+def _delimited(file: TextIO, *, tab_first: bool) -> tuple[str, Iterator[str], int, bool]:
+    """What parts the cells, all lines but Excel's `sep=;`, the number of lines left out for that, and whether the first
+    line has one cell fewer than the others, as R's write.table has it: no name above its row names."""
     sample = list(itertools.islice(file, _SAMPLE_LINES))
     if any("\0" in line for line in sample):
         raise ValueError(f"{file.name}: not a text file in UTF-8 (it holds zero bytes): save it as UTF-8")
     lines = itertools.chain(sample, file)
     if sample and (said := re.fullmatch(r'"?sep=(.)"?\s*', sample[0])):
-        return said[1], itertools.islice(lines, 1, None), 1
+        return said[1], itertools.islice(lines, 1, None), 1, False
     texts = [line for line in sample if line.strip()]
     delimiter = _delimiter(texts, "\t,;|" if tab_first else _DELIMITERS)
-    return delimiter, (" ".join(line.split()) for line in lines) if delimiter == " " else lines, 0
+    first, *others = [_width(_one_space(line) if delimiter == " " else line, delimiter) for line in texts] or [0]
+    nameless = {*others} == {first + 1}
+    return delimiter, map(_one_space, lines) if delimiter == " " else lines, 0, nameless
+
+
+def _one_space(line: str) -> str:
+    return " ".join(line.split())
 
 
 def _delimiter(lines: Sequence[str], candidates: str) -> str:
@@ -89,7 +95,7 @@ def _delimiter(lines: Sequence[str], candidates: str) -> str:
     parting = [d for d in candidates if lines and widths[d][0] > 1]
     if not parting:
         # A header such as "sepal length" above single cells is one name.
-        spaced = bool(lines) and all(len(line.split()) > 1 for line in lines[:2]) and '"' not in lines[0]
+        spaced = bool(lines) and all(_width(_one_space(line), " ") > 1 for line in lines[:2])
         return " " if spaced else ","
     return next((d for d in parting if len(set(widths[d])) == 1), parting[0])
 
@@ -103,8 +109,9 @@ def _width(line: str, delimiter: str) -> int:
 class _Reading:
     """One pass over the rows of a table."""
 
-    def __init__(self, path: Path, reader: Any, delimiter: str, skipped: int) -> None:
+    def __init__(self, path: Path, reader: Any, delimiter: str, skipped: int, nameless: bool) -> None:
         self.path, self.reader, self.delimiter, self.skipped = path, reader, delimiter, skipped
+        self.nameless = nameless  # the header has no cell above the first column
         self.parted = f"parted by {_NAMES.get(delimiter, repr(delimiter))}"
 
     def line(self) -> int:
@@ -124,8 +131,10 @@ class _Reading:
         rows: Iterator[list[str]] = self.reader
         if header is None:
             self._check_header()
-        elif not header:
+        if header is False:
             rows, self.names = itertools.chain([first], rows), [str(i) for i in range(1, len(first) + 1)]
+        elif self.nameless:
+            self.names.insert(0, "")
         at, chosen = self._chosen(target, columns, ignore)
         # What pandas and R write first of every row, with no name above it, is no feature where it names the row.
         index = chosen.pop(0) if columns is None and chosen[0] == 0 and self.names[0] in _UNNAMED else None
@@ -158,7 +167,8 @@ class _Reading:
         if known is not None:
             raise ValueError(
                 f"{self.path}: the first row holds {_short(known)}, so it may be an example or the columns' names: "
-                "--no-header reads it as an example and calls the columns 1, 2, 3 and so on, --header as names"
+                "header=False (--no-header) reads it as an example and calls the columns 1, 2, 3 and so on, "
+                "header=True (--header) as names"
             )
 
     def _read(
@@ -191,6 +201,9 @@ class _Reading:
         notes = []
         if index is not None and _are_row_names(row_names):
             notes.append("left out the first column, which has no name and another cell in every row")
+        elif index is not None and self.nameless:
+            got = "cells that are there twice, or numbers with a fraction"
+            raise ValueError(f"{self.path}: the header has no name for the first column, expected row names, got {got}")
         elif index is not None:
             column = [self._number(cell, index, line) for cell, line in zip(row_names, lines, strict=True)]
             X, chosen = np.column_stack([column, X]), [index, *chosen]
@@ -248,11 +261,11 @@ def _counts(x: np.ndarray) -> bool:
 
 
 def _ignoring(name: str) -> str:
-    """The option, as a shell takes it."""
+    """What leaves a column out: the argument of `data.load`, and the option as a shell takes it."""
     if len(name) >= _LONG:
-        return "--ignore"
+        return "ignore (--ignore)"
     quoted = f'"{name}"' if "," in name else name
-    return f"--ignore {shlex.quote(quoted)}"
+    return f"ignore=[{name!r}] (--ignore {shlex.quote(quoted)})"
 
 
 def _short(name: str) -> str:

@@ -9,6 +9,7 @@ import operator
 import os
 import time
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from .data import minibatches
 from .history import History
 from .nn import leaves
 from .pairs import Loss, check_finite, inference, pair, with_validation
-from .recalibration import averaging, recalibrate, retake
+from .recalibration import recalibrate, retake, tracking
 from .runstate import RunFile, RunState
 from .schedules import Schedule
 from .state import Array
@@ -125,8 +126,8 @@ def fit(
         then.
     FloatingPointError
         The loss, or with `clip_norm` the norm of the gradients, is no longer finite; names epoch and step. The
-        parameters are those that gave this loss. Or a parameter, or the validation loss, is no longer finite after an
-        epoch, which is named.
+        parameters are those that gave this loss. Or a parameter, a running average or the validation loss is no longer
+        finite after an epoch, which is named.
 
     Notes
     -----
@@ -171,9 +172,10 @@ def fit(
     state = RunState()
     resumed = False
     if checkpoint is not None:
+        drawn = validation if validation is None or isinstance(validation, Real) else "a pair (X, y)"
         made_of = {
             "batch_size": batch_size, "seed": seed, "average": average, "average_from": average_from,
-            "validation": validation if validation is None or isinstance(validation, float) else "a pair (X, y)",
+            "validation": drawn,
             "X": X, "y": y, "validation X": held_out and held_out[0], "validation y": held_out and held_out[1],
         }  # fmt: skip
         file = RunFile(checkpoint, model, optimizer, mean, made_of)
@@ -233,7 +235,7 @@ def fit(
     if patience is not None and state.best:
         model.load_state_dict(state.best)
     if mean is not None and mean.count:
-        _take(mean, model, X)
+        _give(mean, model, X)
     return state.history
 
 
@@ -245,7 +247,7 @@ def _stops(answer: Any) -> bool:
 def _average(
     model: Any, average: float | str | None, average_from: int | None, epochs: int, patience: int | None
 ) -> Average | None:
-    """What `fit` averages, once its arguments are right and `_take` can do what it does."""
+    """What `fit` averages, once its arguments are right and `_give` can do what it does."""
     if average != "swa" and average_from is not None:
         raise ValueError(f'average_from needs average="swa", got average={average!r}')
     if average is None:
@@ -260,15 +262,15 @@ def _average(
         raise ValueError(f'average must be a number between 0 and 1 or "swa", got {average!r}')
     if patience is not None:
         raise ValueError("patience restores the weights of the best epoch, average gives averaged ones: expected one")
-    averaging(model)
+    tracking(model)
     return Average(model.params, None if isinstance(average, str) else float(average))
 
 
-def _take(mean: Average, model: Any, X: Array) -> None:
+def _give(mean: Average, model: Any, X: Array) -> None:
     """Give the averaged weights to the model, and running averages that are theirs; after an error all is as before."""
     before = model.state_dict()
     layers = [*leaves([model])]
-    moving = [i for i in averaging(model) if layers[i].training and not layers[i].frozen]
+    moving = [i for i in tracking(model) if layers[i].training and not layers[i].frozen]
     try:
         mean.give()
         if moving:
@@ -281,10 +283,10 @@ def _take(mean: Average, model: Any, X: Array) -> None:
 def _after_epoch(
     model: Any, held_out: tuple[Array, Array] | None, loss: Loss, epoch: int
 ) -> tuple[float, float | None] | None:
-    """Loss and accuracy of the validation data; FloatingPointError where they, or the parameters, are not finite."""
+    """Loss and accuracy of the validation data; FloatingPointError where they, or the model, are not finite."""
     try:
-        for name, p in model.params.items():
-            check_finite(p, f"the parameter {name!r}")
+        for name, a in model.state_dict().items():
+            check_finite(a, f"the model's {name!r}")
     except ValueError as error:
         raise FloatingPointError(f"after epoch {epoch}, {error}") from None
     if held_out is None:

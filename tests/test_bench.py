@@ -2,17 +2,19 @@
 
 import itertools
 import json
+import math
 import os
 import sys
 import time
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from test_data import write_idx
 
 import fastbn
-from bench import curves, folded, limit, overview, pictures, report, results, step, training, tune, workers
+from bench import curves, exactness, folded, limit, overview, pictures, report, results, step, training, tune, workers
 from bench import machine as described
 from bench.cases import LAYOUTS, OPERATIONS, Arrays, Case, arrays
 from bench.peers import PASSES, PEERS, Peer, prepare, prepare_pass
@@ -468,3 +470,40 @@ def test_a_contest_leaves_out_what_is_wrong_and_what_is_slow():
     assert {name: len(values) for name, values in times.items()} == {"first": 4, "slow": 2, "kept": 4}
     assert failed == {"wrong": "AssertionError: not what float64 gives"}
     assert all(value >= 1e-4 for value in times["first"])
+
+
+# --- exactness
+
+
+def test_digits_and_errors():
+    """Numbers with closed forms: (-1, 0, 1) has the variance 2/3."""
+    x = np.array([[-1.0], [0.0], [1.0]])
+    mean, var = exactness.exact_statistics(x[:, 0] + 3)
+    assert (mean, var) == (3, Fraction(2, 3))
+    assert exactness.digits(3.0, mean) == 15.95
+    assert exactness.digits(3.003, mean) == pytest.approx(3)
+    assert exactness.digits(float("nan"), mean) == 0
+    assert abs(exactness.root(Fraction(2)) ** 2 - 2) < Fraction(1, 10**60)
+    y = x * math.sqrt(1.5)
+    assert exactness.worst_error(y, x, 0) < 1
+    y[2] += 7 * 2.0**-53 * (1 + y[2])
+    assert 5.5 < exactness.worst_error(y, x, 0) < 8.5
+    y[0] = np.inf
+    assert exactness.worst_error(y, x, 0) == np.inf
+
+
+def test_the_page_of_exactness_is_of_these_libraries(monkeypatch):
+    kept = {name: exactness.LIBRARIES[name] for name in ("fastbn", "NumPy")}
+    monkeypatch.setattr(exactness, "LIBRARIES", kept)
+    few = {name: exactness.nist.DATA_SETS[name] for name in ("Mavro", "NumAcc1")}
+    monkeypatch.setattr(exactness.nist, "DATA_SETS", few)
+    monkeypatch.setattr(exactness, "batches", lambda dtype: {"far": np.arange(20, dtype=dtype).reshape(10, 2) + 5000})
+    page = exactness.page()
+    assert "| NumAcc1 (3) | 15.9, 15.9 | 15.9, 15.9 |" in page
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| far")]
+    assert len(rows) == 2
+    assert all(float(row[1]) < 5 < float(row[2].rstrip(" |")) for row in rows)
+    committed = exactness.PAGE.read_text(encoding="utf-8")
+    assert [line for line in committed.splitlines() if line.startswith("##")] == [
+        line for line in page.splitlines() if line.startswith("##")
+    ]

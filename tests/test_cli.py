@@ -220,7 +220,7 @@ def test_predict_refuses(flowers, model, capsys, tmp_path):
         (["--data", "none.npz"], "no such file or folder: none.npz"),
         (
             ["--data", "flowers.csv"],
-            "got 'rose' (a column of labels must be named as the target; --ignore kind leaves the column out)",
+            "got 'rose' (a column of labels must be named as the target; ignore=['kind'] (--ignore kind) leaves",
         ),
         (["--data", "plain.csv"], "no labels to learn: name their column with --target, one of a, b, c, d"),
         (["--data", "flowers.csv", "--target", "x"], "expected one column called 'x'"),
@@ -364,13 +364,17 @@ def test_patience_leaves_the_held_out_data_alone(flowers, capsys, monkeypatch):
     command = ("train", "--data", folder / "flowers.csv", "--target", "kind", "--out", folder / "run", "--lr", "0.05")
     seen = []
     fit = training.fit
-    monkeypatch.setattr(training, "fit", lambda *a, **options: seen.append(options) or fit(*a, **options))
+    monkeypatch.setattr(
+        training, "fit", lambda *a, **options: seen.append((a[1], options["validation"])) or fit(*a, **options)
+    )
     assert run(capsys, *command, "--patience", "2", "--epochs", "200")[0] == 0
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     for history in metrics["epochs"].values():
         best = int(np.argmin(history["val_loss"])) + 1
         assert len(history["loss"]) == best + 2 < 200
-    assert [options["validation"] for options in seen] == [0.1, 0.1]
+    for (X, _), (held_X, held_y) in seen:
+        assert len(X) + len(held_X) == metrics["training_examples"]
+        assert len(held_X) == len(held_y) == 3 * round(metrics["training_examples"] / 3 / 10)  # of every class
 
 
 def test_idx_folder_is_judged_by_its_own_test_part(tmp_path, capsys):
@@ -480,7 +484,13 @@ def test_learning_curves_of_a_regression_and_of_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"classes": ["a"]}, {"classes": 5}, {"columns": 7}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"classes": ["a"]}, {"classes": 5}, {"columns": 7},
+        *({"inputs": inputs} for inputs in (4.0, "4", None, [4], True, -4, 600_000_000, 10**30)),
+    ],
+)  # fmt: skip
 def test_a_model_whose_metadata_do_not_fit(flowers, monkeypatch, capsys, wrong):
     monkeypatch.chdir(flowers[0] if isinstance(flowers, tuple) else flowers)
     metadata = {"classes": ["a", "b"], "inputs": 4, "columns": None, "data": "x"} | wrong

@@ -202,7 +202,9 @@ def test_labels_beyond_64_bits_are_printed_whole(capsys):
 def test_a_table_without_a_header_from_train_to_predict(capsys):
     _, x = two_kinds(60)
     write("d.data", zip(range(7, 67), x, ["no", "yes"] * 30, strict=True), header="")
-    assert "--no-header reads it as an example" in refused(capsys, "train", *SHORT, "--data", "d.data", "--target", "3")
+    assert "(--no-header) reads it as an example" in refused(
+        capsys, "train", *SHORT, "--data", "d.data", "--target", "3"
+    )
     out, _ = trained(capsys, "--data", "d.data", "--no-header", "--target", "3", "--ignore", "1")
     assert "48 training examples, 12 held out, 1 features" in out
     write("e.data", [[value] for value in x], header="")
@@ -217,7 +219,7 @@ def test_predict_takes_the_columns_that_the_model_was_trained_on(capsys):
     kinds, x = two_kinds(60)
     rows = [*zip([f"2018-01-{i % 28 + 1:02}" for i in range(60)], x, x**2, kinds, strict=True)]
     write("d.csv", rows, header="day,u,v,t")
-    assert "got '2018-01-01' (--ignore day leaves the column out" in refused(
+    assert "got '2018-01-01' (ignore=['day'] (--ignore day) leaves the column out" in refused(
         capsys, "train", *SHORT, "--data", "d.csv", "--target", "t"
     )
     trained(capsys, "--data", "d.csv", "--target", "t", "--ignore", "day")
@@ -316,3 +318,19 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_read(capsys,
     monkeypatch.chdir(tmp_path)
     assert "no such file" in refused(capsys, "train", "--data", "none.csv", "--out", "a/b/c")
     assert not (tmp_path / "a").exists()
+
+
+def test_nothing_in_a_file_does_anything_to_a_terminal(capsys):
+    kinds, x = two_kinds(60)
+    np.savez("d.npz", X=np.c_[x, x], y=np.array(["a\nb", "c\x1b[2J"])[kinds])
+    trained(capsys, "--data", "d.npz")
+    assert {*run(capsys, "predict", MODEL, "d.npz")[1].splitlines()} == {"a\\nb", "c\\x1b[2J"}
+    write("d.csv", [("x", "y\r")], "a\x1b[2J,t")
+    for name, fault in (
+        ("d\x1b[2J.csv", "no such file"),
+        ("\udcff.csv", "no such file"),
+        ("d.csv", "expected a number"),
+    ):
+        error = refused(capsys, "train", *SHORT, "--data", name, "--target", "t")
+        assert fault in error
+        assert error.rstrip("\n").isprintable()

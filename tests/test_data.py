@@ -1,6 +1,7 @@
 import gzip
 import itertools
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -294,6 +295,8 @@ def damage(folder, name, how):
         file.write_bytes(b"\0\0\x0d\x03" + content[4:])
     elif how == "size":
         file.write_bytes(content[:4] + b"\xff\xff\xff\xff" + content[8:])
+    elif how == "no images":
+        file.write_bytes(content[:4] + b"\0\0\0\0" + b"\xff\xff\xff\xff" * 2)
     elif how == "not gzip":
         file.rename(file.with_name(name + ".gz"))
     elif how == "cut gzip":
@@ -312,6 +315,7 @@ def damage(folder, name, how):
         ("size", "asks for 51539607540 bytes"),
         ("not gzip", "damaged or truncated"),
         ("cut gzip", "damaged or truncated"),
+        ("no images", r"empty, got shape \(0, 4294967295, 4294967295\)"),
     ],
 )
 def test_idx_faults(tmp_path, how, fault):
@@ -319,6 +323,25 @@ def test_idx_faults(tmp_path, how, fault):
     damage(tmp_path, "t10k-images-idx3-ubyte", how)
     with pytest.raises(ValueError, match=f"t10k-images-idx3-ubyte(.gz)?: .*{fault}"):
         data.load(tmp_path)
+
+
+def test_a_small_file_does_not_take_much_memory(tmp_path):
+    """300 KB, whose header says one pixel, held 300 MB of zeros."""
+    idx_folder(tmp_path)
+    file = tmp_path / "train-images-idx3-ubyte"
+    content = file.read_bytes()[:4] + b"\0\0\0\1" * 3
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb", compresslevel=1) as packed:
+        packed.write(content)
+        for _ in range(60):
+            packed.write(bytes(5_000_000))
+    file.unlink()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="asks for 1 bytes of data, got more"):
+            data.load(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_idx_folders_that_do_not_fit(tmp_path):

@@ -1,6 +1,7 @@
 """What bad input gets: the right exception, one sentence with expected and got, and nothing changed."""
 
 import copy
+import os
 import pickle
 import re
 
@@ -341,8 +342,8 @@ def test_unknown_activation(world, activation):
             call()
 
 
-@pytest.mark.parametrize("n", [0, -1])
-def test_thread_counts_are_positive(world, n):
+@pytest.mark.parametrize("n", [0, -1, 4 * (os.cpu_count() or 1) + 64, 65536, 2**70])
+def test_thread_counts_are_what_a_machine_can_bear(world, n):
     threads = fastbn.get_num_threads()
     for call in (
         lambda: fastbn.set_num_threads(n),
@@ -362,6 +363,29 @@ def test_thread_counts_are_positive(world, n):
 def test_thread_counts_are_integers(world, n):
     for call in (lambda: fastbn.set_num_threads(n), lambda: world.batch_norm_forward(world.x, num_threads=n)):
         with pytest.raises(TypeError):
+            call()
+
+
+@pytest.mark.parametrize("c", [2**63 // 8 // 5 + 1, 2**60, 2**64 // 24 + 1, 2**64 // 40 + 1, 2**62])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sizes_that_are_none(c, dtype):
+    """An empty array may have any number of features, for each of which something is kept."""
+    try:
+        x = np.empty((0, c), dtype)
+    except ValueError:
+        pytest.skip("NumPy refuses such an array")
+    bn = fastbn.BatchNorm(1)
+    for call in (
+        lambda: fastbn.moments(x),
+        lambda: fastbn.batch_norm_forward(x),
+        lambda: fastbn.batch_norm(x, training=True),
+        lambda: fastbn.batch_norm_backward(x, x, fastbn.moments(np.eye(2))),
+        lambda: fastbn.BatchNorm(c),
+        lambda: fastbn.RunningStats(c),
+        lambda: bn(x),
+        lambda: bn.eval()(x),
+    ):
+        with pytest.raises((MemoryError, ValueError)):
             call()
 
 

@@ -342,11 +342,11 @@ def test_targets_of_another_kind():
 
 
 MISSING = {
-    "None": (["a", "b", None] * 4, "None in row 2"), "None beside numbers": ([0, None] * 6, "None in row 1"),
-    "NaN beside text": (["a", float("nan")] * 6, "nan in row 1"),
-    "float32 NaN": (("a", "b", np.float32("nan")) * 4, "nan in row 2"),
-    "object": (np.array(["a", "b", None] * 4, object), "None in row 2"),
-    "NaT": (np.array(["2020", "2021", "NaT"] * 4, "M8[D]"), "NaT in row 2"),
+    "None": (["a", "b", None] * 4, r"None in y\[2\]"), "None beside numbers": ([0, None] * 6, r"None in y\[1\]"),
+    "NaN beside text": (["a", float("nan")] * 6, r"nan in y\[1\]"),
+    "float32 NaN": (("a", "b", np.float32("nan")) * 4, r"nan in y\[2\]"),
+    "object": (np.array(["a", "b", None] * 4, object), r"None in y\[2\]"),
+    "NaT": (np.array(["2020", "2021", "NaT"] * 4, "M8[D]"), r"NaT in y\[2\]"),
     "NaN": (np.array([0, 1, np.nan] * 4), "NaN"), "inf": (np.array([0, 1, np.inf] * 4), "infinity"),
 }  # fmt: skip
 
@@ -373,7 +373,7 @@ def test_masks_are_not_lost(estimator):
 @pytest.mark.parametrize("missing", [np.datetime64("NaT"), type("NAType", (), {"__ne__": lambda *_: None})()])
 def test_a_missing_label_of_pandas_and_of_dates(missing):
     for y in ([missing, "a", "b", "a"], np.array([missing, "a", "b", "a"], object)):
-        with pytest.raises(ValueError, match=r"expected a y without missing values, got .* in row 0"):
+        with pytest.raises(ValueError, match=r"expected a y without missing values, got .* in y\[0\]"):
             BatchNormClassifier((2,), max_iter=1).fit(np.eye(4), y)
 
 
@@ -449,7 +449,7 @@ def test_divergence_names_the_epoch_and_leaves_the_old_network(settings, early_s
 
 
 @pytest.mark.parametrize(("rate", "early_stopping", "named"), [
-    (1e306, False, r"after epoch 1, the parameter '0.weight'\[0, 0\] is inf: expected finite numbers"),
+    (1e306, False, r"after epoch 1, the model's '0.weight'\[0, 0\] is inf: expected finite numbers"),
     (1e160, True, "the validation score is -inf at epoch 1"),
 ])  # fmt: skip
 def test_the_last_step_diverges(rate, early_stopping, named):

@@ -1,9 +1,13 @@
 """The numerics contract against rational arithmetic: data of many kinds, a search for the worst, and hostile scales.
 
 One call holds many features. A longdouble picks the worst of them, and fractions judge those.
+
+FASTBN_CLIMBS is how many generations each search has, 60 by default (`.ci/run` takes 600, an hour is about 30,000),
+FASTBN_SEED where it begins.
 """
 
 import math
+import os
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -220,7 +224,7 @@ def mutated(rng, a):
 @pytest.mark.parametrize("aim", ["y", "dx"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_climbing_towards_the_largest_error(dtype, aim, view):
-    rng = np.random.default_rng(8)
+    rng = np.random.default_rng(int(os.environ.get("FASTBN_SEED", "8")))
     x = np.concatenate([make(rng, math.prod(view), 40) for make in KINDS.values()], 1).astype(dtype)
     x = x[:, (x != x[0]).any(0)]
     c = x.shape[1]
@@ -229,7 +233,7 @@ def test_climbing_towards_the_largest_error(dtype, aim, view):
         x, gradients(rng, x).astype(dtype), np.ones(c, dtype), np.zeros(c, dtype), 1e-5, ACTIVATIONS[activation]
     )
     heights = np.zeros(c)
-    for climb in range(60):
+    for climb in range(int(os.environ.get("FASTBN_CLIMBS", "60"))):
         case = best
         if climb:
             case = best._replace(x=mutated(rng, best.x), weight=mutated(rng, best.weight))

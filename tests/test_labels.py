@@ -167,6 +167,15 @@ def test_auto_decides_by_the_targets_kind(tmp_path, labels, regression):
             assert dataset.y.tolist() == [float(label) for label in labels]
 
 
+def test_auto_refuses_a_slip_among_many_numbers(tmp_path):
+    """Each value twice, so that a split by classes would work."""
+    slip = [f"{i}.5" for i in range(30)] + ["3.5x"]
+    for how in WRITTEN:
+        with pytest.raises(ValueError, match=r"expected a number, as most targets are, got '3.5x': task=\"class"):
+            read(tmp_path, 2 * slip, how, task="auto")
+        assert len(read(tmp_path, 2 * slip, how, task="classification").classes) == 31
+
+
 def test_targets_of_a_regression_are_finite_numbers(tmp_path):
     assert read(tmp_path, ["1e3", "-.5", "True"], task="regression").y.tolist() == [1000, -0.5, 1]
     for wrong in ("inf", "1e400", "1e200", "x", "1_0", "\u0663", "0x1"):
@@ -206,5 +215,5 @@ def test_a_missing_label_of_objects_is_an_error_of_the_estimators_too(missing):
         (BatchNormClassifier((2,), max_iter=1), ["a", "b", missing, "b"]),
         (BatchNormRegressor((2,), max_iter=1), [1.0, 2.0, missing, 3.0]),
     ):
-        with pytest.raises(ValueError, match=r"without missing values, got .* in row 2"):
+        with pytest.raises(ValueError, match=r"without missing values, got .* in y\[2\]"):
             estimator.fit(X, np.array(y, dtype=object))

@@ -95,6 +95,20 @@ def test_steps_are_the_textbooks(cls, kwargs, dtype):
             assert (m.grads[k] == before[k]).all()
 
 
+@pytest.mark.parametrize("cls", [optim.SGD, optim.RMSprop])
+def test_momentum_may_change_but_not_begin(cls):
+    with_buffers, without = cls(model("float64"), 0.1, momentum=0.5), cls(model("float64"), 0.1)
+    with_buffers.momentum = 0
+    with_buffers.momentum = 0.9
+    assert copy.deepcopy(with_buffers).momentum == 0.9
+    with pytest.raises(ValueError, match=rf"expected momentum 0, with which this {cls.__name__} was made .*, got 0\.9"):
+        without.momentum = 0.9
+    for optimizer, kept in ((with_buffers, 0.9), (without, 0)):
+        with pytest.raises(ValueError, match="expected a finite momentum of at least 0, got -1"):
+            optimizer.momentum = -1
+        assert optimizer.momentum == kept
+
+
 def test_defaults_are_pytorchs():
     # written down from torch.optim's documentation; tests/parity compares the steps themselves
     def defaults(cls):

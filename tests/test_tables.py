@@ -66,7 +66,9 @@ def test_what_numpy_writes_is_read(tmp_path):
     "text", ["1,2,0\n3,4,1\n", "5.1,3.5,setosa\n4,3,other\n", "a,1990,1991\nx,1,2\n", "x1,True,x\nx2,False,y\n"]
 )
 def test_a_first_row_that_may_be_an_example_is_not_eaten(tmp_path, text):
-    with pytest.raises(ValueError, match=r"d\.csv: the first row holds \S+, so it may be an example .* --no-header"):
+    with pytest.raises(
+        ValueError, match=r"d\.csv: the first row holds \S+, so it may be an example .*header=False \(--no-header\)"
+    ):
         read(tmp_path, text)
     rows = [line.split(",") for line in text.splitlines()]
     last = len(rows[0])
@@ -101,7 +103,8 @@ def test_numbers_keep_their_digits(tmp_path, cell):
 @pytest.mark.parametrize("beside", ["1", "True"])  # the row's other cell: numbers alone are read at once
 def test_what_nobody_writes_for_a_number_is_refused(tmp_path, cell, beside):
     with pytest.raises(
-        ValueError, match=r"line 2, column 'a': expected a number, got .*--ignore a leaves the column out"
+        ValueError,
+        match=r"line 2, column 'a': expected a number, got .*ignore=\['a'\] \(--ignore a\) leaves the column out",
     ):
         read(tmp_path, f"a,b,t\n{cell},{beside},x\n", "t")
 
@@ -109,7 +112,8 @@ def test_what_nobody_writes_for_a_number_is_refused(tmp_path, cell, beside):
 @pytest.mark.parametrize("missing", ["", "NA", "nan", "?", "#N/A"])
 def test_a_missing_number_is_refused_with_the_way_on(tmp_path, missing):
     with pytest.raises(
-        ValueError, match=r"line 3, column 'a b': .* \(fill in what is missing, or --ignore 'a b' leaves"
+        ValueError,
+        match=r"line 3, column 'a b': .* \(fill in what is missing, or ignore=\['a b'\] \(--ignore 'a b'\) leaves",
     ):
         read(tmp_path, f"a b,t\n1,x\n{missing},x\n", "t")
 
@@ -149,6 +153,24 @@ def test_row_names_are_no_feature(tmp_path, first, cells, left_out):
     assert len(dataset.notes) == left_out
 
 
+def test_a_header_without_a_cell_above_the_row_names(tmp_path):
+    """As R's write.table writes it: quoted or not, parted by spaces or by what `sep` says."""
+    rows = [("1", "5.1", "3.5", "se tosa"), ("2", "4.9", "3.0", "virginica")]
+    for delimiter in " \t,;":
+        for quote in ('"', "") if delimiter != " " else ('"',):
+            head = delimiter.join(f"{quote}{name}{quote}" for name in ("Sepal.Length", "Sepal.Width", "Species"))
+            body = [delimiter.join((f"{quote}{a}{quote}", b, c, f"{quote}{d}{quote}")) for a, b, c, d in rows]
+            dataset = read(tmp_path, "\n".join([head, *body, ""]), "Species")
+            assert dataset.features == ("Sepal.Length", "Sepal.Width")
+            assert dataset.X.tolist() == [[5.1, 3.5], [4.9, 3.0]]
+            assert dataset.classes.tolist() == ["se tosa", "virginica"]
+            assert dataset.notes == ("left out the first column, which has no name and another cell in every row",)
+    with pytest.raises(ValueError, match="no name for the first column, expected row names, got cells that are there"):
+        read(tmp_path, "a,t\n1,2,u\n1,3,v\n", "t")
+    with pytest.raises(ValueError, match="line 3 has 3 cells parted by commas, expected 2"):
+        read(tmp_path, "a,t\n1,u\n1,3,v\n", "t")
+
+
 def test_a_column_asked_for_by_its_empty_name_is_one(tmp_path):
     text = ",a\n4,1\n5,2\n"
     assert read(tmp_path, text, columns=["", "a"]).X.tolist() == [[4, 1], [5, 2]]
@@ -158,7 +180,7 @@ def test_a_column_asked_for_by_its_empty_name_is_one(tmp_path):
 
 def test_a_column_that_counts_the_rows_is_named(tmp_path):
     dataset = read(tmp_path, "Id,a,t\n" + "".join(f"{i},{i % 2},x\n" for i in range(5, 9)), "t")
-    assert dataset.notes == ("column Id counts the rows: --ignore Id leaves it out",)
+    assert dataset.notes == ("column Id counts the rows: ignore=['Id'] (--ignore Id) leaves it out",)
     assert read(tmp_path, "x,t\n1,u\n2,v\n3,u\n", "t").notes == ()  # the only feature there is
 
 

@@ -1,6 +1,7 @@
 """set_num_threads, get_num_threads, threads, their defaults, forks, and calls from many Python threads."""
 
 import os
+import platform
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn.kernels import machine
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +24,9 @@ def as_before():
 def printed(python):
     """The words that a piece of code prints."""
 
-    def run(code, *options, **environment):
-        done = python(*options, "-c", code, **environment)
+    def run(code, *arguments, **environment):
+        options = [a for a in arguments if a.startswith("-") or a.startswith("ignore")]
+        done = python(*options, "-c", code, *[a for a in arguments if a not in options], **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
@@ -38,7 +41,7 @@ def test_set_returns_the_number_before():
 
 
 def test_more_threads_than_cores_are_honoured():
-    n = 2 * (os.cpu_count() or 1) + 1
+    n = min(2 * (os.cpu_count() or 1) + 1, machine.most_threads())
     fastbn.set_num_threads(n)
     assert fastbn.get_num_threads() == n
     x = np.random.default_rng(0).standard_normal((2000, 500)).astype("float32")
@@ -115,6 +118,70 @@ print(step() == expected)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing on this platform")
 def test_a_forked_child_computes_the_same_and_does_not_hang(printed):
     assert printed(FORK, "-W", "ignore::DeprecationWarning") == ["0", "0", "0", "True"]
+
+
+FORKED_BY_C = FORK.replace("os.fork()", "ctypes.PyDLL(None).fork()").replace("import os,", "import ctypes, os,")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing on this platform")
+def test_a_child_that_python_did_not_fork(printed):
+    """Nobody calls os.register_at_fork's hooks in it."""
+    assert printed(FORKED_BY_C) == ["0", "0", "0", "True"]
+
+
+# The last number in glibc's fenv_t: flushed denormals, or another rounding, as a library sets them for itself.
+ANOTHER_CONTROL_WORD = """
+import ctypes, hashlib, sys, numpy as np, fastbn
+from fastbn import nn, optim
+m = ctypes.CDLL("libm.so.6")
+def control(word):
+    environment = (ctypes.c_uint32 * 8)()
+    m.fegetenv(environment)
+    environment[7] = word
+    m.fesetenv(environment)
+    m.fegetenv(environment)
+    return environment[7] & ~63 == word
+def bits(threads):
+    with fastbn.threads(threads):
+        h = hashlib.sha256()
+        for x in arrays:
+            for options in {}, {"renorm": (2.0, 1.0), "activation": "leaky_relu"}:
+                bn = fastbn.BatchNorm(64, eps=1e-70, **options)
+                for a in bn(x), bn.backward(x), bn.running_mean, bn.running_var, bn.grads["weight"], bn.eval()(x):
+                    h.update(a.tobytes())
+        layer.params["weight"][...], layer.grads["weight"][...] = weight, gradient
+        step = optim.RMSprop(layer, 1e-3)
+        step.step()
+        h.update(layer.params["weight"].tobytes() + step.state_dict()["weight.square_avg"].tobytes())
+        return h.hexdigest()
+rng = np.random.default_rng(0)
+layer = nn.Dense(512, 512, seed=0)
+weight = (rng.standard_normal((512, 512)) * 1e-38).astype("float32")
+gradient = (rng.standard_normal((512, 512)) * 1e-20).astype("float32")
+arrays = [(rng.standard_normal(shape) * scale).astype(dtype) for shape in ((2100, 64), (30, 64, 9, 8))
+          for dtype, scale in (("float32", 1), ("float32", 1e-40), ("float64", 1e-310))]
+if sys.argv[1] == "threads first":
+    bits(2)
+expected = None
+plain = control(0x1f80)
+for word in (0x1f80, 0x9fc0, 0x5f80):
+    taken = control(word)
+    found = {bits(1), bits(2)}
+    after = control(word)
+    control(0x1f80)
+    expected = expected or found
+    print(taken and after and plain, found == expected, len(found))
+"""
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine(), platform.libc_ver()[0]) != ("linux", "x86_64", "glibc"),
+    reason="fenv_t as glibc has it on x86-64",
+)
+@pytest.mark.parametrize("first", ["threads first", "word first"])
+def test_bits_do_not_depend_on_the_control_word(printed, first):
+    """Flushed denormals and directed rounding, set before OpenMP's threads begin, which inherit it, or after."""
+    assert printed(ANOTHER_CONTROL_WORD, first) == ["True", "True", "1"] * 3
 
 
 def test_inference_from_many_threads_at_once():

@@ -266,7 +266,7 @@ def test_only_the_first_fault_is_named_and_large_finite_numbers_are_none():
 def test_masked_targets_are_refused():
     X, y = blobs()
     model = network()
-    with pytest.raises(TypeError, match="data: expected y without a mask"):
+    with pytest.raises(TypeError, match="expected data: y without a mask"):
         training.fit(
             model, (X, np.ma.masked_equal(y, 2)), losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=1,
             batch_size=8,
@@ -291,7 +291,7 @@ def test_a_last_step_that_overflows_is_an_error():
     """No later loss tells of it."""
     model = network()
     X, y = blobs(32)
-    with pytest.raises(FloatingPointError, match=r"after epoch 1, the parameter '0.weight'\[0, 0\] is -?(inf|nan)"):
+    with pytest.raises(FloatingPointError, match=r"after epoch 1, the model's '0.weight'\[0, 0\] is -?(inf|nan)"):
         training.fit(model, (X, y), losses.softmax_cross_entropy, optim.SGD(model, 1e300), epochs=1, batch_size=32)
 
 
@@ -470,6 +470,22 @@ def test_best_epoch_of_none_and_of_nan():
     assert training.History().best_epoch is None
     assert training.History(val_loss=[math.nan, 3.0, 2.0, 2.0, math.inf]).best_epoch == 3
     assert training.History(val_loss=[math.nan, math.inf]).best_epoch == 1
+
+
+def test_a_fraction_may_be_any_number():
+    trained = []
+    for fraction in (0.5, np.float32(0.5), np.float16(0.5)):
+        model = network()
+        training.fit(
+            model, blobs(), losses.softmax_cross_entropy, optim.Adam(model), epochs=1, batch_size=16,
+            validation=fraction,
+        )  # fmt: skip
+        trained.append(state(model))
+    assert trained[0] == trained[1] == trained[2]
+    with pytest.raises(TypeError, match=r"validation must be a pair \(X, y\), got bool"):
+        training.fit(
+            model, blobs(), losses.softmax_cross_entropy, optim.Adam(model), epochs=1, batch_size=16, validation=True
+        )
 
 
 def test_the_history_draws_itself(tmp_path):

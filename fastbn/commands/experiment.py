@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from fastbn.experiments.common import check_pixels
+from fastbn.labels import printable
 
 from .common import add_data, folder, load, making, naming, need, whole_number
 
@@ -64,4 +65,4 @@ def run(args: argparse.Namespace) -> None:
             with naming(args.out):
                 written = result.save(args.out)
             print(result.table(), flush=True)
-            print("wrote", ", ".join(map(str, written)), end="\n\n", flush=True)
+            print("wrote", ", ".join(map(printable, written)), end="\n\n", flush=True)

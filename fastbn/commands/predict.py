@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(lines: Iterable[Any]) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.write("".join(f"{labels.printable(line)}\n" for line in lines))
     sys.stdout.flush()  # before anything is said of them
 
 

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastbn.files import write_whole
+
 # Data are compared by what they hold, when training goes on; epochs may be more, or fewer.
 _NOT_COMPARED = ("out", "resume", "data", "epochs")
 # Stored as the opposite of what is written: --no-standardize.
@@ -36,7 +38,7 @@ def same_options(args: argparse.Namespace, path: Path, unfinished: Collection[Pa
                     f"is {_shown(value, negative)}"
                 )
     if not (args.resume and any(file.exists() for file in unfinished)):
-        path.write_text(json.dumps(options), encoding="utf-8")
+        write_whole(path, json.dumps(options).encode())
     try:
         yield
     finally:

@@ -13,9 +13,7 @@ import numpy as np
 
 from fastbn import data, losses, nn, plots, training
 
-__all__ = ["VALIDATION", "Classification", "Regression", "kind_of", "task_of"]
-
-VALIDATION = 0.1  # what --patience leaves out of the training data
+__all__ = ["Classification", "Regression", "kind_of", "task_of"]
 
 
 def task_of(args: argparse.Namespace, train: data.Dataset) -> Classification | Regression:
@@ -54,8 +52,8 @@ class Classification:
         loss, accuracy = training.evaluate(model, (dataset.X, self.targets(dataset)), self.loss)
         return {"accuracy": accuracy, "loss": loss}
 
-    def epochs(self, history: training.History, validation: Any) -> dict[str, list[float]]:
-        """What was measured, epoch by epoch."""
+    def epochs(self, history: training.History, target: Any, validation: Any) -> dict[str, list[float]]:
+        """What was measured, epoch by epoch; `target` and `validation` are the targets of both parts."""
         return dataclasses.asdict(history)
 
     def draw(self, epochs: Mapping[str, dict[str, list[float]]], path: Path) -> None:
@@ -84,8 +82,7 @@ class Regression:
         self._std = math.sqrt(float(self._scale.var[0]))
         if not self._std > 0:
             raise ValueError(f"{train.name}: the squares of targets that differ by {y.max() - y.min():g} leave float64")
-        self._train = self.targets(train)
-        if not np.isfinite(self._train).all():
+        if not np.isfinite(self.targets(train)).all():
             raise ValueError(f"{train.name}: targets beyond float32's range, leave out --no-standardize")
         target = {"mean": float(self._scale.mean[0]), "mean_low": float(self._scale.mean_low[0]), "std": self._std}
         self.metadata = {"classes": None, "target": target}
@@ -101,14 +98,10 @@ class Regression:
         loss, _ = training.evaluate(model, (dataset.X, target), self.loss)
         return {"RMSE": self._rmse(loss), "R2": _r2(loss, target), "loss": loss}
 
-    def epochs(self, history: training.History, validation: Any) -> dict[str, list[float]]:
-        """RMSE and R2 of both parts, epoch by epoch; `validation`: its targets, or the seed that drew them."""
-        train = self._train
-        if isinstance(validation, int):
-            held = data.held_out_rows(np.zeros(len(train)), VALIDATION, validation)
-            train, validation = train[~held], train[held]
+    def epochs(self, history: training.History, target: Any, validation: Any) -> dict[str, list[float]]:
+        """RMSE and R2 of both parts, epoch by epoch; `target` and `validation` are the targets of these."""
         found: dict[str, list[float]] = {}
-        for prefix, part_losses, part in (("", history.loss, train), ("val_", history.val_loss, validation)):
+        for prefix, part_losses, part in (("", history.loss, target), ("val_", history.val_loss, validation)):
             found[f"{prefix}rmse"] = [self._rmse(loss) for loss in part_losses]
             found[f"{prefix}r2"] = [r2 for loss in part_losses if (r2 := _r2(loss, part)) is not None]
         return found | {"lr": history.lr, "seconds": history.seconds}

@@ -15,10 +15,12 @@ import numpy as np
 
 import fastbn
 from fastbn import checkpoint, data, nn, optim, schedules, training
+from fastbn.files import write_whole
+from fastbn.labels import printable
 
 from .common import add_data, folder, load, making, naming, need, real_number, whole_number
 from .resume import same_options
-from .tasks import VALIDATION, Classification, Regression, kind_of, task_of
+from .tasks import Classification, Regression, kind_of, task_of
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 FUSED = ("relu", "leaky_relu")  # what BatchNorm does in the same pass
@@ -32,6 +34,7 @@ SCHEDULES = {
 WITH, WITHOUT = "with batch normalization", "without batch normalization"
 # An output of one example differs from the batch's by rounding: 1e-6 of the largest output where training went well.
 AGREES = 1e-4
+VALIDATION = 0.1  # what --patience leaves out of the training data
 
 Task = Classification | Regression
 
@@ -112,10 +115,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.data}: no labels to learn{columns}")
         train, held_out = data.split(dataset, seed=args.seed)
         task = task_of(args, train)
-        print(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
+        print(f"{printable(dataset.name)}: {len(train.X)} training examples, {len(held_out.X)} held out, "
               f"{train.X.shape[1]} features, {task.about}")  # fmt: skip
         for note in (*dataset.notes, *[f"--task auto: {kind_of(dataset)}"] * (args.task == "auto")):
-            print(note)
+            print(printable(note))
         inputs = _inputs(args, train)
         print(_said_of(inputs, train), flush=True)
 
@@ -135,9 +138,9 @@ def run(args: argparse.Namespace) -> None:
             with naming(args.out):
                 checkpoint.save(files[0], *saved, metadata=metadata)
                 task.draw(epochs, files[1])
-                files[2].write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+                write_whole(files[2], f"{json.dumps(metrics, indent=2)}\n".encode())
     _print_results(results, alone, task)
-    print("wrote", ", ".join(map(str, files)))
+    print("wrote", ", ".join(map(printable, files)))
 
 
 def _inputs(args: argparse.Namespace, train: data.Dataset) -> nn.Standardize | None:
@@ -198,7 +201,14 @@ def _train_networks(
         raise ValueError(
             f"{held_out.name}: a held-out example's column {called} is too far from the training data for float32"
         )
-    target, held_out_target = task.targets(train), task.targets(held_out)
+    target = task.targets(train)
+    validation = held_out_X, task.targets(held_out)
+    if args.patience is not None:  # held-out data must not choose
+        labels = np.zeros(len(X)) if train.classes is None or train.y is None else train.y
+        held = data.held_out_rows(labels, VALIDATION, args.seed)
+        if not held.any():
+            raise ValueError(f"{train.name}: --patience needs 2 training examples of a class, got 1 of each")
+        (X, target), validation = (X[~held], target[~held]), (X[held], target[held])
     results: dict[str, dict[str, Any]] = {}
     epochs: dict[str, Any] = {}
     saved = None
@@ -211,9 +221,8 @@ def _train_networks(
             history = training.fit(
                 trained, (X, target), task.loss, optimizer, epochs=args.epochs,
                 batch_size=args.batch_size, seed=args.seed, patience=args.patience, clip_norm=args.clip_norm,
-                # held-out data must not choose
-                validation=(held_out_X, held_out_target) if args.patience is None else VALIDATION,
-                schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name], resume=args.resume,
+                validation=validation, schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name],
+                resume=args.resume,
             )  # fmt: skip
             scores = task.scores(model, held_out)
             if not math.isfinite(scores["loss"]):
@@ -224,7 +233,7 @@ def _train_networks(
                 raise FloatingPointError(f"{name}, {error}: try a smaller --lr") from error
             results[name] = {"diverged": str(error)}
             continue
-        epochs[name] = task.epochs(history, held_out_target if args.patience is None else args.seed)
+        epochs[name] = task.epochs(history, target, validation[1])
         results[name] = scores | {"seconds": sum(history.seconds)}
         saved = saved or (model.eval(), optimizer)
     assert saved is not None

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_parameters", "hidden_sizes", "refuse_masked", "refuse_missing"]
+from ..state import refuse_masked
+
+__all__ = ["check_parameters", "hidden_sizes", "refuse_missing"]
 
 _ACTIVATIONS = ("identity", "logistic", "relu", "tanh")
 _SOLVERS = ("adam", "rmsprop", "sgd")
@@ -69,12 +71,6 @@ def hidden_sizes(estimator: Any) -> list[Any]:
     return [*sizes] if np.iterable(sizes) and not isinstance(sizes, str) else [sizes]
 
 
-def refuse_masked(a: Any, name: str) -> None:
-    """TypeError for a masked array, as everywhere in fastbn."""
-    if isinstance(a, np.ma.MaskedArray):
-        raise TypeError(f"expected {name} without a mask, got a masked array: its mask would be lost")
-
-
 def refuse_missing(y: Any) -> None:
     """An error for a missing label that NumPy or scikit-learn would make a class: NaN beside text becomes "nan"."""
     refuse_masked(y, "y")
@@ -87,4 +83,4 @@ def refuse_missing(y: Any) -> None:
     for place, label in np.ndenumerate(labels):
         kind = type(label).__name__
         if label is None or kind in ("NAType", "NaTType") or (isinstance(label, Real | np.generic) and label != label):
-            raise ValueError(f"expected a y without missing values, got {label} in row {place[0]}")
+            raise ValueError(f"expected a y without missing values, got {label} in y[{place[0]}]")

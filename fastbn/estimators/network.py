@@ -23,8 +23,8 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from .. import nn, optim, training
 from ..batchnorm import BatchNorm
 from ..data import held_out_rows
-from ..state import Array
-from .checks import check_parameters, hidden_sizes, refuse_masked, refuse_missing
+from ..state import Array, refuse_masked
+from .checks import check_parameters, hidden_sizes, refuse_missing
 
 # The layers that follow Dense or BatchNorm, which apply relu themselves.
 _ACTIVATION_LAYERS: dict[str, Any] = {"logistic": (nn.Sigmoid,), "tanh": (nn.Tanh,)}
@@ -302,9 +302,8 @@ class Network(BaseEstimator):
             )  # fmt: skip
         finally:
             self.model_.eval()
-        trained = (*self.model_.state_dict().values(), *self._optimizer.state_dict().values())
-        if not all(np.isfinite(array).all() for array in trained):
-            raise FloatingPointError(f"the network is not finite any more at the end of epoch {len(history.loss)}")
+        if not all(np.isfinite(array).all() for array in self._optimizer.state_dict().values()):
+            raise FloatingPointError(f"the optimizer is not finite any more after epoch {len(history.loss)}")
         if best:
             self.model_.load_state_dict(best)
         return bool(stalled > self.n_iter_no_change)

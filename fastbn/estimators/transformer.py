@@ -100,23 +100,24 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         X = self._checked(X, reset=first)
         stats = moments(X)
         if first:
-            self._fading = None if self.momentum is None else 1 - self.momentum
-            self.mean_, self.mean_low_, self._spread = np.zeros((3, X.shape[1]))
-            self.n_samples_seen_ = 0
-            self._weight: float = 0
+            fading = None if self.momentum is None else 1 - self.momentum
+            into, held, seen = np.zeros((3, X.shape[1])), 0.0, 0
+        else:
+            # Copies: whoever holds the arrays of before keeps them, and a model mapped from a file is read-only.
+            into = np.stack([self.mean_, self.mean_low_, self._spread])
+            fading, held, seen = self._fading, self._weight, self.n_samples_seen_
         weight: float = stats.count
-        if self._fading is not None:
+        if fading is not None:
             weight = 1
-            self._weight *= self._fading
-            self._spread = self._spread * self._fading
-        # Copies: whoever holds the arrays of before keeps them, and a model that is mapped from a file is read-only.
-        into = self.mean_.copy(), self.mean_low_.copy(), self._spread.copy()
-        merge(into, self._weight, (stats.mean, stats.mean_low, stats.var * weight), weight)
-        self.mean_, self.mean_low_, self._spread = into
-        self._weight += weight
-        self.n_samples_seen_ += stats.count
-        self.var_ = self._spread / self._weight
-        self.scale_ = np.where(self.var_ == 0, 1, np.sqrt(self.var_))
+            held *= fading
+            into[2] *= fading
+        merge(tuple(into), held, (stats.mean, stats.mean_low, stats.var * weight), weight)
+        var = into[2] / (held + weight)
+        # At once: a signal's handler may raise between any two statements.
+        self.__dict__.update(
+            mean_=into[0], mean_low_=into[1], _spread=into[2], _fading=fading, _weight=held + weight, var_=var,
+            n_samples_seen_=seen + stats.count, scale_=np.where(var == 0, 1, np.sqrt(var)),
+        )  # fmt: skip
         return self
 
     def transform(self, X: ArrayLike) -> Any:

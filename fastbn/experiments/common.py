@@ -28,6 +28,7 @@ import numpy as np
 
 import fastbn
 from fastbn import data, losses, nn, plots, training
+from fastbn.files import write_whole
 
 __all__ = [
     "Pair",
@@ -126,7 +127,7 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{self.name}.json", folder / f"{self.name}.png"]
         self.plot(paths[1])
-        paths[0].write_text(text + "\n", encoding="utf-8")
+        write_whole(paths[0], f"{text}\n".encode())
         return paths
 
     def plot(self, path: Path) -> None:

@@ -48,6 +48,7 @@ from fastbn.kernels.params cimport (
     split_high,
     spread,
 )
+from fastbn.kernels.rounding cimport Control, as_before, ieee
 from fastbn.kernels.schedule cimport FEATURE_BY_FEATURE, Schedule, schedule
 from fastbn.kernels.types cimport LINE_BYTES, STEP, add, aligned, ceil_div, f32, f64, real, row, digits_to_spare, table
 
@@ -200,6 +201,7 @@ cdef void run(Work *w, const Step *steps, int n, row x, table params) noexcept n
     """The steps, one after the other. Only the number of threads is not given by the shape."""
     cdef Py_ssize_t i
     cdef int s = 0
+    cdef Control word
     if w.plan.threads < 2:
         if w.plan.traversal == FEATURE_BY_FEATURE:
             for i in range(w.cut.C):
@@ -209,13 +211,18 @@ cdef void run(Work *w, const Step *steps, int n, row x, table params) noexcept n
                 for i in range(numbers(w, steps[s])):
                     do(w, steps[s], i, 0, x, params)
     elif w.plan.traversal == FEATURE_BY_FEATURE:
-        for i in prange(w.cut.C, schedule="static", num_threads=w.plan.threads):
-            do_feature(w, steps, n, i, threadid(), x, params)
+        with parallel(num_threads=w.plan.threads):
+            word = ieee()
+            for i in prange(w.cut.C, schedule="static"):
+                do_feature(w, steps, n, i, threadid(), x, params)
+            as_before(word)
     else:
         with parallel(num_threads=w.plan.threads):
+            word = ieee()
             for s in range(n):
                 for i in prange(numbers(w, steps[s]), schedule="static"):
                     do(w, steps[s], i, threadid(), x, params)
+            as_before(word)
 
 # --- the kernels ------------------------------------------------------------------------------------------------------------------
 
@@ -302,9 +309,14 @@ cdef int kernel(Job *job, const Step *steps, int n, int arrays, row x, table par
 
 
 cdef int kernel_of(Job *job, const Step *steps, int n, int arrays) noexcept nogil:
+    cdef Control word = ieee()
+    cdef int status
     if job.is_float64:
-        return kernel(job, steps, n, arrays, <f64>job.x, <f64>NULL)
-    return kernel(job, steps, n, arrays, <f32>job.x, <f32>NULL)
+        status = kernel(job, steps, n, arrays, <f64>job.x, <f64>NULL)
+    else:
+        status = kernel(job, steps, n, arrays, <f32>job.x, <f32>NULL)
+    as_before(word)
+    return status
 
 
 cdef int moments(Job *job) noexcept nogil:

@@ -129,6 +129,13 @@ cdef extern from *:
     #endif
     #endif
 
+    #if defined(_WIN32)
+    static long fastbn_pid(void) { return 0; }
+    #else
+    #include <unistd.h>
+    static long fastbn_pid(void) { return (long)getpid(); }
+    #endif
+
     #if defined(__aarch64__) || defined(_M_ARM64)
     #define FASTBN_ARM64 1
     #else
@@ -139,6 +146,7 @@ cdef extern from *:
     int omp_get_max_threads() nogil
     int omp_get_num_procs() nogil
     const bint FASTBN_ARM64
+    long fastbn_pid() nogil
     void fastbn_features(unsigned long long *f)
     void fastbn_processor(char *vendor, int *family, int *model)
     void fastbn_caches(size_t *bytes, int *sharers)
@@ -149,12 +157,14 @@ import sys
 cdef int requested = 0        # set_num_threads; 0: the default
 cdef int quota = 1 << 20      # processors that the control group grants
 cdef bint forked = False
+cdef long pid = fastbn_pid()
 cdef Settings numbers         # filled at import, by kernels/__init__.py
 
 
 cdef int threads(int asked) noexcept nogil:
     """Threads for one call: `asked` where positive, else the process-wide number."""
-    if forked or not FASTBN_OPENMP:
+    # The second test is for a fork that Python does not know of, as in a library's C.
+    if forked or pid != fastbn_pid() or not FASTBN_OPENMP:
         return 1
     if asked > 0:
         return asked
@@ -169,14 +179,20 @@ cdef const Settings *settings() noexcept nogil:
     return &numbers
 
 
+def most_threads():
+    """A call can have so many. Far more than there are processors take memory for their stacks, or cannot be begun, which ends the process."""
+    return max(64, 4 * omp_get_num_procs())
+
+
 cpdef int checked_threads(object n) except -1:
     """n as a number of threads."""
+    cdef int most = most_threads()
     try:
         count = operator.index(n)
     except TypeError:
         raise TypeError(f"expected the number of threads as an integer, got {type(n).__name__}") from None
-    if not 1 <= count <= 65536:
-        raise ValueError(f"expected the number of threads to be at least 1 and at most 65536, got {count}")
+    if not 1 <= count <= most:
+        raise ValueError(f"expected the number of threads to be at least 1 and at most {most}, got {count}")
     return count
 
 

@@ -61,13 +61,13 @@ def set_num_threads(n: int) -> int:
     Parameters
     ----------
     n : int
-        At least 1; more than there are processors is honoured. The default, which follows OpenMP's limit, comes back
-        only where `threads` was used instead.
+        At least 1, at most 64 or four times the number of processors, whichever is more. The default, which follows
+        OpenMP's limit, comes back only where `threads` was used instead.
 
     Raises
     ------
     ValueError, TypeError
-        Where n is not a positive integer.
+        Where n is not an integer within these bounds.
     """
     count = machine.checked_threads(n)
     before = get_num_threads()

@@ -1,0 +1,48 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from pathlib import Path
+
+__all__ = ["write_whole"]
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file beside its place, flush it to disk, and rename it.
+
+    Whoever reads the path finds the old content or the new one, and of two who write at once one wins whole. A symbolic
+    link stays, and what it points to is replaced. A file that is replaced hands on its permissions. What is no file,
+    such as /dev/stdout, is written to as it stands. OSError names the path.
+    """
+    place = Path(os.path.realpath(path))
+    beside = None
+    if place.exists() and not place.is_file():
+        place.write_bytes(content)
+        return
+    try:
+        # A name that nobody else has: a link that was planted there is not followed.
+        beside = place.with_name(f".{secrets.token_hex(8)}.fastbn.tmp")
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(OSError):  # nothing there, or the owner is another one
+                os.chmod(beside, stat.S_IMODE(os.stat(place).st_mode))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, place)
+    except BaseException as error:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+    with contextlib.suppress(OSError, AttributeError):  # the new name too outlasts a loss of power, where a system can
+        folder = os.open(place.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
