@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import fastbn
 from fastbn.commands import experiment, predict, train
@@ -93,8 +93,13 @@ def _flush_or_drop(*streams: TextIO) -> None:
             os.close(nothing)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
+    parser = _Parser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
     parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (train, predict, experiment):

@@ -19,9 +19,6 @@ cnp.import_array()
 cdef extern from "Python.h":
     const Py_ssize_t PY_SSIZE_T_MAX
 
-cdef enum:
-    MOST_ROWS = 8    # of new_doubles
-
 
 cpdef cnp.ndarray floating(object a, str name="x"):
     """a as a float32 or float64 array in native byte order; integers and bool become float64."""
@@ -190,10 +187,10 @@ cdef double checked_eps(object eps) except -1:
 cdef double *new_doubles(Py_ssize_t rows, Py_ssize_t C) except NULL:
     """Room for (rows, C), to be freed by PyMem_Free; MemoryError where there is none, or where its size in bytes is no size."""
     cdef double *room = NULL
-    if C <= PY_SSIZE_T_MAX // MOST_ROWS // <Py_ssize_t>sizeof(double):
+    if C <= PY_SSIZE_T_MAX // (rows * <Py_ssize_t>sizeof(double)):
         room = <double *>PyMem_Malloc(max(rows * C, <Py_ssize_t>1) * sizeof(double))
     if room == NULL:
-        raise MemoryError(f"expected memory for {rows} numbers of each of {C} features")
+        raise MemoryError(f"expected memory for {rows} numbers of each of {C} features, got none")
     return room
 
 

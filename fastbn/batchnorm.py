@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import batches, calls
 from .atomic import change
+from .kernels import machine
 from .state import FLOATS, Array, Arrays, Held, check_state
 
 
@@ -237,10 +238,10 @@ class BatchNorm(calls.Callable):
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, no batches."""
-        self.num_batches_tracked = 0
-        if self._running_mean is not None and self._running_var is not None:
-            self._running_mean[...] = 0
-            self._running_var[...] = 1
+        if self._running_mean is None or self._running_var is None:
+            self.num_batches_tracked = 0
+            return
+        change([(self._running_mean, 0), (self._running_var, 1)], self, num_batches_tracked=0)
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0."""
@@ -272,10 +273,8 @@ class BatchNorm(calls.Callable):
             then.
         """
         given = check_state(state, self.state_dict())
-        for name, array in self._arrays().items():
-            array[...] = given[name]
-        if "num_batches_tracked" in given:
-            self.num_batches_tracked = int(given["num_batches_tracked"])
+        tracked = int(given.get("num_batches_tracked", self.num_batches_tracked))
+        change([(array, given[name]) for name, array in self._arrays().items()], self, num_batches_tracked=tracked)
 
     def _arrays(self) -> dict[str, Array]:
         arrays = dict(self.params)
@@ -292,6 +291,8 @@ class BatchNorm(calls.Callable):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+        if self._num_threads is not None:  # of the machine that it was pickled on
+            self._num_threads = min(self._num_threads, machine.most_threads())
         self._connect()
 
     # --- what it is

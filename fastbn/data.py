@@ -87,7 +87,7 @@ def load(
     task : {"classification", "regression", "auto"}
         Whether labels are classes or numbers. "auto": numbers where one has a fraction, or where there are more than
         20 different whole numbers with fewer than 10 examples each in the mean; else classes. Text among that many
-        numbers is refused.
+        numbers is refused where most labels are numbers.
     columns : sequence of str, optional
         The features of a table, in this order; without it all columns but the target.
     ignore : sequence of str
@@ -290,12 +290,13 @@ def _targets(
         return y, classes
     keys = [labels.key(known) for known in classes.tolist()]
     numeric = [isinstance(k, int | float) and not isinstance(k, bool) for k in keys]
-    rows = np.array(numeric, bool)[y]
-    many = sum(numeric) > _MOST_CLASSES and sum(numeric) * _LEAST_EXAMPLES > np.count_nonzero(rows)
-    if rows.all() and (many or any(isinstance(k, float) for k in keys)):
+    is_number = np.array(numeric, bool)[y]
+    examples = int(np.count_nonzero(is_number))
+    many = sum(numeric) > _MOST_CLASSES and sum(numeric) * _LEAST_EXAMPLES > examples
+    if is_number.all() and (many or any(isinstance(k, float) for k in keys)):
         return labels.numbers(given, where), None
-    if many:
-        row = int(rows.argmin())
+    if many and 2 * examples > len(y):
+        row = int(is_number.argmin())
         raise ValueError(
             f"{where(row)}: expected a number, as most targets are, got {labels.shown(keys[y[row]])}: "
             'task="classification" (--task classification) takes each as a class'

@@ -116,12 +116,12 @@ def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axi
         var=running.var if direct else None, unbiased=running is None or running.unbiased, axis=axis, activation=activation,
         num_threads=num_threads)
     y, stats, _ = calls.forward(constants, x, out, running.momentum if direct else 0)
-    if direct and stats.count:  # at once, as the averages have been: no signal handler runs in compiled code
+    if running is not None and not direct:
+        running.update(stats)
+    elif direct and stats.count:  # as the averages have been: no signal handler runs in compiled code
         running.count += stats.count
         running.num_batches += 1
         running._rest *= 1 - running.momentum
-    elif running is not None and not direct:
-        running.update(stats)
     return y, stats
 
 

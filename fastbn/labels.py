@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # A code such as 007 is not a number.
 _LABEL = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WHOLE = re.compile(r"([+-]?[0-9]{1,4000})(\.0*)?")  # int() reads 4,300 digits at most
+_TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -36,8 +38,13 @@ def shown(value: object) -> str:
 
 
 def printable(text: object) -> str:
-    """Its text in one line that does nothing to a terminal: control characters, and what is no text, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    """Its text in one line that does nothing to a terminal: controls, of lines and directions too, as escapes."""
+    return "".join(c.encode("unicode_escape").decode() if _acts(c) else c for c in str(text))
+
+
+def _acts(c: str) -> bool:
+    """Control characters, halves of a pair, ends of lines and paragraphs, and what turns the direction of text."""
+    return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in _TURNS
 
 
 def is_missing(text: str) -> bool:

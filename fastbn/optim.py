@@ -26,7 +26,7 @@ from .state import FLOATS, Array, check_state
 
 __all__ = ["SGD", "Adam", "RMSprop"]
 
-Counters = list[tuple[Array, ArrayLike]]
+Changes = list[tuple[Array, ArrayLike]]
 
 
 class Trainable(Protocol):
@@ -87,8 +87,8 @@ class Optimizer:
         count = self._state["step"]
         self._update(self.model.params, self.model.grads, [(count, count + 1)])
 
-    def _update(self, params: dict[str, Array], grads: dict[str, Array], counters: Counters) -> None:
-        """Change the parameters, and then the counters, each an array with what becomes of it."""
+    def _update(self, params: dict[str, Array], grads: dict[str, Array], changes: Changes) -> None:
+        """Change the parameters, and with them some arrays: each comes with what becomes of it."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -178,9 +178,9 @@ class SGD(_WithMomentum):
             raise ValueError(f"nesterov needs a momentum above 0, got momentum={momentum}")
         super().__init__(model, lr, ("momentum_buffer",) if self.momentum else (), exclude)
 
-    def _update(self, params: dict[str, Array], grads: dict[str, Array], counters: Counters) -> None:
+    def _update(self, params: dict[str, Array], grads: dict[str, Array], changes: Changes) -> None:
         numbers = self.lr, self.momentum, self.nesterov, self.weight_decay
-        steps.sgd(params, grads, self._buffers, *numbers, self.exclude, counters)
+        steps.sgd(params, grads, self._buffers, *numbers, self.exclude, changes)
 
 
 class RMSprop(_WithMomentum):
@@ -238,9 +238,9 @@ class RMSprop(_WithMomentum):
         buffers = ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",)
         super().__init__(model, lr, buffers, exclude)
 
-    def _update(self, params: dict[str, Array], grads: dict[str, Array], counters: Counters) -> None:
+    def _update(self, params: dict[str, Array], grads: dict[str, Array], changes: Changes) -> None:
         numbers = self.lr, self.alpha, self.eps, self.weight_decay, self.momentum
-        steps.rmsprop(params, grads, self._buffers, *numbers, self.exclude, counters)
+        steps.rmsprop(params, grads, self._buffers, *numbers, self.exclude, changes)
 
 
 class Adam(Optimizer):
@@ -301,15 +301,15 @@ class Adam(Optimizer):
         super().__init__(model, lr, ("exp_avg", "exp_avg_sq"), exclude)
         self._state |= {"beta1_power": np.ones(()), "beta2_power": np.ones(())}  # b1^t and b2^t
 
-    def _update(self, params: dict[str, Array], grads: dict[str, Array], counters: Counters) -> None:
+    def _update(self, params: dict[str, Array], grads: dict[str, Array], changes: Changes) -> None:
         b1, b2 = self.betas
         power1 = self._state["beta1_power"].item() * b1
         power2 = self._state["beta2_power"].item() * b2
         lr, correction = self.lr, math.sqrt(1 - power2)
         kept = 1 - lr * self.weight_decay if self.weight_decay else 1.0
         numbers = lr / (1 - power1), b1, b2, correction, self.eps, kept
-        counters = [*counters, (self._state["beta1_power"], power1), (self._state["beta2_power"], power2)]
-        steps.adam(params, grads, self._buffers, *numbers, self.exclude, counters)
+        changes = [*changes, (self._state["beta1_power"], power1), (self._state["beta2_power"], power2)]
+        steps.adam(params, grads, self._buffers, *numbers, self.exclude, changes)
 
 
 def _not_negative(**argument: float) -> float:

@@ -78,6 +78,7 @@ def with_validation(
     X = np.ascontiguousarray(X)  # take would copy a strided X whole, for every mini-batch
     if validation is None:
         return (X, y), None
+    # float is a Real, which mypy does not know
     if isinstance(validation, bool) or not isinstance(validation, Real | float):
         return (X, y), checked(model, validation, loss, "validation")
     if not 0 < validation < 1:

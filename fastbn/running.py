@@ -106,16 +106,15 @@ class RunningStats:
         self._mean: Array = np.zeros(self.num_features)
         self._low: Array = np.zeros(self.num_features)  # exact: what rounding took from _mean
         self._spread: Array = np.zeros(self.num_features)  # exact: the sum of squared deviations; else the variance
+        self.count = self.num_batches = 0
+        self._rest = 1.0
         self.reset()
 
     def reset(self) -> None:
         """Forget every batch."""
-        self.count = 0
-        self.num_batches = 0
-        self._rest = 1.0  # (1 - momentum)**num_batches, as a running product
-        self._mean[...] = 0
-        self._low[...] = 0
-        self._spread[...] = 0 if self.debias or self.momentum is None else 1
+        spread = 0 if self.debias or self.momentum is None else 1
+        # _rest: (1 - momentum)**num_batches, as a running product
+        change([(self._mean, 0), (self._low, 0), (self._spread, spread)], self, count=0, num_batches=0, _rest=1.0)
 
     @property
     def mean(self) -> Array:

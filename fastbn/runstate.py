@@ -12,6 +12,7 @@ rest of the state, and the identity of the run. Floats survive JSON: Python writ
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -178,6 +179,9 @@ class RunFile:
                 raise ValueError(f"damaged, expected {name} of an optimizer, got {begun!r} and {stopped!r}")
             known = given in (begun, stopped)
             self._begun_with[name], numbers[name] = (begun, stopped) if known else (given, given)
+        trial = copy.copy(self._optimizer)  # what it does not take must be an error now
+        for name, value in numbers.items():
+            setattr(trial, name, tuple(value) if isinstance(value, list) else value)
         return numbers
 
     def _optimizer_state(self) -> dict[str, Any]:

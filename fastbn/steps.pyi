@@ -13,7 +13,7 @@ def sgd(
     nesterov: bool,
     weight_decay: float,
     exclude: frozenset[str],
-    counters: list[tuple[Array, ArrayLike]],
+    changes: list[tuple[Array, ArrayLike]],
 ) -> None: ...
 def rmsprop(
     params: Mapping[str, Array],
@@ -25,7 +25,7 @@ def rmsprop(
     weight_decay: float,
     momentum: float,
     exclude: frozenset[str],
-    counters: list[tuple[Array, ArrayLike]],
+    changes: list[tuple[Array, ArrayLike]],
 ) -> None: ...
 def adam(
     params: Mapping[str, Array],
@@ -38,5 +38,5 @@ def adam(
     eps: float,
     kept: float,
     exclude: frozenset[str],
-    counters: list[tuple[Array, ArrayLike]],
+    changes: list[tuple[Array, ArrayLike]],
 ) -> None: ...

@@ -114,8 +114,8 @@ cdef void run(Update update, Rule *r, Arrays *a) noexcept nogil:
         as_before(word)
 
 
-cdef object step(Update update, Rule *decaying, double no_decay, object params, object grads, dict buffers, frozenset exclude, list counters):
-    """counters: arrays of one number, with what it becomes. They change with the parameters, whatever a signal's handler raises afterwards."""
+cdef object step(Update update, Rule *decaying, double no_decay, object params, object grads, dict buffers, frozenset exclude, list changes):
+    """changes: arrays of one number, with what it becomes. They change with the parameters, whatever a signal's handler raises afterwards."""
     cdef Task task
     cdef list tasks = [checked(name, p, grads, buffers) for name, p in params.items()]
     cdef Rule plain = decaying[0]
@@ -141,26 +141,26 @@ cdef object step(Update update, Rule *decaying, double no_decay, object params, 
         as_before(word)
         if task.p_plain is not task.p:
             cnp.PyArray_CopyInto(task.p, task.p_plain)
-    change(counters)
+    change(changes)
 
 
 # --- what fastbn/optim.py calls, once a step. params, grads: the model's dicts; buffers: lists of arrays, by the same keys ----------
 
-def sgd(params, grads, dict buffers, double lr, double momentum, bint nesterov, double weight_decay, frozenset exclude, list counters):
+def sgd(params, grads, dict buffers, double lr, double momentum, bint nesterov, double weight_decay, frozenset exclude, list changes):
     cdef Rule r
     r.lr, r.momentum, r.nesterov, r.decay = lr, momentum, nesterov, weight_decay
-    step(UPDATES.sgd, &r, 0, params, grads, buffers, exclude, counters)
+    step(UPDATES.sgd, &r, 0, params, grads, buffers, exclude, changes)
 
 
 def rmsprop(params, grads, dict buffers, double lr, double alpha, double eps, double weight_decay, double momentum,
-            frozenset exclude, list counters):
+            frozenset exclude, list changes):
     cdef Rule r
     r.lr, r.beta2, r.eps, r.decay, r.momentum = lr, alpha, eps, weight_decay, momentum
-    step(UPDATES.rmsprop, &r, 0, params, grads, buffers, exclude, counters)
+    step(UPDATES.rmsprop, &r, 0, params, grads, buffers, exclude, changes)
 
 
 def adam(params, grads, dict buffers, double step_size, double beta1, double beta2, double correction, double eps, double kept,
-         frozenset exclude, list counters):
+         frozenset exclude, list changes):
     cdef Rule r
     r.lr, r.beta1, r.beta2, r.correction, r.eps, r.decay = step_size, beta1, beta2, correction, eps, kept
-    step(UPDATES.adam, &r, 1, params, grads, buffers, exclude, counters)
+    step(UPDATES.adam, &r, 1, params, grads, buffers, exclude, changes)

@@ -12,7 +12,9 @@ from test_cli import refused, run
 from test_data import write_idx
 
 from fastbn import checkpoint, nn, plots, training
+from fastbn.__main__ import main
 from fastbn.commands import train
+from fastbn.labels import printable
 
 for package in ("safetensors", "matplotlib", "sklearn"):
     pytest.importorskip(package)
@@ -334,3 +336,9 @@ def test_nothing_in_a_file_does_anything_to_a_terminal(capsys):
         error = refused(capsys, "train", *SHORT, "--data", name, "--target", "t")
         assert fault in error
         assert error.rstrip("\n").isprintable()
+    with pytest.raises(SystemExit):
+        main(["predict", "m", "d", "\x1b[2J"])
+    assert "unrecognized arguments: \\x1b[2J" in capsys.readouterr().err
+    harmless = "\u0645\u06cc\u200c\u062e \u3000 \xa0 \U0001f469\u200d\U0001f52c"  # Persian, a joined emoji
+    assert printable(harmless) == harmless
+    assert printable("\u202eabc\u2028\ud800") == "\\u202eabc\\u2028\\ud800"

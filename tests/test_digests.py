@@ -68,25 +68,24 @@ def found():
     for dtype in ("float32", "float64"):
         for shape in SHAPES:
             for activation in (None, "relu", "leaky_relu"):
-                for what, found in of_layer(shape, dtype, activation=activation).items():
-                    digests[f"{dtype} {shape} {activation}: {what}"] = found
+                for what, bits in of_layer(shape, dtype, activation=activation).items():
+                    digests[f"{dtype} {shape} {activation}: {what}"] = bits
             for far in (0, 1000):
                 digests[f"{dtype} {shape} + {far}: moments"] = of_moments(shape, dtype, far)
         for shape in ((40, 3), (257, 33), (6, 70, 7), (9, 70, 64)):
             for name, options in OPTIONS.items():
-                for what, found in of_layer(shape, dtype, **options).items():
-                    digests[f"{dtype} {shape} {name}: {what}"] = found
+                for what, bits in of_layer(shape, dtype, **options).items():
+                    digests[f"{dtype} {shape} {name}: {what}"] = bits
             # Scales at which float32 cannot hold the parameters, so that float64 computes.
             for scale in (1e-38, 1e-30, 1e30):
-                for what, found in of_layer(shape, dtype, scale, eps=1e-70).items():
-                    digests[f"{dtype} {shape} times {scale:g}: {what}"] = found
+                for what, bits in of_layer(shape, dtype, scale, eps=1e-70).items():
+                    digests[f"{dtype} {shape} times {scale:g}: {what}"] = bits
             digests[f"{dtype} {shape}: mask"] = of_mask(shape, dtype)
     return digests
 
 
 def test_no_digest_has_changed():
     expected, here = json.loads(FILE.read_text()), found()
-    assert len(expected) > 400
     assert expected.keys() == here.keys()
     assert [name for name in expected if expected[name] != here[name]] == []
 
@@ -94,7 +93,7 @@ def test_no_digest_has_changed():
 if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
         frozen, now = json.loads(FILE.read_text()), found()
-        changed = [name for name in frozen if frozen[name] != now.get(name)]
+        changed = [name for name in frozen.keys() | now.keys() if frozen.get(name) != now.get(name)]
         print(f"{len(frozen)} digests, {len(changed)} changed", *changed, sep="\n")
         sys.exit(bool(changed))
     print(json.dumps(found(), indent=0))

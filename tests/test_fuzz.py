@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from twin import within
 
 import fastbn
+from fastbn.kernels import machine
 
 EXAMPLES = int(os.environ.get("FASTBN_FUZZ", "100"))
 FUZZED = settings(max_examples=EXAMPLES)
@@ -25,6 +26,14 @@ SIZES = st.one_of(st.integers(0, 9), st.sampled_from([1, 2, 3, 16, 17, 33, 63, 6
 
 class Subclass(np.ndarray):
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_for_all():
+    """The arrays are small: no threshold keeps them on one thread."""
+    before = machine.set_settings(parallel_from_elements=1)
+    yield
+    machine.set_settings(**before)
 
 
 @st.composite
@@ -111,9 +120,8 @@ def targets(draw, x):
         return None, True, None
     if kind == "itself":
         return x, x.flags.writeable and x.dtype.kind == "f" and x.dtype.isnative, None
-    if kind == "overlapping" and x.ndim and x.shape[0] > 1 and x.size and x.dtype.kind == "f":
-        big = np.concatenate([x, x[:1]])
-        return big[1:], True, None  # of its own memory, that is: a fresh one, not in C's order of x
+    if kind == "overlapping" and x.ndim and x.shape[0] > 1 and x.size:
+        return x[::-1], False, None  # the same memory in another order
     if kind == "shape":
         return np.empty((*x.shape, 1), x.dtype), False, None
     if kind == "dtype":
@@ -146,9 +154,9 @@ class Call:
         shape = data.draw(shapes())
         dtype = data.draw(st.sampled_from(NUMBERS * 3 + OTHERS * wrong))
         self.known = dtype in NUMBERS
-        plain = data.draw(values(shape, "f8" if not self.known or dtype[-1] not in "48?" else dtype))
+        plain = data.draw(values(shape, dtype if self.known else "f8"))
         if self.known:
-            plain = data.draw(values(shape, dtype))
+            pass
         elif dtype == "O":
             plain = plain.astype(object)
         elif dtype == "V4":
@@ -315,8 +323,12 @@ def test_backward(data):
     expected, sizes = twin.backward(dy, x, stats, weight, call.eps, 0, call.activation, y)
     u = twin.unit(call.result_dtype)
     bound = GRADIENT[call.result_dtype.name] * u * sizes[0]
+    # means of gradients below 1e-30 count as that (CONTRIBUTING.md)
     floor = 1e-30 * np.abs(1 if weight is None else weight).max() / np.sqrt(call.eps)
     within(dx, expected[0], bound + floor)
+    sums = 1e-6 if call.result_dtype == np.float32 else 1e-14
+    for got, truth, size in zip((dweight[usual], dbias[usual]), expected[1:], sizes[1:], strict=True):
+        within(got, truth, sums * size)
 
 
 def test_the_guards_are_seen():
@@ -332,8 +344,7 @@ def test_the_guards_are_seen():
         buffer[at] = 0
 
 
-@pytest.mark.parametrize("wrong", ["f2", "c8", "O", "S3"])
+@pytest.mark.parametrize("wrong", OTHERS)
 def test_other_dtypes_are_refused(wrong):
-    assert wrong in OTHERS
     with pytest.raises(TypeError, match="expected x of dtype float32 or float64"):
         fastbn.moments(np.zeros((3, 2), wrong))

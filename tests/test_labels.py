@@ -174,6 +174,8 @@ def test_auto_refuses_a_slip_among_many_numbers(tmp_path):
         with pytest.raises(ValueError, match=r"expected a number, as most targets are, got '3.5x': task=\"class"):
             read(tmp_path, 2 * slip, how, task="auto")
         assert len(read(tmp_path, 2 * slip, how, task="classification").classes) == 31
+        codes = [*map(str, range(30)), *["text", "more"] * 20]  # a few codes that look like numbers
+        assert len(read(tmp_path, codes, how, task="auto").classes) == 32
 
 
 def test_targets_of_a_regression_are_finite_numbers(tmp_path):

@@ -5,13 +5,15 @@ import multiprocessing
 import pytest
 
 PROGRAM = """
-import faulthandler, hashlib, multiprocessing, sys, threading, warnings
+import faulthandler, hashlib, multiprocessing, signal, sys, threading, warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-faulthandler.dump_traceback_later(100, exit=True)
+faulthandler.dump_traceback_later(250, exit=True)
 import numpy as np, fastbn
 from fastbn import nn, optim
 
 def step(seed):
+    if hasattr(signal, "alarm"):
+        signal.alarm(250)  # in a child too, where faulthandler's thread is not
     rng = np.random.default_rng(seed)
     h = hashlib.sha256()
     with fastbn.threads(2):

@@ -54,7 +54,7 @@ def add_to(commands: Any) -> None:
     fraction = real_number("a number from 0 to 1", lambda value: 0 <= value <= 1)
     add("--task", choices=("auto", "classification", "regression"), default="auto",
         help="whether the target holds classes or numbers; auto: numbers where one has a fraction, or where more than "
-        "20 different ones have fewer than 10 examples each in the mean, else classes "
+        "20 different ones have fewer than 10 examples each in the mean (text among these is refused), else classes "
         "(default: %(default)s)")  # fmt: skip
     add("--no-standardize", dest="standardize", action="store_false",
         help="leave inputs, and the targets of a regression, as they are: by default every column gets mean 0 and "

@@ -180,7 +180,7 @@ cdef const Settings *settings() noexcept nogil:
 
 
 def most_threads():
-    """A call can have so many. Far more than there are processors take memory for their stacks, or cannot be begun, which ends the process."""
+    """The most that a call can have. Many more threads than processors take memory for their stacks, or cannot be begun, which ends the process."""
     return max(64, 4 * omp_get_num_procs())
 
 
