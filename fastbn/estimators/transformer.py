@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from ..functional import batch_norm, moments
 from ..running import merge
 from ..state import Array
 
-_EPS = math.ulp(0.0)  # functional wants a positive one: added to a variance of normal size, this one changes nothing
+_EPS = 5e-324  # functional wants a positive one: added to a variance of normal size, this one changes nothing
 
 
 class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
