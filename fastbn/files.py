@@ -38,7 +38,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         if beside is not None:
             beside.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = os.fspath(path), None
+            error.filename = os.fspath(path)
+            del error.filename2  # a None would be a part of the message
         raise
     with contextlib.suppress(OSError, AttributeError):  # the new name too outlasts a loss of power, where a system can
         folder = os.open(place.parent, os.O_DIRECTORY)

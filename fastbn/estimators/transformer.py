@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any, Self
 
@@ -95,7 +96,9 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
 
     def _update(self, X: Any, first: bool) -> Self:
         if self.momentum is not None:
-            check_scalar(self.momentum, "momentum", Real, min_val=0, max_val=1, include_boundaries="right")
+            momentum = check_scalar(self.momentum, "momentum", Real, min_val=0, max_val=1, include_boundaries="right")
+            if math.isnan(momentum):
+                raise ValueError("expected momentum to be a number within (0, 1], or None, got nan")
         X = self._checked(X, reset=first)
         stats = moments(X)
         if first:
