@@ -7,6 +7,8 @@ import lzma
 import math
 import re
 import struct
+import sys
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -38,7 +40,7 @@ _IDX_NAME = re.compile(
 )
 _UNREADABLE = (
     OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-    RuntimeError, SyntaxError, TypeError, OverflowError, struct.error,
+    RuntimeError, SyntaxError, TypeError, OverflowError, struct.error, tokenize.TokenError,
 )  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def read_npz(path: Path) -> tuple[Part, Part | None, tuple[str, ...]]:
         raise ValueError(f"{path}: not an .npz file, or a damaged one")
     roles: dict[tuple[str, str], str] = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:  # np.load may leave its own open
             names = list(file)
             roles, fault = _npz_roles(names)
             for name in roles.values():
@@ -140,7 +142,12 @@ def _npz_part(
         hint = ": one number an example, as y.argmax(axis=1) makes of a one-hot y" if one_hot else ""
         got = f"got {labels.dtype} {labels.shape}"
         raise ValueError(f"{path}: expected {labels_name} to be {len(X)} labels, {got}{hint}")
-    return Part(rows, images, labels.ravel(), f"{path}: {labels_name}")
+    labels = labels.ravel()
+    if labels.dtype.kind == "U" and labels.itemsize:
+        characters = labels.astype(labels.dtype.newbyteorder("=")).view(np.uint32)
+        if characters.max() > sys.maxunicode:  # else Python raises a SystemError, later
+            raise ValueError(f"{path}: expected {labels_name} to be text, got a character of number {characters.max()}")
+    return Part(rows, images, labels, f"{path}: {labels_name}")
 
 
 def read_idx_folder(folder: Path) -> tuple[Part, Part | None, tuple[str, ...]]:

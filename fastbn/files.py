@@ -20,10 +20,12 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """
     place = Path(os.path.realpath(path))
     beside = None
-    if place.exists() and not place.is_file():
-        place.write_bytes(content)
-        return
     try:
+        if os.path.exists(path) and not os.path.isfile(
+            path
+        ):  # not of `place`: a pipe's is no path that could be opened
+            Path(path).write_bytes(content)
+            return
         # A name that nobody else has: a link that was planted there is not followed.
         beside = place.with_name(f".{secrets.token_hex(8)}.fastbn.tmp")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)

@@ -81,6 +81,14 @@ def test_what_is_no_file_is_written_to(tmp_path):
     got = reader.submit((tmp_path / "pipe").read_bytes)
     files.write_whole(tmp_path / "pipe", b"through")
     assert got.result(60) == b"through"
+    read, write = os.pipe()
+    files.write_whole(f"/dev/fd/{write}", b"through")  # a link to what is no path
+    assert os.read(read, 9) == b"through"
+    os.close(read)
+    os.close(write)
+    if Path("/dev/full").exists():
+        with pytest.raises(OSError, match=r"'/dev/full'$"):
+            files.write_whole("/dev/full", b"nowhere")
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
