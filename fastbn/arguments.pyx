@@ -9,6 +9,7 @@ from numpy.ma import MaskedArray
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Malloc
+from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
 from fastbn.kernels.job cimport IDENTITY, LEAKY_RELU, RELU, Activation
@@ -179,7 +180,10 @@ cdef Activation activation_of(object name) except? RELU:
 
 cdef double checked_eps(object eps) except -1:
     cdef double value = eps
-    if not 0 < value < np.inf:
+    cdef Control word = ieee()  # a subnormal eps is no 0 where another library has these flushed
+    cdef bint fits = 0 < value < INFINITY
+    as_before(word)
+    if not fits:
         raise ValueError(f"expected eps to be positive and finite, got {eps!r}")
     return value
 

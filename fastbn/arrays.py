@@ -53,7 +53,7 @@ def read_npz(path: Path) -> tuple[Part, Part | None, tuple[str, ...]]:
         raise ValueError(f"{path}: not an .npz file, or a damaged one")
     roles: dict[tuple[str, str], str] = {}
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:  # np.load may leave its own open
             names = list(file)
             roles, fault = _npz_roles(names)
             for name in roles.values():
@@ -137,9 +137,11 @@ def _npz_part(
         hint = ": one number an example, as y.argmax(axis=1) makes of a one-hot y" if one_hot else ""
         got = f"got {labels.dtype} {labels.shape}"
         raise ValueError(f"{path}: expected {labels_name} to be {len(X)} labels, {got}{hint}")
-    labels = labels.ravel().astype(labels.dtype.newbyteorder("="))
-    if labels.dtype.kind == "U" and labels.dtype.itemsize and (labels.view(np.uint32) > sys.maxunicode).any():
-        raise ValueError(f"{path}: expected {labels_name} to be text, got characters that are none")
+    labels = labels.ravel()
+    if labels.dtype.kind == "U" and labels.itemsize:
+        characters = labels.astype(labels.dtype.newbyteorder("=")).view(np.uint32)
+        if characters.max() > sys.maxunicode:  # else Python raises a SystemError, later
+            raise ValueError(f"{path}: expected {labels_name} to be text, got a character of number {characters.max()}")
     return Part(rows, images, labels, f"{path}: {labels_name}")
 
 

@@ -96,6 +96,8 @@ def contents(
 ) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors and texts of a file."""
     _safetensors()  # what is missing is said before anything is done
+    if not isinstance(metadata, dict | None):
+        raise TypeError(f"expected metadata to be a dict, got {type(metadata).__name__}")
     texts = {"format": "fastbn", MODEL: to_json(describe(model), default=float)}
     texts["fastbn.metadata"] = to_json({} if metadata is None else metadata)
     tensors = model.state_dict()

@@ -80,8 +80,11 @@ def _delimited(file: TextIO, *, tab_first: bool) -> tuple[str, Iterator[str], in
         return said[1], itertools.islice(lines, 1, None), 1, False
     texts = [line for line in sample if line.strip()]
     delimiter = _delimiter(texts, "\t,;|" if tab_first else _DELIMITERS)
-    first, *others = [_width(_one_space(line) if delimiter == " " else line, delimiter) for line in texts] or [0]
-    nameless = {*others} == {first + 1}
+    texts = [*map(_one_space, texts)] if delimiter == " " else texts
+    first, *others = [_width(line, delimiter) for line in texts] or [0]
+    trailing = all(line.rstrip("\r\n").endswith(delimiter) for line in texts[1:])
+    # Under a header of one cell, 1,5 may be a decimal comma.
+    nameless = {*others} == {first + 1} and first > 1 and not trailing
     return delimiter, map(_one_space, lines) if delimiter == " " else lines, 0, nameless
 
 

@@ -164,6 +164,9 @@ def fit(
         raise ValueError(f"clip_norm must be above 0, got {clip_norm}")
     if resume and checkpoint is None:
         raise ValueError("resume needs the checkpoint to go on from")
+    changed = getattr(getattr(optimizer, "model", None), "params", {}).values()
+    if changed and {*map(id, changed)}.isdisjoint(map(id, model.params.values())):
+        raise ValueError("expected an optimizer that was made for this model, got one that changes no parameter of it")
     mean = _average(model, average, average_from, epochs, patience)
     (X, y), held_out = with_validation(model, data, loss, validation, seed)
     if len(X) < 2:

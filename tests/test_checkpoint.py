@@ -361,13 +361,15 @@ def test_only_known_layers_are_saved_and_a_failed_save_leaves_the_old_file(tmp_p
         checkpoint.save(path, nn.Sequential(ReLU()))
     with pytest.raises(TypeError, match="JSON"):
         checkpoint.save(path, network(), metadata={"array": np.ones(1)})
+    with pytest.raises(TypeError, match="expected metadata to be a dict, got list"):
+        checkpoint.save(path, network(), metadata=[])
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=f"{re.escape(os.strerror(errno.ENOSPC))}.*{re.escape(repr(str(path)))}"):
+        with pytest.raises(OSError, match=f"{re.escape(os.strerror(errno.ENOSPC))}.*{re.escape(repr(str(path)))}$"):
             checkpoint.save(path, network(), metadata={"which": "new"})
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["m"]

@@ -487,7 +487,7 @@ def test_learning_curves_of_a_regression_and_of_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"classes": ["a"]}, {"classes": 5}, {"columns": 7},
+        {"classes": ["a"]}, {"classes": 5}, {"classes": ["a", {}]}, {"classes": ["a", None]}, {"columns": 7},
         *({"inputs": inputs} for inputs in (4.0, "4", None, [4], True, -4, 600_000_000, 10**30)),
     ],
 )  # fmt: skip
@@ -497,3 +497,21 @@ def test_a_model_whose_metadata_do_not_fit(flowers, monkeypatch, capsys, wrong):
     checkpoint.save("wrong.safetensors", nn.Sequential(nn.Dense(4, 2)), metadata=metadata)
     assert main(["predict", "wrong.safetensors", "unlabelled.npz"]) == 2
     assert "wrong.safetensors: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layers", "wrong", "fault"),
+    [
+        ([nn.Standardize(4), nn.Dense(4, 2)], {}, "cannot be used: Standardize needs the statistics"),
+        ([nn.Dense(4, 3), nn.Dense(2, 2)], {}, "cannot be used: Dense expected x"),
+        ([nn.Dense(4, 1)], {"classes": None, "target": {"mean": 0.0, "mean_low": 0.0, "std": 1e308}},
+         "expected labels, or"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_used(tmp_path, monkeypatch, capsys, layers, wrong, fault):
+    monkeypatch.chdir(tmp_path)
+    np.savez("d.npz", X=np.ones((1, 4)))
+    metadata = {"classes": ["a", "b"], "inputs": 4, "columns": None, "data": "x"} | wrong
+    checkpoint.save("wrong.safetensors", nn.Sequential(*layers), metadata=metadata)
+    assert main(["predict", "wrong.safetensors", "d.npz"]) == 2
+    assert f"wrong.safetensors: {fault}" in capsys.readouterr().err

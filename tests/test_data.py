@@ -2,6 +2,7 @@ import gzip
 import itertools
 import struct
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -159,6 +160,7 @@ def test_npz_without_labels(tmp_path):
         ({"X": np.ones((2, 2)), "y": np.array([1, np.nan])}, r"y\[1\]: the label is missing"),
         ({"X": np.ones((2, 2)), "y": np.array([1, -np.inf])}, r"y\[1\]: expected a label that is finite"),
         ({"X": np.ones((2, 2)), "y": np.array([1j, 2])}, "expected y to be 2 labels"),
+        ({"X": np.ones((2, 2)), "y": np.array([0x110000, 65], np.uint32).view("U1")}, "expected y to be text"),
     ],
 )
 def test_npz_faults(tmp_path, arrays, fault):
@@ -173,6 +175,10 @@ def test_npz_damaged(tmp_path, keep):
     content = (tmp_path / "d.npz").read_bytes()
     (tmp_path / "bad.npz").write_bytes(content[: keep if keep in (0, 10) else int(keep * len(content))])
     with pytest.raises(ValueError, match=r"bad\.npz: "):
+        data.load(tmp_path / "bad.npz")
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:  # a header of Python 2 that never ends
+        archive.writestr("X.npy", b"\x93NUMPY\x01\0\x04\0{(1L")
+    with pytest.raises(ValueError, match=r"bad\.npz: cannot be read"):
         data.load(tmp_path / "bad.npz")
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 0xFF

@@ -322,6 +322,15 @@ def test_examples_are_drawn_by_seed():
     assert not np.array_equal(common.prepare(dataset, 2, train=50)[0][0], X)
 
 
+def test_columns_that_float32_does_not_hold_are_refused():
+    y = np.arange(20) % 2
+    for column in (1.7e9 + 30 * np.arange(20), 1e60 * y, np.full(20, 1e60)):
+        dataset = Dataset(np.c_[np.full(20, 0.1), y, column], y, np.arange(2), "d.csv", ("one", "two", "time"))
+        with pytest.raises(ValueError, match=r"d\.csv: column 'time' loses its digits in float32"):
+            common.prepare(dataset)
+    common.prepare(Dataset(np.c_[np.full(20, 0.1), y / 3, 1e6 + y], y, np.arange(2), "d.csv"))
+
+
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common, "in_parallel", lambda *_, **__: pytest.fail("training began"))
     out, file = tmp_path / "out", tmp_path / "file"

@@ -83,6 +83,33 @@ def test_what_is_no_file_is_written_to(tmp_path):
     files.write_whole(tmp_path / "pipe", b"through")
     reader.join(60)
     assert got == [b"through"]
+    read, write = os.pipe()
+    files.write_whole(f"/dev/fd/{write}", b"through")  # a link to what is no path
+    assert os.read(read, 9) == b"through"
+    os.close(read)
+    os.close(write)
+    if Path("/dev/full").exists():
+        with pytest.raises(OSError, match=r"'/dev/full'$"):
+            files.write_whole("/dev/full", b"nowhere")
+
+
+@POSIX
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
+    """Not even by somebody who knew the name."""
+    (tmp_path / "target").write_bytes(b"precious")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "known")
+    (tmp_path / ".known.fastbn.tmp").symlink_to(tmp_path / "target")
+    with pytest.raises(FileExistsError):
+        files.write_whole(tmp_path / "f", b"new")
+    assert (tmp_path / "target").read_bytes() == b"precious"
+    assert there(tmp_path) == [".known.fastbn.tmp", "target"]
+
+
+def test_a_parent_that_is_a_file_is_the_error_that_is_told(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises((FileNotFoundError, NotADirectoryError)) as caught:
+        files.write_whole(tmp_path / "file" / "f", b"new")
+    assert caught.value.filename == str(tmp_path / "file" / "f")
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])

@@ -169,6 +169,10 @@ def test_a_header_without_a_cell_above_the_row_names(tmp_path):
         read(tmp_path, "a,t\n1,2,u\n1,3,v\n", "t")
     with pytest.raises(ValueError, match="line 3 has 3 cells parted by commas, expected 2"):
         read(tmp_path, "a,t\n1,u\n1,3,v\n", "t")
+    # A decimal comma; a delimiter at the end of the rows alone.
+    for text in ("x\n1,5\n2,7\n", "x,y\n1,5,\n2,7,\n", "x\ty\r\n1\t5\t\r\n2\t7\t\r\n"):
+        with pytest.raises(ValueError, match=r"line 2 has . cells parted by .*, expected"):
+            read(tmp_path, text, columns=["x"])
 
 
 def test_a_column_asked_for_by_its_empty_name_is_one(tmp_path):

@@ -149,6 +149,8 @@ def bits(threads):
                 bn = fastbn.BatchNorm(64, eps=1e-70, **options)
                 for a in bn(x), bn.backward(x), bn.running_mean, bn.running_var, bn.grads["weight"], bn.eval()(x):
                     h.update(a.tobytes())
+            h.update(nn.Standardize(64).fit(x)(x).tobytes())
+        h.update(nn.Dense(2, 2, bias=False, seed=0)(np.zeros((1, 2))).tobytes())
         layer.params["weight"][...], layer.grads["weight"][...] = weight, gradient
         step = optim.RMSprop(layer, 1e-3)
         step.step()

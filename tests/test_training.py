@@ -192,6 +192,7 @@ def test_modes_are_restored_even_after_an_error():
         ({"patience": 2}, ValueError, "patience needs validation"),
         ({"patience": 0, "validation": 0.5}, ValueError, "patience must be at least 1"),
         ({"seed": -1}, ValueError, "non-negative"),
+        ({"optimizer": optim.Adam(network())}, ValueError, "optimizer that was made for this model"),
     ],
 )
 def test_bad_arguments_change_nothing(change, error, message):

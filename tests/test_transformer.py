@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 from fractions import Fraction
 
@@ -139,3 +140,9 @@ def test_transformer_names_a_wrong_number_of_features():
     scaler = BatchNormTransformer().fit(np.eye(4))
     with pytest.raises(ValueError, match=r"^expected X with 4 features, got 3$"):
         scaler.inverse_transform(np.eye(3))
+
+
+def test_a_momentum_that_is_no_weight_is_refused():
+    for momentum in (0, 1.5, math.nan):
+        with pytest.raises(ValueError, match="momentum"):
+            BatchNormTransformer(momentum).fit([[1.0], [2.0]])

@@ -78,10 +78,15 @@ def _check_model(path: Path, model: Any, trained: dict[str, Any]) -> None:
     classes, target, outputs = trained["classes"], trained.get("target"), dense[-1].n_out
     if classes is None:
         keys = ("mean", "mean_low", "std")
-        if outputs != 1 or not isinstance(target, dict) or any(type(target.get(key)) is not float for key in keys):
+        numbers = [target.get(key) for key in keys] if isinstance(target, dict) else [None]
+        if outputs != 1 or not all(type(x) is float and abs(x) < labels.LARGEST for x in numbers):
             raise ValueError(f"{path}: expected labels, or mean and std of the target, got {labels.shown(target)}")
-    elif not isinstance(classes, list) or len(classes) != outputs:
+    elif not isinstance(classes, list) or len(classes) != outputs or {*map(type, classes)} - {str, int, float, bool}:
         raise ValueError(f"{path}: expected a label for each of its {outputs} outputs, got {labels.shown(classes)}")
+    try:
+        model(np.zeros((1, trained["inputs"]), np.float32))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: cannot be used: {error}") from error
     columns = trained["columns"]
     if not isinstance(columns, list | None) or not all(isinstance(name, str) for name in columns or ()):
         raise ValueError(f"{path}: expected names of columns or none, got {labels.shown(columns)}")

@@ -16,7 +16,7 @@ from ..functional import batch_norm, moments
 from ..running import merge
 from ..state import Array
 
-_EPS = math.ulp(0.0)  # functional wants a positive one: added to a variance of normal size, this one changes nothing
+_EPS = 5e-324  # functional wants a positive one: added to a variance of normal size, this one changes nothing
 
 
 class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
@@ -96,7 +96,9 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
 
     def _update(self, X: Any, first: bool) -> Self:
         if self.momentum is not None:
-            check_scalar(self.momentum, "momentum", Real, min_val=0, max_val=1, include_boundaries="right")
+            momentum = check_scalar(self.momentum, "momentum", Real, min_val=0, max_val=1, include_boundaries="right")
+            if math.isnan(momentum):
+                raise ValueError("expected momentum to be a number within (0, 1], or None, got nan")
         X = self._checked(X, reset=first)
         stats = moments(X)
         if first:

@@ -204,11 +204,27 @@ def prepare(
 def _drawn(part: data.Dataset, most: int | None, seed: int) -> Pair:
     if part.y is None:
         raise ValueError(f"{part.name}: no labels for the held-out examples")
-    X = part.X.astype(np.float32, copy=False)  # layers hand on the dtype of X
+    X = _float32(part)  # layers hand on the dtype of X
     if most is None or most >= len(part.y):
         return X, part.y
     rows = np.sort(np.random.default_rng(seed).permutation(len(part.y))[:most])
     return X[rows], part.y[rows]
+
+
+def _float32(part: data.Dataset) -> np.ndarray:
+    """X; ValueError for a column that float32 does not hold, such as seconds since 1970."""
+    with np.errstate(over="ignore"):
+        X = part.X.astype(np.float32, copy=False)
+    if X is not part.X:
+        rounded, varies = np.abs(X - part.X).max(axis=0), np.ptp(part.X, axis=0) > 0
+        lost = ~np.isfinite(rounded) | (varies & (rounded > 0.01 * part.X.std(axis=0)))
+        if lost.any():
+            column = int(lost.argmax())
+            called = repr(part.features[column]) if part.features else f"number {column + 1}"
+            raise ValueError(
+                f"{part.name}: column {called} loses its digits in float32: move it near 0, or leave it out"
+            )
+    return X
 
 
 def about(dataset: data.Dataset | None, pairs: Sequence[tuple[Pair, Pair]]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Dense(Layer):
             self.n_out,
             None,
             self.params.get("bias"),
-            math.ulp(0.0),  # eps; 1 plus that is 1
+            5e-324,  # eps; 1 plus that is 1
             mean=np.zeros(self.n_out),
             var=np.ones(self.n_out),
             axis=-1,
