@@ -129,8 +129,8 @@ def test_a_child_that_python_did_not_fork(printed):
     assert printed(FORKED_BY_C) == ["0", "0", "0", "True"]
 
 
-# A thread's control word is one of the numbers in glibc's fenv_t; some of its bits only tell what has happened. It is set as
-# a library does for itself: to flush denormals, and to round upwards.
+# A thread's control word is one of the numbers in glibc's fenv_t; some of its bits only tell what has happened. It is
+# set as a library does for itself: to flush denormals, and to round upwards.
 ANOTHER_CONTROL_WORD = """
 import ctypes, hashlib, platform, sys, numpy as np, fastbn
 from fastbn import nn, optim
