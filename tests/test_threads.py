@@ -33,17 +33,22 @@ def printed(python):
     return run
 
 
+def granted(n):
+    """The number in force after n was set: a serial build has one thread."""
+    return n if machine.openmp_version() else 1
+
+
 def test_set_returns_the_number_before():
     fastbn.set_num_threads(2)
-    assert fastbn.set_num_threads(3) == 2
-    assert fastbn.get_num_threads() == 3
-    assert fastbn.set_num_threads(1) == 3
+    assert fastbn.set_num_threads(3) == granted(2)
+    assert fastbn.get_num_threads() == granted(3)
+    assert fastbn.set_num_threads(1) == granted(3)
 
 
 def test_more_threads_than_cores_are_honoured():
     n = min(2 * (os.cpu_count() or 1) + 1, machine.most_threads())
     fastbn.set_num_threads(n)
-    assert fastbn.get_num_threads() == n
+    assert fastbn.get_num_threads() == granted(n)
     x = np.random.default_rng(0).standard_normal((2000, 500)).astype("float32")
     many, _ = fastbn.batch_norm_forward(x)
     fastbn.set_num_threads(1)
@@ -53,22 +58,22 @@ def test_more_threads_than_cores_are_honoured():
 def test_the_context_manager_restores_also_after_an_error():
     fastbn.set_num_threads(2)
     with fastbn.threads(5):
-        assert fastbn.get_num_threads() == 5
+        assert fastbn.get_num_threads() == granted(5)
         with fastbn.threads(1):
             assert fastbn.get_num_threads() == 1
-        assert fastbn.get_num_threads() == 5
-    assert fastbn.get_num_threads() == 2
+        assert fastbn.get_num_threads() == granted(5)
+    assert fastbn.get_num_threads() == granted(2)
     with pytest.raises(KeyError), fastbn.threads(4):
         raise KeyError
-    assert fastbn.get_num_threads() == 2
+    assert fastbn.get_num_threads() == granted(2)
 
 
 def test_the_number_is_the_processs():
     fastbn.set_num_threads(3)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(fastbn.get_num_threads).result() == 3
+        assert pool.submit(fastbn.get_num_threads).result() == granted(3)
         pool.submit(fastbn.set_num_threads, 2).result()
-    assert fastbn.get_num_threads() == 2
+    assert fastbn.get_num_threads() == granted(2)
 
 
 SHOW = "import fastbn; print(fastbn.get_num_threads())"
@@ -214,13 +219,13 @@ def test_functions_from_many_threads_at_once():
         assert list(pool.map(step, batches * 3)) == expected * 3
 
 
-def test_kernels_release_the_gil():
-    """Another thread wakes during a call, though the interpreter would never take the GIL away."""
-    x = np.random.default_rng(3).standard_normal((4096, 256)).astype("float32")
+def woken_during_a_call(rows):
+    """Whether another thread wakes during one of some calls, though the interpreter would never take the GIL away."""
+    x = np.ones((rows, 256), "float32")
     y = np.empty_like(x)
     inside, seen = [False], []
     interval = sys.getswitchinterval()
-    for _ in range(100):
+    for _ in range(50):
         go = threading.Event()
         worker = threading.Thread(target=lambda go=go: (go.wait(), seen.append(inside[0])))
         worker.start()
@@ -234,5 +239,10 @@ def test_kernels_release_the_gil():
             sys.setswitchinterval(interval)
         worker.join()
         if seen[-1]:
-            break
-    assert any(seen)
+            return True
+    return False
+
+
+def test_kernels_release_the_gil():
+    # A single processor may let it wait for longer than the shorter calls take.
+    assert any(map(woken_during_a_call, (4096, 65_536)))
