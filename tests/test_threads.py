@@ -32,17 +32,22 @@ def printed(python):
     return run
 
 
+def granted(n):
+    """The number in force after n was set: a serial build has one thread."""
+    return n if machine.openmp_version() else 1
+
+
 def test_set_returns_the_number_before():
     fastbn.set_num_threads(2)
-    assert fastbn.set_num_threads(3) == 2
-    assert fastbn.get_num_threads() == 3
-    assert fastbn.set_num_threads(1) == 3
+    assert fastbn.set_num_threads(3) == granted(2)
+    assert fastbn.get_num_threads() == granted(3)
+    assert fastbn.set_num_threads(1) == granted(3)
 
 
 def test_more_threads_than_cores_are_honoured():
     n = min(2 * (os.cpu_count() or 1) + 1, machine.most_threads())
     fastbn.set_num_threads(n)
-    assert fastbn.get_num_threads() == n
+    assert fastbn.get_num_threads() == granted(n)
     x = np.random.default_rng(0).standard_normal((2000, 500)).astype("float32")
     many, _ = fastbn.batch_norm_forward(x)
     fastbn.set_num_threads(1)
@@ -52,22 +57,22 @@ def test_more_threads_than_cores_are_honoured():
 def test_the_context_manager_restores_also_after_an_error():
     fastbn.set_num_threads(2)
     with fastbn.threads(5):
-        assert fastbn.get_num_threads() == 5
+        assert fastbn.get_num_threads() == granted(5)
         with fastbn.threads(1):
             assert fastbn.get_num_threads() == 1
-        assert fastbn.get_num_threads() == 5
-    assert fastbn.get_num_threads() == 2
+        assert fastbn.get_num_threads() == granted(5)
+    assert fastbn.get_num_threads() == granted(2)
     with pytest.raises(KeyError), fastbn.threads(4):
         raise KeyError
-    assert fastbn.get_num_threads() == 2
+    assert fastbn.get_num_threads() == granted(2)
 
 
 def test_the_number_is_the_processs():
     fastbn.set_num_threads(3)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(fastbn.get_num_threads).result() == 3
+        assert pool.submit(fastbn.get_num_threads).result() == granted(3)
         pool.submit(fastbn.set_num_threads, 2).result()
-    assert fastbn.get_num_threads() == 2
+    assert fastbn.get_num_threads() == granted(2)
 
 
 SHOW = "import fastbn; print(fastbn.get_num_threads())"
@@ -128,19 +133,23 @@ def test_a_child_that_python_did_not_fork(printed):
     assert printed(FORKED_BY_C) == ["0", "0", "0", "True"]
 
 
-# The last number in glibc's fenv_t: flushed denormals, or another rounding, as a library sets them for itself.
+# A thread's control word is one of the numbers in glibc's fenv_t; some of its bits only tell what has happened. It is
+# set as a library does for itself: to flush denormals, and to round upwards.
 ANOTHER_CONTROL_WORD = """
-import ctypes, hashlib, sys, numpy as np, fastbn
+import ctypes, hashlib, platform, sys, numpy as np, fastbn
 from fastbn import nn, optim
 from fastbn.kernels import machine
 m = ctypes.CDLL("libm.so.6")
+place, happened, plain_word, *others = {
+    "x86_64": (7, 63, 0x1f80, 0x9fc0, 0x5f80), "aarch64": (0, 0, 0, 1 << 24, 1 << 22)
+}[platform.machine()]
 def control(word):
     environment = (ctypes.c_uint32 * 8)()
     m.fegetenv(environment)
-    environment[7] = word
+    environment[place] = word
     m.fesetenv(environment)
     m.fegetenv(environment)
-    return environment[7] & ~63 == word
+    return environment[place] & ~happened == word
 def bits(threads):
     with fastbn.threads(threads):
         h = hashlib.sha256()
@@ -166,19 +175,19 @@ machine.set_settings(parallel_from_elements=1)
 expected = {bits(1)}
 if sys.argv[1] == "threads first":
     bits(2)
-plain = control(0x1f80)
-for word in (0x9fc0, 0x5f80, 0x1f80):
+plain = control(plain_word)
+for word in (*others, plain_word):
     taken = control(word)
     found = {bits(1), bits(2)}
     after = control(word)
-    control(0x1f80)
+    control(plain_word)
     print(taken and after and plain, found == expected, len(found))
 """
 
 
 @pytest.mark.skipif(
-    (sys.platform, platform.machine(), platform.libc_ver()[0]) != ("linux", "x86_64", "glibc"),
-    reason="fenv_t as glibc has it on x86-64",
+    (sys.platform, platform.libc_ver()[0]) != ("linux", "glibc") or platform.machine() not in ("x86_64", "aarch64"),
+    reason="fenv_t as glibc has it on x86-64 and arm64",
 )
 @pytest.mark.parametrize("first", ["threads first", "word first"])
 def test_bits_do_not_depend_on_the_control_word(printed, first):
@@ -212,13 +221,13 @@ def test_functions_from_many_threads_at_once():
         assert list(pool.map(step, batches * 3)) == expected * 3
 
 
-def test_kernels_release_the_gil():
-    """Another thread wakes during a call, though the interpreter would never take the GIL away."""
-    x = np.random.default_rng(3).standard_normal((4096, 256)).astype("float32")
+def woken_during_a_call(rows):
+    """Whether another thread wakes during one of some calls, though the interpreter would never take the GIL away."""
+    x = np.ones((rows, 256), "float32")
     y = np.empty_like(x)
     inside, seen = [False], []
     interval = sys.getswitchinterval()
-    for _ in range(100):
+    for _ in range(50):
         go = threading.Event()
         worker = threading.Thread(target=lambda go=go: (go.wait(), seen.append(inside[0])))
         worker.start()
@@ -232,5 +241,10 @@ def test_kernels_release_the_gil():
             sys.setswitchinterval(interval)
         worker.join()
         if seen[-1]:
-            break
-    assert any(seen)
+            return True
+    return False
+
+
+def test_kernels_release_the_gil():
+    # A single processor may let it wait for longer than the shorter calls take.
+    assert any(map(woken_during_a_call, (4096, 65_536)))

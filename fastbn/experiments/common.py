@@ -156,9 +156,10 @@ def curve(name: str, x: Sequence[Any], cells: Iterable[Iterable[float | None]], 
 
 
 def in_parallel(task: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, progress: bool = True) -> list[Any]:
-    """[task(*arguments) for arguments in calls], in one process a core, each with one thread of BLAS and OpenMP.
+    """[task(*arguments) for arguments in calls], in one process a core and at least two, of one thread each.
 
-    So every run's numbers are those of one thread, however many cores there are. Ctrl-C ends the processes.
+    So every run's numbers are those of one thread of BLAS and OpenMP, however many cores there are. Ctrl-C ends the
+    processes.
 
     Parameters
     ----------
@@ -176,7 +177,8 @@ def in_parallel(task: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, p
     calls = list(calls)
     with parallel_config("loky", inner_max_num_threads=1):
         with _deaf_to_ctrl_c():  # the processes stay so, and this one ends them: one line instead of a traceback each
-            parallel = Parallel(n_jobs=min(cpu_count(), len(calls)), return_as="generator")
+            # A single one joblib would run in this process, on all of its threads.
+            parallel = Parallel(n_jobs=max(2, min(cpu_count(), len(calls))), return_as="generator")
             done = parallel(delayed(task)(*arguments) for arguments in calls)
         return list(tqdm(done, total=len(calls), unit=" runs", leave=False, disable=None if progress else True))
 
