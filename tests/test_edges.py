@@ -1,6 +1,7 @@
 """Nothing outside the arrays is read or written: here they end or begin where a page begins that nobody may touch.
 
-As a script it makes the calls, and ends with a fault at the first such access: `python tests/test_edges.py THREADS`.
+As a script it makes the calls, and ends with a fault at the first such access: `python tests/test_edges.py`, on one
+thread and on three; with a number behind it, on so many.
 """
 
 import ctypes
@@ -85,16 +86,16 @@ def results(x, dy, activation, threads, place):
     return [np.ascontiguousarray(a).tobytes() for a in found]
 
 
-def check():
+def check(threads=None):
     rng = np.random.default_rng(0)
     for i, (shape, dtype) in enumerate((shape, dtype) for shape in SHAPES for dtype in ("float32", "float64")):
         x, dy = rng.standard_normal((2, *shape)).astype(dtype)
-        activation, threads = [None, "relu", "leaky_relu"][i % 3], 1 + i // 2 % 2 * 2
+        activation, count = [None, "relu", "leaky_relu"][i % 3], threads or 1 + i // 2 % 2 * 2
         expected = results(x, dy, activation, 1, np.copy)
         for numbers in SETTINGS:
             before = machine.set_settings(parallel_from_elements=0, read_ahead_from_bytes=0, **numbers)
             for at_end in (True, False):
-                found = results(x, dy, activation, threads, lambda a, at_end=at_end: between_guards(a, at_end))
+                found = results(x, dy, activation, count, lambda a, at_end=at_end: between_guards(a, at_end))
                 assert found == expected, (shape, dtype, activation, numbers, at_end)
             machine.set_settings(**before)
 
@@ -107,4 +108,4 @@ def test_nothing_outside_the_arrays_is_touched(build, python):
 
 
 if __name__ == "__main__":
-    check()
+    check(*map(int, sys.argv[1:]))

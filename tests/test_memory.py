@@ -127,6 +127,63 @@ def test_outputs_from_many_threads_at_once():
         sys.setswitchinterval(interval)
 
 
+POINTER, SIZE = ctypes.c_void_p, ctypes.c_size_t
+
+
+class Handler(ctypes.Structure):
+    """PyDataMem_Handler, as NEP 49 has it."""
+
+    _fields_ = [
+        ("name", ctypes.c_char * 127),
+        ("version", ctypes.c_uint8),
+        ("context", POINTER),
+        ("malloc", ctypes.CFUNCTYPE(POINTER, POINTER, SIZE)),
+        ("calloc", ctypes.CFUNCTYPE(POINTER, POINTER, SIZE, SIZE)),
+        ("realloc", ctypes.CFUNCTYPE(POINTER, POINTER, POINTER, SIZE)),
+        ("free", ctypes.CFUNCTYPE(None, POINTER, POINTER, SIZE)),
+    ]
+
+
+def handler_of(y):
+    """What allocated y, which an array has as its last field."""
+    capsule = POINTER.from_address(id(y) + np.ndarray.__basicsize__ - ctypes.sizeof(POINTER))
+    pointer = ctypes.PYFUNCTYPE(POINTER, POINTER, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+    return Handler.from_address(pointer(capsule, b"mem_handler"))
+
+
+def test_threads_without_the_gil_share_the_pool():
+    """NumPy's calls, made by way of ctypes, which gives the GIL away first."""
+    y = forward(batch(0))
+    handler = handler_of(y)
+    assert handler.name == b"fastbn"
+    fastbn.set_pool_limit(2_000_000)
+    damaged = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        held = []
+        for size in rng.integers(130_000, 400_000, size=500).tolist():
+            at = handler.malloc(None, size)
+            for place in (at, at + size - 8):
+                ctypes.memset(place, seed, 8)
+            held.append((at, size))
+            if len(held) > 5:
+                at, size = held.pop(rng.integers(len(held)))
+                found = ctypes.string_at(at, 8) + ctypes.string_at(at + size - 8, 8)
+                damaged.extend([found] if found != bytes([seed]) * 16 else [])
+                handler.free(None, at, size)
+        for at, size in held:
+            handler.free(None, at, size)
+
+    workers = [threading.Thread(target=work, args=(1 + k,)) for k in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert damaged == []
+    assert 0 < fastbn.clear_pool() <= 2_000_000
+
+
 def test_a_training_loop_allocates_nothing_large_after_its_first_step():
     bn = fastbn.BatchNorm(128)
     steps = []
