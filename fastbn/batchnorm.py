@@ -68,6 +68,8 @@ class BatchNorm(calls.Callable):
     training, frozen : bool
     renorm : (float, float) or None
         May be assigned between batches.
+    num_features, eps, momentum, axis, dtype, activation, unbiased, num_threads, ghost_size
+        As they were given; they cannot be assigned.
     params, grads : dict of numpy.ndarray
         ``weight`` and ``bias``, and the gradients of the last backward (zeros before it); the arrays stay the same
         ones.
@@ -336,6 +338,22 @@ class BatchNorm(calls.Callable):
     @property
     def axis(self) -> int:
         return self._axis
+
+    @property
+    def activation(self) -> str | None:
+        return self._activation
+
+    @property
+    def unbiased(self) -> bool:
+        return self._unbiased
+
+    @property
+    def num_threads(self) -> int | None:
+        return self._num_threads
+
+    @property
+    def ghost_size(self) -> int | None:
+        return self._ghost_size
 
     @property
     def renorm(self) -> tuple[float, float] | None:

@@ -130,6 +130,8 @@ def load(
     """
     if task not in ("auto", "classification", "regression"):
         raise ValueError(f"expected task to be auto, classification or regression, got {task!r}")
+    if path is not None and not os.fspath(path):  # Path would make the current folder of it
+        raise ValueError("expected a path, got ''")
     source = None if path is None else Path(path)
     chosen = target is not None or columns is not None or ignore or header is not None
     if chosen and (source is None or not is_table(source)):

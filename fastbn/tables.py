@@ -210,6 +210,9 @@ class _Reading:
         elif index is not None:
             column = [self._number(cell, index, line) for cell, line in zip(row_names, lines, strict=True)]
             X, chosen = np.column_stack([column, X]), [index, *chosen]
+            notes.append(
+                f"the first column has no name, and is a feature: {_ignoring(self.names[index])} leaves it out"
+            )
         if not chosen:
             raise ValueError(f"{self.path}: no feature column beside the row names")
         self._check_size(X, chosen, lines)

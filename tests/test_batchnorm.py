@@ -247,6 +247,14 @@ def test_without_affine():
     assert fastbn.BatchNorm(3, affine=False, track_running_stats=False).state_dict() == {}
 
 
+@pytest.mark.parametrize("name", ["eps", "momentum", "axis", "activation", "unbiased", "num_threads", "ghost_size"])
+def test_what_is_no_longer_looked_at_cannot_be_assigned(name):
+    bn = fastbn.BatchNorm(3, activation="relu", num_threads=1, ghost_size=4)
+    assert getattr(bn, name) == bn.config()[name]
+    with pytest.raises(AttributeError):
+        setattr(bn, name, 2)
+
+
 def test_attributes_and_their_starts():
     bn = fastbn.BatchNorm(3, 1e-3, 0.2, axis=-1, dtype="float64")
     assert (bn.num_features, bn.eps, bn.momentum, bn.axis, bn.dtype) == (3, 1e-3, 0.2, -1, np.dtype("float64"))

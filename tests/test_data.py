@@ -383,6 +383,8 @@ def test_paths(tmp_path):
     for missing in ("a.npz", "a.csv", "a"):
         with pytest.raises(FileNotFoundError, match=f"no such file or folder: .*{missing}"):
             data.load(tmp_path / missing)
+    with pytest.raises(ValueError, match="expected a path, got ''"):
+        data.load("")
     (tmp_path / "a.xls").write_text("a\n1\n")
     with pytest.raises(ValueError, match=r"a\.xls: expected a folder of idx files, an \.npz file or a table: \.csv"):
         data.load(tmp_path / "a.xls")

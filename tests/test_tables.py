@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import shlex
 from decimal import Decimal
 
 import numpy as np
@@ -150,7 +151,12 @@ def test_row_names_are_no_feature(tmp_path, first, cells, left_out):
     dataset = read(tmp_path, text, "t")
     assert dataset.features == (("a",) if left_out else (first.strip('"'), "a"))
     assert dataset.X[:, -1].tolist() == [0, 1, 4]
-    assert len(dataset.notes) == left_out
+    assert dataset.notes == (
+        ("left out the first column, which has no name and another cell in every row",)
+        if left_out
+        else (f"the first column has no name, and is a feature: ignore=[{dataset.features[0]!r}] "
+              f"(--ignore {shlex.quote(dataset.features[0])}) leaves it out",)
+    )  # fmt: skip
 
 
 def test_a_header_without_a_cell_above_the_row_names(tmp_path):
