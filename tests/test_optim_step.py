@@ -1,6 +1,7 @@
 """An optimizer's step to the bit against plain NumPy, whatever the layout, thread count and build; errors and overlaps.
 
-As a script it prints one digest: `python tests/test_optim_step.py THREADS`. It must be the same everywhere.
+As a script it prints one digest: `python tests/test_optim_step.py THREADS`. It must be the same everywhere. A size
+behind it is that of the large parameter, which is shared among the threads whatever its size.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import fastbn
 from fastbn import kernels, optim
+from fastbn.kernels import machine
 
 DTYPES = ["float32", "float64"]
 LARGE = 530_001  # above the threshold for threads
@@ -150,12 +152,12 @@ def test_special_values_stay_in_their_own_element(name, dtype, special):
     assert np.isfinite(np.delete(p, [3, 17])).all()
 
 
-def digest(threads):
+def digest(threads, size=LARGE):
     h = hashlib.sha256()
     with fastbn.threads(threads):
         for dtype in DTYPES:
             for name, options in EVERY:
-                params = {"a": values(LARGE, 0, dtype), "b": values(77, 1, dtype)}
+                params = {"a": values(size, 0, dtype), "b": values(77, 1, dtype)}
                 model = SimpleNamespace(params=params, grads={k: values(p.size, 2, dtype) for k, p in params.items()})
                 optimizer = CLASSES[name](model, **options)
                 optimizer.step()
@@ -291,4 +293,5 @@ def test_scalar_parameters_take_scalar_gradients():
 
 
 if __name__ == "__main__":
-    print(digest(int(sys.argv[1])))
+    machine.set_settings(parallel_from_elements=0)
+    print(digest(*map(int, sys.argv[1:])))
