@@ -497,7 +497,8 @@ def test_the_page_of_exactness_is_of_these_libraries(monkeypatch):
     monkeypatch.setattr(exactness, "LIBRARIES", kept)
     few = {name: exactness.nist.DATA_SETS[name] for name in ("Mavro", "NumAcc1")}
     monkeypatch.setattr(exactness.nist, "DATA_SETS", few)
-    monkeypatch.setattr(exactness, "batches", lambda dtype: {"far": np.arange(20, dtype=dtype).reshape(10, 2) + 5000})
+    far = np.random.default_rng(0).standard_normal((50, 2)) + 1e5
+    monkeypatch.setattr(exactness, "batches", lambda dtype: {"far": far.astype(dtype)})
     page = exactness.page()
     assert "| NumAcc1 (3) | 15.9, 15.9 | 15.9, 15.9 |" in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| far")]
