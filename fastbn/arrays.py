@@ -129,6 +129,8 @@ def _npz_part(
         at = f"{path}: {name}[{row}, {column}]"
         raise ValueError(f"{at} is {rows[row, column]:g}, expected a finite number below {LARGEST:g}")
     images = X.ndim > 2 and (X.dtype == np.uint8 or bool(rows.min() >= 0 and rows.max() <= 1))
+    if images and X.dtype == np.uint8:  # as idx files: the same images are the same numbers in either
+        rows /= 255
     if labels is None:
         return Part(rows, images, None, "")
     labels_name = roles[part, "y"]

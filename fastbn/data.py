@@ -76,8 +76,8 @@ def load(
     path : path, or None
         - None: scikit-learn's digits, 1,797 images of 8 x 8 pixels, scaled from 0 .. 16 to 0 .. 1;
         - `.npz`: arrays `X` (N, features), or of more axes, which are flattened, and `y` (N,), which may be missing.
-          Also `images` and `labels`, `data` and `target`, `x_train`, `y_train`, `x_test` and `y_test`, and names
-          like these;
+          Images of bytes (of three axes or more) are scaled from 0 .. 255 to 0 .. 1. The arrays may also be called
+          `images` and `labels`, `data` and `target`, `x_train`, `y_train`, `x_test` and `y_test`, and the like;
         - a table, `.csv`, `.tsv`, `.txt` or `.data`, also with `.gz` behind it: UTF-8, a header row, then numbers
           or True and False. Cells are parted by commas, semicolons, tabs, bars or spaces;
         - a folder of idx files as MNIST has them: train-images-idx3-ubyte, train-labels-idx1-ubyte and t10k-...,

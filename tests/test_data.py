@@ -101,9 +101,9 @@ def test_npz_of_parts(tmp_path, names):
     arrays = dict(zip(names.split(), (IMAGES, LABELS, TEST_IMAGES, TEST_LABELS), strict=True))
     np.savez(tmp_path / "d.npz", **arrays, val_images=IMAGES, val_labels=LABELS)
     dataset = data.load(tmp_path / "d.npz")
-    assert dataset.X.tolist() == IMAGES.reshape(10, 6).tolist()
+    assert dataset.X.tolist() == (IMAGES.reshape(10, 6) / np.float32(255)).tolist()
     assert dataset.y.tolist() == LABELS.tolist()
-    assert dataset.held_out.X.tolist() == TEST_IMAGES.reshape(4, 6).tolist()
+    assert dataset.held_out.X.tolist() == (TEST_IMAGES.reshape(4, 6) / np.float32(255)).tolist()
     assert dataset.held_out.y.tolist() == TEST_LABELS.tolist()
     assert dataset.images
     assert dataset.notes == (f"read {', '.join(names.split())}; not used: val_images, val_labels",)
@@ -128,7 +128,7 @@ def test_which_arrays_are_images(tmp_path, X, images):
 def test_npz_of_other_names(tmp_path, names):
     np.savez(tmp_path / "d.npz", **dict(zip(names.split(), (IMAGES, LABELS[:, np.newaxis]), strict=True)))
     dataset = data.load(tmp_path / "d.npz")
-    assert dataset.X.tolist() == IMAGES.reshape(10, 6).tolist()
+    assert dataset.X.tolist() == (IMAGES.reshape(10, 6) / np.float32(255)).tolist()
     assert dataset.y.tolist() == LABELS.tolist()
     assert dataset.held_out is None
 
@@ -329,6 +329,20 @@ def test_idx_faults(tmp_path, how, fault):
     damage(tmp_path, "t10k-images-idx3-ubyte", how)
     with pytest.raises(ValueError, match=f"t10k-images-idx3-ubyte(.gz)?: .*{fault}"):
         data.load(tmp_path)
+
+
+def test_the_same_images_are_the_same_numbers_in_any_file(tmp_path):
+    """A model of idx files was right on half of an .npz with the same bytes."""
+    made = idx_folder(tmp_path / "idx")
+    names = {"train": ("x_train", "y_train"), "t10k": ("x_test", "y_test")}
+    np.savez(tmp_path / "d.npz", **{n: a for part in names for n, a in zip(names[part], made[part], strict=True)})
+    one, other = data.load(tmp_path / "idx"), data.load(tmp_path / "d.npz")
+    for a, b in ((one, other), (one.held_out, other.held_out)):
+        assert a.images
+        assert b.images
+        assert a.X.dtype == b.X.dtype == np.float32
+        np.testing.assert_array_equal(a.X, b.X)
+        np.testing.assert_array_equal(a.y, b.y)
 
 
 def test_a_small_file_does_not_take_much_memory(tmp_path):
