@@ -1,7 +1,7 @@
 """Arrays as they come: shapes, strides, dtypes, byte orders, alignments, overlaps, NaN and infinities, parameters of
 any type. A call gives what the oracle gives, or the documented error with everything as it was.
 
-FASTBN_FUZZ is the number of examples of each test: 100 by default, more on demand.
+FASTBN_FUZZ is the number of examples of each test: 40 by default, more on demand.
 """
 
 import os
@@ -16,7 +16,7 @@ from twin import within
 import fastbn
 from fastbn.kernels import machine
 
-EXAMPLES = int(os.environ.get("FASTBN_FUZZ", "100"))
+EXAMPLES = int(os.environ.get("FASTBN_FUZZ", "40"))
 FUZZED = settings(max_examples=EXAMPLES)
 GRADIENT = {"float32": 8, "float64": 16}  # units of rounding, as tests/test_exactness.py has them
 NUMBERS = ["f4", "f4", "f4", "f8", "f8", ">f4", ">f8", "i1", "u2", "i8", "?"]

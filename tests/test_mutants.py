@@ -1,6 +1,6 @@
 """Damaged files: each mutant is read, or refused by a ValueError that names the file, and nothing is half-changed.
 
-FASTBN_MUTANTS is the number for each kind of file: 100 by default, more on demand (`.ci/run` takes 2,000).
+FASTBN_MUTANTS is the number for each kind of file: 40 by default, more on demand (`.ci/run` takes 2,000).
 """
 
 import gzip
@@ -14,7 +14,7 @@ import pytest
 
 from fastbn import BatchNorm, checkpoint, data, losses, nn, optim, training
 
-MUTANTS = int(os.environ.get("FASTBN_MUTANTS", "100"))
+MUTANTS = int(os.environ.get("FASTBN_MUTANTS", "40"))
 TELLING = b'\0\xff\x7f\x80 0919-+.eE{}[]",:\n\r;|\tnulltruefalseNaNInfinity'
 
 
