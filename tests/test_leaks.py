@@ -115,6 +115,8 @@ def growth(act):
         gc.collect()
         more = sys.getallocatedblocks() - blocks, c_librarys_bytes() - nbytes
         least = [min(pair) for pair in zip(least, more, strict=True)]
+        if least[0] < 0.5 * CALLS and least[1] < CALLS:
+            break
     return least[0] / CALLS, least[1] / CALLS
 
 
