@@ -292,7 +292,7 @@ def test_backward(data):
     dy_before = dy.tobytes()
     into = data.draw(st.sampled_from(["drawn", "dy"]))
     out = dy if into == "dy" else call.out
-    x_is_out = out is call.x
+    x_is_out = out is call.x and call.x.size > 0
     fitting = dy.flags.writeable and dy.dtype == call.result_dtype if into == "dy" else call.out_fits and not x_is_out
     around = outside(dy_buffer, dy).tobytes()
     result = call.made(
