@@ -101,7 +101,7 @@ def test_models(tmp_path):
 
     for model, seed in ((network(), 0), (network().eval().folded(), 1)):
         checkpoint.save(tmp_path / "m", model, metadata={"classes": ["a", 2], "inputs": 3})
-        assert tried(tmp_path / "m", each((tmp_path / "m").read_bytes(), seed), read) > 1
+        assert tried(tmp_path / "m", each((tmp_path / "m").read_bytes(), seed), read) > 0
 
 
 def test_files_of_interrupted_trainings(tmp_path):
