@@ -164,8 +164,7 @@ class RunFile:
             for name in LAYER_STATE:
                 if hasattr(saved, name):
                     setattr(layer, name, getattr(saved, name))
-        for name, value in numbers.items():
-            setattr(self._optimizer, name, tuple(value) if isinstance(value, list) else value)
+        _set_numbers(self._optimizer, numbers)
         self._identity = run["identity"]
         return state
 
@@ -179,9 +178,7 @@ class RunFile:
                 raise ValueError(f"damaged, expected {name} of an optimizer, got {begun!r} and {stopped!r}")
             known = given in (begun, stopped)
             self._begun_with[name], numbers[name] = (begun, stopped) if known else (given, given)
-        trial = copy.copy(self._optimizer)  # what it does not take must be an error now
-        for name, value in numbers.items():
-            setattr(trial, name, tuple(value) if isinstance(value, list) else value)
+        _set_numbers(copy.copy(self._optimizer), numbers)  # what it does not take must be an error now
         return numbers
 
     def _optimizer_state(self) -> dict[str, Any]:
@@ -190,6 +187,12 @@ class RunFile:
 
     def _dropouts(self) -> list[Dropout]:
         return [layer for layer in walk([self._model]) if isinstance(layer, Dropout)]
+
+
+def _set_numbers(optimizer: Any, numbers: dict[str, Any]) -> None:
+    """As they come from JSON, which has lists for tuples."""
+    for name, value in numbers.items():
+        setattr(optimizer, name, tuple(value) if isinstance(value, list) else value)
 
 
 def _plain(value: Any) -> Any:
