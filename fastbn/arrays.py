@@ -23,6 +23,7 @@ __all__ = ["Part", "read_idx_folder", "read_npz"]
 _IDX_IMAGES, _IDX_LABELS = 0x00000803, 0x00000801
 _CHUNK_BYTES = 1 << 24
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_NPY_HEADERS[3, 0] = _NPY_HEADERS[2, 0]  # only the names of fields are written otherwise
 _DEFLATED_AT_MOST = 1032  # bytes that zlib can make of one
 _ROLES = {"X": "x|data|images?|imgs?|features?|inputs?", "y": "y|labels?|targets?"}
 _PARTS = {"train": "train|training", "test": "test|testing|t10k", "validation": "validation|valid|val|dev"}
@@ -79,9 +80,7 @@ def _check_member(archive: zipfile.ZipFile, name: str) -> None:
     """ValueError for an array whose header asks for more than the archive can hold, before memory is taken for it."""
     info = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
     with archive.open(info) as member:
-        if (version := np.lib.format.read_magic(member)) not in _NPY_HEADERS:  # of names that are no ASCII
-            return
-        shape, _, dtype = _NPY_HEADERS[version](member)
+        shape, _, dtype = _NPY_HEADERS[np.lib.format.read_magic(member)](member)
     asked, there = math.prod(shape) * dtype.itemsize, min(info.file_size, _DEFLATED_AT_MOST * info.compress_size)
     if asked > there and not dtype.hasobject:
         raise ValueError(f"{name} asks for {asked} bytes of data, of which there are at most {there}")

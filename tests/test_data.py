@@ -331,6 +331,16 @@ def test_idx_faults(tmp_path, how, fault):
         data.load(tmp_path)
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_header_cannot_ask_for_more_than_the_file_has(tmp_path, version):
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 30000), }\n"
+    size = struct.pack("<H" if version == 1 else "<I", len(header))
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("X.npy", b"\x93NUMPY" + bytes([version, 0]) + size + header + bytes(80))
+    with pytest.raises(ValueError, match=r"d\.npz: cannot be read \(X asks for 240000000000 bytes of data"):
+        data.load(tmp_path / "d.npz")
+
+
 def test_the_same_images_are_the_same_numbers_in_any_file(tmp_path):
     """A model of idx files was right on half of an .npz with the same bytes."""
     made = idx_folder(tmp_path / "idx")
