@@ -354,8 +354,10 @@ cdef Call inferred(Constants constants, object x, object out):
     """An inference forward, done; its statistics are the running ones as they were at the call."""
     cdef cnp.ndarray given = floating(x, "x")
     cdef Call c = Call.__new__(Call)
-    cdef Prepared prepared = constants.prepared
+    cdef Prepared prepared
     cdef Job *job = &c.job
+    with cython.critical_section(constants):
+        prepared = constants.prepared
     c.begin(constants, given, &KERNELS.normalize)
     c.output(out, given, None)
     if prepared is not None and prepared.fits(constants, job):
@@ -376,7 +378,8 @@ cdef Call inferred(Constants constants, object x, object out):
             prepared.stats = c.stats
         call(&KERNELS.normalize, job)
         if prepared is not None and job.prepared:
-            constants.prepared = prepared
+            with cython.critical_section(constants):
+                constants.prepared = prepared
     c.finish()
     c.x_kept = c.kept(x, given)
     return c
@@ -482,6 +485,7 @@ cdef class Callable:
 
     def __call__(self, x, out=None, *, mask=None):
         cdef Call c
+        cdef tuple saved = None
         # Without running statistics, inference computes the batch's for want of others, as PyTorch's does.
         cdef bint training = (self.training and not self.frozen) or self._constants.mean is None
         if mask is not None or self._ghost_size is not None:
@@ -489,10 +493,15 @@ cdef class Callable:
         if training:
             c = normalized(self._constants, x, out, 1 / (self.num_batches_tracked + 1) if self._momentum is None else self._momentum)
             if self._constants.mean is not None and c.stats.count:
-                self.num_batches_tracked += 1
+                with cython.critical_section(self):
+                    self.num_batches_tracked += 1
         else:
             c = inferred(self._constants, x, out)
-        self._saved = (backward_into, x, c.stats, training) if c.x_kept else None
+        if c.x_kept:
+            saved = (backward_into, x, c.stats, training)
+        # Inference is called from several threads at once, which must not let go of what was saved before twice.
+        with cython.critical_section(self):
+            self._saved = saved
         return c.out
 
     def backward(self, dy, out=None):
@@ -521,9 +530,11 @@ cdef class Callable:
         ValueError, TypeError
             For arrays that do not fit.
         """
-        if self._saved is None:
+        with cython.critical_section(self):
+            saved = self._saved
+        if saved is None:
             raise RuntimeError("expected a forward before backward, and one that did not overwrite x")
-        back, x, stats, training = self._saved
+        back, x, stats, training = saved
         dweight = dbias = None
         if self._constants.weight is not None:
             dweight, dbias = self.grads["weight"], self.grads["bias"]

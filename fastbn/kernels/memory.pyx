@@ -25,7 +25,6 @@ from cpython.pythread cimport (
     PyThread_type_lock,
 )
 from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcpy
 
 cnp.import_array()
@@ -35,8 +34,22 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef extern from *:
     """
-    #if defined(__linux__)
+    /* Memory that goes back to the system when it is freed. What malloc has given it may keep, between other pieces that are still in use: under
+       changing shapes that came to 150 MB above the pool's limit. */
+    #if defined(__unix__) || defined(__APPLE__)
     #include <sys/mman.h>
+    #ifndef MAP_ANONYMOUS
+    #define MAP_ANONYMOUS MAP_ANON
+    #endif
+    static void *map_memory(size_t size) {
+        void *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        return start == MAP_FAILED ? NULL : start;
+    }
+    static void unmap_memory(void *start, size_t size) { (void)munmap(start, size); }
+    #else
+    #include <stdlib.h>
+    static void *map_memory(size_t size) { return malloc(size); }
+    static void unmap_memory(void *start, size_t size) { (void)size; free(start); }
     #endif
     static void huge_pages(void *start, size_t size) {
     #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -46,6 +59,8 @@ cdef extern from *:
     #endif
     }
     """
+    void *map_memory(size_t size) noexcept nogil
+    void unmap_memory(void *start, size_t size) noexcept nogil
     void huge_pages(void *start, size_t size) noexcept nogil
 
 cdef enum:
@@ -57,7 +72,7 @@ cdef enum:
     CLASSES = 256
 
 cdef struct Block:        # stands right before its data
-    void *allocation      # what free takes
+    char *allocation      # what was mapped, with all that stands around the data
     size_t capacity       # of the data, in bytes
     size_t released       # when, by the pool's clock
     Block *newer
@@ -135,8 +150,12 @@ cdef Block *surplus(size_t bound) noexcept nogil:
 
 # --- blocks --------------------------------------------------------------------------------------------------------------
 
+cdef size_t mapped(size_t capacity) noexcept nogil:
+    return capacity + sizeof(Block) + ALIGNMENT
+
+
 cdef Block *create(size_t capacity) noexcept nogil:
-    cdef char *allocation = <char *>malloc(capacity + sizeof(Block) + ALIGNMENT)
+    cdef char *allocation = <char *>map_memory(mapped(capacity))
     cdef char *data
     cdef Block *block
     if allocation == NULL:
@@ -159,7 +178,7 @@ cdef size_t discard(Block *chain) noexcept nogil:
         block = chain
         chain = block.older
         given += block.capacity
-        free(block.allocation)
+        unmap_memory(block.allocation, mapped(block.capacity))
     return given
 
 
@@ -193,9 +212,11 @@ cdef void pool_free(void *context, void *data, size_t size) noexcept nogil:
         return
     rounded(block.capacity, &k)
     block.older = NULL
-    if block.capacity <= limit and PyThread_acquire_lock(lock, NOWAIT_LOCK):
-        link(block, k)
-        block = surplus(limit)
+    if PyThread_acquire_lock(lock, NOWAIT_LOCK):
+        # What is larger than the limit would drive all others out, and go itself.
+        if block.capacity <= limit:
+            link(block, k)
+            block = surplus(limit)
         PyThread_release_lock(lock)
     discard(block)
 
@@ -249,7 +270,10 @@ def get_pool_limit():
     1048576
     >>> _ = fastbn.set_pool_limit(before)
     """
-    return limit
+    PyThread_acquire_lock(lock, WAIT_LOCK)
+    now = limit
+    PyThread_release_lock(lock)
+    return now
 
 
 def set_pool_limit(nbytes):
@@ -261,7 +285,8 @@ def set_pool_limit(nbytes):
     Parameters
     ----------
     nbytes : int
-        At least 0; 0 keeps nothing. Arrays in use do not count.
+        At least 0. Arrays in use do not count. With 0 nothing is kept, and every output is new memory of the system, of which the first touch can
+        cost as much as the call.
 
     Returns
     -------
