@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,32 @@ import fastbn
 
 # A shell that starts the tests in the background has Ctrl-C ignored, by them and by every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Modules that begin with an import of what fastbn itself does without.
+NEEDS = {
+    "bench": "matplotlib",
+    "estimators": "sklearn",
+    "estimators_training": "sklearn",
+    "estimators_weights": "sklearn",
+    "onnx": "onnx",
+    "state": "joblib",
+    "transformer": "sklearn",
+}
+collect_ignore = [f"test_{name}.py" for name, package in NEEDS.items() if find_spec(package) is None]
+
+# They try what the process has one of: a number of threads, a pool, signals. pytest-run-parallel runs them one at a time.
+PROCESS_WIDE = {"test_leaks", "test_memory", "test_signals", "test_soak", "test_threads"}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thread_unsafe(reason): never in several threads at once")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in PROCESS_WIDE:
+            item.add_marker(pytest.mark.thread_unsafe(reason="it tries what the process has one of"))
+
 
 settings.register_profile("fastbn", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.load_profile("fastbn")

@@ -131,6 +131,7 @@ AVERAGES = [{"average": 0.9}, {"average": "swa", "average_from": 2}]
 
 @pytest.mark.parametrize("options", AVERAGES, ids=str)
 def test_stopped_after_any_step_it_goes_on_with_the_same_bits(tmp_path, options):
+    pytest.importorskip("safetensors")
     options = options | {"schedule": schedules.cosine(), "clip_norm": 1.0, "validation": 0.25, "batch_size": 8}
     whole = network()
     fit(whole, **options)

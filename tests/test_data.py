@@ -33,6 +33,7 @@ def idx_folder(folder, *, parts=("train", "t10k"), suffix="", labels=True, n=12)
 
 
 def test_digits():
+    pytest.importorskip("sklearn")
     digits = data.load()
     assert digits.X.shape == (1797, 64)
     assert digits.X.dtype == np.float32

@@ -30,7 +30,7 @@ def numbers():
     return x
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=list(SHAPES))
 def case(numbers, request):
     shape = SHAPES[request.param]
     x = numbers[: np.prod(shape)].reshape(shape)

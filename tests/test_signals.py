@@ -36,8 +36,8 @@ def interrupted(begin, act, count, held):
         signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0005)
         for _ in range(TIMES):
             begin()
-            armed.append(True)
             try:
+                armed.append(True)
                 while armed:
                     act()
             except Interrupt:

@@ -1,4 +1,4 @@
-"""Everything at once for FASTBN_SOAK seconds (2 by default): every call has the bits that it has alone, and nothing piles up."""
+"""Everything at once, for FASTBN_SOAK seconds (2 by default): every call has the bits that it has alone, nothing piles up."""
 
 import gc
 import hashlib
@@ -15,6 +15,7 @@ import pytest
 import fastbn
 from fastbn import checkpoint, losses, nn, optim, training
 
+pytest.importorskip("safetensors")
 SECONDS = float(os.environ.get("FASTBN_SOAK", "2"))
 SHAPES = [
     (2, 3),

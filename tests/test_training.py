@@ -606,6 +606,7 @@ def test_optimizer_and_loss_of_ones_own():
 
 
 def test_digits_reach_97_percent():
+    pytest.importorskip("sklearn")
     train, held_out = data.split(data.load(), seed=3)
     model = nn.Sequential(nn.Dense(64, 64, bias=False, seed=0), BatchNorm(64), nn.Sigmoid(), nn.Dense(64, 10, seed=1))
     optimizer = optim.SGD(model, 0.2, momentum=0.9)
