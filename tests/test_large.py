@@ -31,7 +31,7 @@ def numbers():
 
 
 @pytest.fixture(scope="module", params=list(SHAPES))
-def case(numbers, request):
+def large(numbers, request):
     shape = SHAPES[request.param]
     x = numbers[: np.prod(shape)].reshape(shape)
     return x, {c: exact(x, c) for c in (0, shape[1] - 1)}
@@ -47,8 +47,8 @@ def exact(x, c):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_more_elements_than_a_c_int_counts(case, threads):
-    x, expected = case
+def test_more_elements_than_a_c_int_counts(large, threads):
+    x, expected = large
     shape = x.shape
     # The parts that a wrong index would not reach, or would write twice.
     ends = np.unravel_index([0, 1, x.size // 2, 2**31 - 1, min(2**31, x.size - 1), x.size - 1], shape)
