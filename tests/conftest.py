@@ -36,7 +36,7 @@ NEEDS = {
 }
 collect_ignore = [f"test_{name}.py" for name, package in NEEDS.items() if find_spec(package) is None]
 
-# They try what the process has one of: a number of threads, a pool, signals. pytest-run-parallel runs them one at a time.
+# They try what a process has one of: a number of threads, a pool, signals. pytest-run-parallel runs them one by one.
 PROCESS_WIDE = {"test_leaks", "test_memory", "test_signals", "test_soak", "test_threads"}
 
 

@@ -412,7 +412,7 @@ FORK = """
 import os, signal, threading, numpy as np, fastbn
 x = np.random.default_rng(0).standard_normal((500, 128)).astype("f4")
 bn = fastbn.BatchNorm(128).eval()
-# Without the GIL a fork takes an object's lock along as it is, held by a thread that the child does not have: the child has a layer of its own.
+# Without the GIL, a fork takes an object's lock along, held by a thread that the child does not have.
 theirs = fastbn.BatchNorm(128).eval()
 y = bn(x)
 expected = y.copy()

@@ -1,4 +1,7 @@
-"""Everything at once, for FASTBN_SOAK seconds (2 by default): every call has the bits that it has alone, nothing piles up."""
+"""Everything at once: every call has the bits that it has alone, and nothing piles up.
+
+FASTBN_SOAK is for how many seconds, 2 by default.
+"""
 
 import gc
 import hashlib
