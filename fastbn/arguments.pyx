@@ -141,7 +141,8 @@ cdef bint overlap(cnp.ndarray a, cnp.ndarray b) except -1:
     if ends[1] <= ends[2] or ends[3] <= ends[0]:
         return False
     try:
-        return np.shares_memory(a, b, max_work=10000)
+        # As NumPy's own arrays: a subclass may answer in the function's place.
+        return np.shares_memory(np.asarray(a), np.asarray(b), max_work=10000)
     except np.exceptions.TooHardError:
         return True
 

@@ -6,6 +6,7 @@ import numpy as np
 from fastbn.arguments cimport checked_mask, feature_axis, floating, updatable
 
 from fastbn import calls
+from fastbn.atomic import change
 from fastbn.batchstats import BatchStats
 from fastbn.calls import Constants
 
@@ -181,9 +182,8 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
     constants = Constants(-1, weight, bias, eps, mean=mean, var=var, unbiased=unbiased, axis=axis, activation=activation,
                           num_threads=num_threads)
     y = calls.forward(constants, x, out, momentum)[0]
-    for given, used in ((running_mean, mean), (running_var, var)):
-        if used is not given:
-            np.copyto(given, used, casting="same_kind")
+    with np.errstate(all="ignore"):  # what float32 does not hold is infinite in its own feature, without a word
+        change((given, used) for given, used in ((running_mean, mean), (running_var, var)) if used is not given)
     return y
 
 

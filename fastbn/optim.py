@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import steps
+from .atomic import change
 from .state import FLOATS, Array, check_state
 
 __all__ = ["SGD", "Adam", "RMSprop"]
@@ -103,8 +104,7 @@ class Optimizer:
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Copy what `state_dict` gave; ValueError, and nothing changed, unless all keys and shapes fit."""
-        for key, a in check_state(state, self._state).items():
-            self._state[key][...] = a
+        change([(self._state[key], a) for key, a in check_state(state, self._state).items()])
 
 
 class _WithMomentum(Optimizer):
