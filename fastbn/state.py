@@ -15,6 +15,7 @@ Array = NDArray[Any]
 __all__ = ["FLOATS", "Array", "Arrays", "Held", "as_float", "assign", "check_state", "refuse_masked"]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_MOST = 2**53  # a count that training does not take out of int64, and float64 holds
 
 
 def assign(array: Array, value: ArrayLike, name: str) -> None:
@@ -54,8 +55,8 @@ def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -
         if a.shape not in ((shape, (1,)) if count else (shape,)) or a.dtype.kind not in ("iuf" if count else "biuf"):
             raise ValueError(f"{key!r}: expected {dtype} of shape {shape}, got {a.dtype} of shape {a.shape}")
         if count:
-            if not 0 <= a.item() < 2**63 or a.item() % 1:
-                raise ValueError(f"{key!r}: expected a count, a whole number of at least 0, got {a.item()}")
+            if not 0 <= a.item() <= _MOST or a.item() % 1:
+                raise ValueError(f"{key!r}: expected a count, a whole number from 0 to {_MOST}, got {a.item()}")
             arrays[key] = a.astype(dtype).reshape(shape)
     return arrays
 

@@ -1,6 +1,7 @@
 """Arguments that run code of their own or lie, and errors that come in the middle of a change."""
 
 import warnings
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -218,3 +219,24 @@ def test_a_subclass_does_not_answer_in_the_place_of_numpy(kind, options):
     shifted[:-1] = X
     with pytest.raises(ValueError, match="partly overlapping"):
         bn(shifted[:-1], out=shifted[1:].view(kind))
+
+
+@pytest.mark.parametrize("lr", [10**400, Decimal("1e400"), np.inf, np.nan])
+def test_a_rate_that_no_float_holds_is_a_value_error(lr):
+    with pytest.raises(ValueError, match="expected a finite lr"):
+        optim.SGD(BatchNorm(3), lr)
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999), iter([])])
+def test_betas_are_a_pair(betas):
+    with pytest.raises(ValueError, match="expected betas to be a pair"):
+        optim.Adam(BatchNorm(3), betas=betas)
+    assert optim.Adam(BatchNorm(3), betas=iter([0.5, 0.75])).betas == (0.5, 0.75)
+
+
+def test_a_count_that_training_would_take_out_of_its_range_is_refused():
+    bn = BatchNorm(3)
+    for number in (2**53 + 1, 2**63 - 1):
+        for holder, key in ((bn, "num_batches_tracked"), (optim.SGD(bn, 0.1), "step")):
+            state = holder.state_dict() | {key: number}
+            unchanged(holder, lambda holder=holder, state=state: holder.load_state_dict(state), ValueError)
