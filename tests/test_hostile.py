@@ -240,3 +240,9 @@ def test_a_count_that_training_would_take_out_of_its_range_is_refused():
         for holder, key in ((bn, "num_batches_tracked"), (optim.SGD(bn, 0.1), "step")):
             state = holder.state_dict() | {key: number}
             unchanged(holder, lambda holder=holder, state=state: holder.load_state_dict(state), ValueError)
+
+
+def test_statistics_of_any_kind_from_a_file_are_silent(strict):
+    standardize = nn.Standardize(3, dtype="float32")
+    standardize.load_state_dict(standardize.state_dict() | {"var": [-1.0, np.nan, 1e300], "count": 5})
+    assert np.isfinite(standardize(X)).all(axis=0).tolist() == [False, False, True]

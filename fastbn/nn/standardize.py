@@ -105,7 +105,7 @@ class Standardize(Layer):
         a = as_float(x)
         dtype = a.dtype if self.dtype is None else self.dtype
         y = self._scaled(a.astype(dtype) if dtype.itemsize > a.itemsize else a, self.mean, -self.mean_low)
-        with np.errstate(over="ignore"):  # infinity, as float32 itself would have it
+        with np.errstate(all="ignore"):  # infinity, as float32 itself would have it
             y = y.astype(dtype, copy=False)
         self._saved = np.empty(0, a.dtype), y.shape
         return y
@@ -118,7 +118,8 @@ class Standardize(Layer):
     def _scaled(self, x: Array, centre: Array, rest: Array) -> Array:
         """(x - centre + rest) / sqrt(var)."""
         var = np.where(self.var == 0, 1, self.var)
-        shift = rest / np.sqrt(var)
+        with np.errstate(all="ignore"):  # a file may hold any variance
+            shift = rest / np.sqrt(var)
         constants = calls.Constants(self.num_features, None, shift, _EPS, mean=centre, var=var, axis=self.axis)
         return calls.infer(constants, x, None)[0]
 
