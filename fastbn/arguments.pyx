@@ -172,9 +172,9 @@ cdef cnp.ndarray checked_out(object out, cnp.ndarray x):
 cdef Activation activation_of(object name) except? RELU:
     if name is None:
         return IDENTITY
-    if name == "relu":
+    if isinstance(name, str) and name == "relu":  # an array of texts would be equal to it too
         return RELU
-    if name == "leaky_relu":
+    if isinstance(name, str) and name == "leaky_relu":
         return LEAKY_RELU
     raise ValueError(f"expected activation None, 'relu' or 'leaky_relu', got {name!r}")
 

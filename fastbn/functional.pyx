@@ -1,4 +1,5 @@
 """Batch normalization as functions of arrays: the arguments of each become the constants of one call (calls.pyx)."""
+import math
 import operator
 
 import numpy as np
@@ -176,7 +177,7 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
         constants = Constants(-1, weight, bias, eps, mean=running_mean, var=running_var, axis=axis, activation=activation,
                               num_threads=num_threads)
         return calls.infer(constants, x, out)[0]
-    if momentum is None or not np.isfinite(momentum):
+    if momentum is None or not math.isfinite(momentum):
         raise ValueError(f"expected momentum to be a finite number, got {momentum!r}")
     mean, var = updatable(running_mean, "running_mean"), updatable(running_var, "running_var")
     constants = Constants(-1, weight, bias, eps, mean=mean, var=var, unbiased=unbiased, axis=axis, activation=activation,

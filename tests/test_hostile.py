@@ -246,3 +246,15 @@ def test_statistics_of_any_kind_from_a_file_are_silent(strict):
     standardize = nn.Standardize(3, dtype="float32")
     standardize.load_state_dict(standardize.state_dict() | {"var": [-1.0, np.nan, 1e300], "count": 5})
     assert np.isfinite(standardize(X)).all(axis=0).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("name", [np.array(["relu"]), np.array(["relu", "relu"]), b"relu", ["relu"]])
+def test_an_activation_is_a_text(name):
+    for make in (lambda: BatchNorm(3, activation=name), lambda: nn.Dense(3, 3, activation=name)):
+        with pytest.raises(ValueError, match="expected activation"):
+            make()
+
+
+def test_a_momentum_that_is_a_text_is_said_in_plain_words():
+    with pytest.raises(TypeError, match="real number"):
+        fastbn.batch_norm(X, np.zeros(3), np.ones(3), training=True, momentum="a")
