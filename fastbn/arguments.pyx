@@ -141,7 +141,8 @@ cdef bint overlap(cnp.ndarray a, cnp.ndarray b) except -1:
     if ends[1] <= ends[2] or ends[3] <= ends[0]:
         return False
     try:
-        return np.shares_memory(a, b, max_work=10000)
+        # As NumPy's own arrays: a subclass may answer in the function's place.
+        return np.shares_memory(np.asarray(a), np.asarray(b), max_work=10000)
     except np.exceptions.TooHardError:
         return True
 
@@ -171,9 +172,9 @@ cdef cnp.ndarray checked_out(object out, cnp.ndarray x):
 cdef Activation activation_of(object name) except? RELU:
     if name is None:
         return IDENTITY
-    if name == "relu":
+    if isinstance(name, str) and name == "relu":  # an array of texts would be equal to it too
         return RELU
-    if name == "leaky_relu":
+    if isinstance(name, str) and name == "leaky_relu":
         return LEAKY_RELU
     raise ValueError(f"expected activation None, 'relu' or 'leaky_relu', got {name!r}")
 

@@ -1,6 +1,6 @@
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
-def change(arrays: Sequence[tuple[NDArray[Any], ArrayLike]], owner: object = None, **attributes: Any) -> None: ...
+def change(arrays: Iterable[tuple[NDArray[Any], ArrayLike]], *attributes: tuple[object, str, Any]) -> None: ...

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .atomic import change
 from .state import Array, check_state
 
 __all__ = ["Average"]
@@ -63,8 +64,7 @@ class Average:
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Copy `state` in; ValueError, nothing changed, unless all keys and shapes fit."""
         given = check_state(state, self._state())
-        for key, array in self._state().items():
-            array[...] = given[key]
+        change([(array, given[key]) for key, array in self._state().items()])
 
     def _state(self) -> dict[str, Array]:
         return {"count": self._count, "power": self._power} | {f"mean.{name}": a for name, a in self._means.items()}

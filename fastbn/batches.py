@@ -68,7 +68,7 @@ def forward(
             _scatter(done, y[where], axis, valid)
         batches.append(Batch(where, valid, stats))
     if y is not out:
-        np.copyto(out, y)
+        np.copyto(np.asarray(out), y)
     if training and constants.mean is not None and constants.var is not None and mean is not None and var is not None:
         return out, batches, kept, [(constants.mean, mean), (constants.var, var)], tracked
     return out, batches, kept, [], averaging[1]
@@ -102,7 +102,7 @@ def backward(
         if dweight is not None and dbias is not None:
             dweight[...], dbias[...] = total
     if dx is not out:
-        np.copyto(out, dx)
+        np.copyto(np.asarray(out), dx)
     return out
 
 

@@ -191,7 +191,7 @@ class BatchNorm(calls.Callable):
         averaging = self._momentum, self.num_batches_tracked
         y, parts, kept, averages, n = batches.forward(self._constants, x, out, mask, training, ghost_size, averaging)
         saved = (batches.backward, x, parts, training) if kept else None
-        change(averages, self, num_batches_tracked=n, _saved=saved)
+        change(averages, (self, "num_batches_tracked", n), (self, "_saved", saved))
         return y
 
     def fold(self) -> tuple[Array, Array]:
@@ -209,12 +209,13 @@ class BatchNorm(calls.Callable):
         """
         if self._running_mean is None or self._running_var is None:
             raise ValueError("expected running statistics to fold, got a layer with track_running_stats=False")
-        scale = 1 / np.sqrt(self._running_var + self._eps)
-        shift = np.zeros_like(scale)
-        if self._weight is not None and self._bias is not None:
-            scale *= self._weight
-            shift += self._bias
-        return scale, shift - self._running_mean * scale
+        with np.errstate(all="ignore"):  # as in the forward: what is not finite stays in its feature, without a word
+            scale = 1 / np.sqrt(self._running_var + self._eps)
+            shift = np.zeros_like(scale)
+            if self._weight is not None and self._bias is not None:
+                scale *= self._weight
+                shift += self._bias
+            return scale, shift - self._running_mean * scale
 
     # --- mode and state
 
@@ -243,13 +244,12 @@ class BatchNorm(calls.Callable):
         if self._running_mean is None or self._running_var is None:
             self.num_batches_tracked = 0
             return
-        change([(self._running_mean, 0), (self._running_var, 1)], self, num_batches_tracked=0)
+        change([(self._running_mean, 0), (self._running_var, 1)], (self, "num_batches_tracked", 0))
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0."""
         if self._weight is not None and self._bias is not None:
-            self._weight[...] = 1
-            self._bias[...] = 0
+            change([(self._weight, 1), (self._bias, 0)])
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of parameters and running statistics, under PyTorch's keys."""
@@ -276,7 +276,8 @@ class BatchNorm(calls.Callable):
         """
         given = check_state(state, self.state_dict())
         tracked = int(given.get("num_batches_tracked", self.num_batches_tracked))
-        change([(array, given[name]) for name, array in self._arrays().items()], self, num_batches_tracked=tracked)
+        arrays = [(array, given[name]) for name, array in self._arrays().items()]
+        change(arrays, (self, "num_batches_tracked", tracked))
 
     def _arrays(self) -> dict[str, Array]:
         arrays = dict(self.params)

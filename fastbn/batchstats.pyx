@@ -1,5 +1,6 @@
 """BatchStats: what a batch's forward hands to its backward."""
 import operator
+import sys
 
 import numpy as np
 
@@ -39,11 +40,12 @@ cdef class BatchStats:
         low = np.zeros_like(mean) if mean_low is None else np.asarray(mean_low, dtype=np.float64)
         if mean.ndim != 1 or var.shape != mean.shape or low.shape != mean.shape:
             raise ValueError(f"expected mean, var and mean_low of one shape (C,), got {mean.shape}, {var.shape} and {low.shape}")
-        if operator.index(count) < 0:
-            raise ValueError(f"expected count to be at least 0, got {count}")
+        m = operator.index(count)
+        if not 0 <= m <= sys.maxsize:
+            raise ValueError(f"expected count to be at least 0 and at most {sys.maxsize}, got {m}")
         if self.data != NULL:
             raise TypeError("expected BatchStats to be made once: it is immutable")
-        self.reserve(len(mean), count, False)
+        self.reserve(len(mean), m, False)
         load(mean, self.data, self.C, 0, "mean")
         load(low, self.data + self.C, self.C, 0, "mean_low")
         load(var, self.data + 2 * self.C, self.C, 0, "var")

@@ -55,6 +55,11 @@ cdef Table *KERNELS = <Table *>PyCapsule_GetPointer(kernels.table, "fastbn.kerne
 cdef class Prepared
 
 
+cdef object settled(object a, str name):
+    """a as an array, before any address is taken: turning it into one may run code of its own, which might resize x."""
+    return a if a is None or cnp.PyArray_Check(a) else floating(a, name)
+
+
 cdef class Constants:
     """What is the same in every call of a layer, checked and in C types: a short call spends most of its time on arguments.
 
@@ -79,11 +84,11 @@ cdef class Constants:
     def __init__(self, features=-1, weight=None, bias=None, eps=1e-5, *, mean=None, var=None, unbiased=True, axis=1, activation=None,
                  num_threads=None, renorm=None, lasting=False):
         self.features = features
-        self.weight = weight
-        self.bias = bias
+        self.weight = settled(weight, "weight")
+        self.bias = settled(bias, "bias")
         self.eps = checked_eps(eps)
-        self.mean = mean
-        self.var = var
+        self.mean = settled(mean, "running_mean")
+        self.var = settled(var, "running_var")
         self.unbiased = unbiased
         self.axis = operator.index(axis)
         self.activation = activation_of(activation)
@@ -210,7 +215,7 @@ cdef class Call:
 
     cdef int finish(self) except -1:
         if self.y is not self.out:
-            np.copyto(self.out, self.y)
+            cnp.PyArray_CopyInto(self.out, self.y)
         return 0
 
 
@@ -245,44 +250,52 @@ cdef Call forward_call(Constants constants, cnp.ndarray given, object out, bint 
     return c
 
 
-cdef Call normalized(Constants constants, object x, object out, double factor):
-    """A training forward, done. Averages are updated as ``(1 - factor)*old + factor*batch``."""
+cdef Call normalized(Constants constants, object x, object out):
+    """A training forward, done but for the running averages."""
     cdef cnp.ndarray given = floating(x, "x")
     cdef Call c = forward_call(constants, given, out, True)
-    cdef double *running_mean = NULL
-    cdef double *running_var = NULL
-    cdef double correction
-    cdef Py_ssize_t i
     cdef Job *job = &c.job
     cdef Py_ssize_t m = job.M * job.S
-    cdef Control word
     if m == 1 and job.C:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(c.x)}")
-    if constants.mean is not None:
-        running_mean = <double *>cnp.PyArray_DATA(constants.mean)
-        running_var = <double *>cnp.PyArray_DATA(constants.var)
     c.stats = new_stats(job.C, m, constants.renorm is not None)
     c.statistics(c.stats)
     if c.stats.renormalised:
-        renormalized(job, c.stats, running_mean, running_var, constants.renorm)
+        renormalized(job, c.stats, <double *>cnp.PyArray_DATA(constants.mean), <double *>cnp.PyArray_DATA(constants.var), constants.renorm)
     else:
         call(&KERNELS.forward, job)
     c.finish()
-    if running_mean != NULL and m:
-        word = ieee()
-        correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
-        for i in range(job.C):
-            running_mean[i] = (1 - factor) * running_mean[i] + factor * job.mean[i]
-            running_var[i] = (1 - factor) * running_var[i] + factor * (job.var[i] * correction)
-        as_before(word)
     c.x_kept = c.kept(x, given)
     return c
 
 
-def forward(Constants constants, x, out, double factor):
+cdef void average(Constants constants, Call c, double factor) noexcept:
+    """``(1 - factor)*old + factor*batch`` into the running averages, if there are any. Comes after all that can fail."""
+    cdef Job *job = &c.job
+    cdef Py_ssize_t m = job.M * job.S
+    cdef double *running_mean
+    cdef double *running_var
+    cdef double correction
+    cdef Py_ssize_t i
+    cdef Control word
+    if constants.mean is None or m == 0:
+        return
+    running_mean = <double *>cnp.PyArray_DATA(constants.mean)
+    running_var = <double *>cnp.PyArray_DATA(constants.var)
+    word = ieee()
+    correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
+    for i in range(job.C):
+        running_mean[i] = (1 - factor) * running_mean[i] + factor * job.mean[i]
+        running_var[i] = (1 - factor) * running_var[i] + factor * (job.var[i] * correction)
+    as_before(word)
+
+
+def forward(Constants constants not None, x, out, double factor):
     """Training forward: (y, BatchStats, whether x is still there)."""
-    cdef Call c = normalized(constants, x, out, factor)
-    return c.out, c.stats, c.x_kept
+    cdef Call c = normalized(constants, x, out)
+    result = c.out, c.stats, c.x_kept
+    average(constants, c, factor)
+    return result
 
 
 cdef int renormalized(Job *job, BatchStats stats, double *running_mean, double *running_var, tuple limits) except -1:
@@ -385,13 +398,13 @@ cdef Call inferred(Constants constants, object x, object out):
     return c
 
 
-def infer(Constants constants, x, out):
+def infer(Constants constants not None, x, out):
     """Inference with the running statistics: (y, BatchStats, whether x is still there)."""
     cdef Call c = inferred(constants, x, out)
     return c.out, c.stats, c.x_kept
 
 
-def moments(Constants constants, x):
+def moments(Constants constants not None, x):
     """Of constants only the axis matters."""
     cdef Call c = Call.__new__(Call)
     cdef BatchStats stats
@@ -402,13 +415,13 @@ def moments(Constants constants, x):
     return stats
 
 
-def backward(Constants constants, dy, x, stats, bint training, out):
+def backward(Constants constants not None, dy, x, stats, bint training, out):
     """(dx, dweight, dbias), the gradients of weight and bias in new float64 arrays."""
     cdef Call c = backward_call(constants, dy, x, stats, training, out)
     return c.out, *c.gradients()
 
 
-def backward_into(Constants constants, dy, x, stats, bint training, out, dweight, dbias):
+def backward_into(Constants constants not None, dy, x, stats, bint training, out, dweight, dbias):
     """dx, with the gradients of weight and bias written into given arrays (or None)."""
     cdef Call c
     writable_gradients(constants, dweight, dbias)
@@ -437,7 +450,7 @@ cdef Call backward_arrays(Constants constants, object dy, object x, object out, 
         raise ValueError(f"expected dy of x's shape {shape_of(given)}, got {shape_of(gradient)}")
     c.parameters(constants, 4)
     if kernel != &KERNELS.gradients:
-        c.output(out, gradient, x if isinstance(x, np.ndarray) else None)
+        c.output(out, gradient, x if isinstance(x, np.ndarray) else given)  # given may be a view of x's own memory
     if cnp.PyArray_TYPE(gradient) != cnp.PyArray_TYPE(c.x) or not usable_as(c.x, gradient):
         c.dy = memory.empty_like(c.x)
         np.copyto(c.dy, gradient, casting="same_kind")
@@ -467,6 +480,9 @@ cdef Call backward_call(Constants constants, object dy, object x, object stats, 
 
 # --- a layer's plain call, and its way back -----------------------------------------------------------------------------------------------------
 
+UNMADE = "expected a layer whose constructor has run, got one without its arrays: a subclass calls super().__init__() first"
+
+
 @cython.auto_pickle(False)
 cdef class Callable:
     """`layer(x, out)` and `layer.backward(dy, out)` without a way through Python, which would take as long as the arithmetic on a small batch.
@@ -486,19 +502,25 @@ cdef class Callable:
     def __call__(self, x, out=None, *, mask=None):
         cdef Call c
         cdef tuple saved = None
+        cdef double factor = 0
+        if self._constants is None:
+            raise AttributeError(UNMADE)
         # Without running statistics, inference computes the batch's for want of others, as PyTorch's does.
         cdef bint training = (self.training and not self.frozen) or self._constants.mean is None
         if mask is not None or self._ghost_size is not None:
             return self._forward_in_batches(x, out, mask, training)
         if training:
-            c = normalized(self._constants, x, out, 1 / (self.num_batches_tracked + 1) if self._momentum is None else self._momentum)
-            if self._constants.mean is not None and c.stats.count:
-                with cython.critical_section(self):
-                    self.num_batches_tracked += 1
+            c = normalized(self._constants, x, out)
         else:
             c = inferred(self._constants, x, out)
         if c.x_kept:
             saved = (backward_into, x, c.stats, training)
+        if training and self._constants.mean is not None and c.stats.count:
+            with cython.critical_section(self):
+                tracked = self.num_batches_tracked + 1
+                factor = 1 / tracked if self._momentum is None else self._momentum
+                average(self._constants, c, factor)
+                self.num_batches_tracked = tracked
         # Inference is called from several threads at once, which must not let go of what was saved before twice.
         with cython.critical_section(self):
             self._saved = saved
@@ -532,6 +554,8 @@ cdef class Callable:
         """
         with cython.critical_section(self):
             saved = self._saved
+        if self._constants is None:
+            raise AttributeError(UNMADE)
         if saved is None:
             raise RuntimeError("expected a forward before backward, and one that did not overwrite x")
         back, x, stats, training = saved
@@ -543,7 +567,7 @@ cdef class Callable:
 
 # --- halves of a call, for statistics and gradients that are summed over more than one array (as over processes) ------------
 
-def normalize(Constants constants, x, BatchStats stats, out):
+def normalize(Constants constants not None, x, BatchStats stats not None, out):
     """y, from given statistics."""
     cdef cnp.ndarray given = floating(x, "x")
     cdef Call c = forward_call(constants, given, out, False)
@@ -553,7 +577,7 @@ def normalize(Constants constants, x, BatchStats stats, out):
     return c.out
 
 
-def gradients(Constants constants, dy, x, BatchStats stats):
+def gradients(Constants constants not None, dy, x, BatchStats stats not None):
     """(dweight, dbias) of these arrays alone, from statistics that may be of more."""
     cdef Call c = backward_arrays(constants, dy, x, None, &KERNELS.gradients)
     c.gradient_inputs(stats, True)
@@ -561,7 +585,7 @@ def gradients(Constants constants, dy, x, BatchStats stats):
     return c.gradients()
 
 
-def input_gradient(Constants constants, dy, x, BatchStats stats, dweight, dbias, out):
+def input_gradient(Constants constants not None, dy, x, BatchStats stats not None, dweight, dbias, out):
     """dx, where dweight and dbias are summed over the stats.count values that the statistics are of."""
     cdef Call c = backward_arrays(constants, dy, x, out, &KERNELS.input_gradient)
     c.gradient_inputs(stats, True)
@@ -575,15 +599,15 @@ def input_gradient(Constants constants, dy, x, BatchStats stats, dweight, dbias,
 
 # --- calls made in parts (batches.py): everything about the whole is checked before the first part is computed -------------
 
-def arrays_of_forward(Constants constants, x, out, bint training):
+def arrays_of_forward(Constants constants not None, x, out, bint training):
     """(x, y, out, whether x will still be there): x and y as the kernels take them; y is what out becomes a copy of, where it is another array."""
     cdef cnp.ndarray given = floating(x, "x")
     cdef Call c = forward_call(constants, given, out, training)
-    return c.x, c.y, c.out, c.kept(x, given)
+    return c.x, np.asarray(c.y), c.out, c.kept(x, given)  # y is sliced: by NumPy's rules, not by a subclass's
 
 
-def arrays_of_backward(Constants constants, dy, x, out, dweight, dbias):
+def arrays_of_backward(Constants constants not None, dy, x, out, dweight, dbias):
     """(dy, x, dx, out), likewise."""
     writable_gradients(constants, dweight, dbias)
     cdef Call c = backward_arrays(constants, dy, x, out, &KERNELS.backward)
-    return c.dy, c.x, c.y, c.out
+    return c.dy, c.x, np.asarray(c.y), c.out

@@ -1,4 +1,5 @@
 """Batch normalization as functions of arrays: the arguments of each become the constants of one call (calls.pyx)."""
+import math
 import operator
 
 import numpy as np
@@ -6,6 +7,7 @@ import numpy as np
 from fastbn.arguments cimport checked_mask, feature_axis, floating, updatable
 
 from fastbn import calls
+from fastbn.atomic import change
 from fastbn.batchstats import BatchStats
 from fastbn.calls import Constants
 
@@ -175,15 +177,14 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
         constants = Constants(-1, weight, bias, eps, mean=running_mean, var=running_var, axis=axis, activation=activation,
                               num_threads=num_threads)
         return calls.infer(constants, x, out)[0]
-    if momentum is None or not np.isfinite(momentum):
+    if momentum is None or not math.isfinite(momentum):
         raise ValueError(f"expected momentum to be a finite number, got {momentum!r}")
     mean, var = updatable(running_mean, "running_mean"), updatable(running_var, "running_var")
     constants = Constants(-1, weight, bias, eps, mean=mean, var=var, unbiased=unbiased, axis=axis, activation=activation,
                           num_threads=num_threads)
     y = calls.forward(constants, x, out, momentum)[0]
-    for given, used in ((running_mean, mean), (running_var, var)):
-        if used is not given:
-            np.copyto(given, used, casting="same_kind")
+    with np.errstate(all="ignore"):  # what float32 does not hold is infinite in its own feature, without a word
+        change((given, used) for given, used in ((running_mean, mean), (running_var, var)) if used is not given)
     return y
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import steps
+from .atomic import change
 from .state import FLOATS, Array, check_state
 
 __all__ = ["SGD", "Adam", "RMSprop"]
@@ -103,8 +105,7 @@ class Optimizer:
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Copy what `state_dict` gave; ValueError, and nothing changed, unless all keys and shapes fit."""
-        for key, a in check_state(state, self._state).items():
-            self._state[key][...] = a
+        change([(self._state[key], a) for key, a in check_state(state, self._state).items()])
 
 
 class _WithMomentum(Optimizer):
@@ -291,11 +292,13 @@ class Adam(Optimizer):
         *,
         exclude: Collection[str] = (),
     ) -> None:
+        betas = tuple(betas)  # type: ignore[assignment]  # an iterator has them once
+        if len(betas) != 2:
+            raise ValueError(f"expected betas to be a pair, got {betas}")
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 raise ValueError(f"expected betas[{i}] within [0, 1), got {beta}")
-        b1, b2 = betas
-        self.betas = float(b1), float(b2)
+        self.betas = float(betas[0]), float(betas[1])
         self.eps = _not_negative(eps=eps)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
         super().__init__(model, lr, ("exp_avg", "exp_avg_sq"), exclude)
@@ -315,6 +318,6 @@ class Adam(Optimizer):
 def _not_negative(**argument: float) -> float:
     """The one argument's value, once it is a finite number and not below 0."""
     ((name, value),) = argument.items()
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= sys.float_info.max:  # not only infinity: an int or a long double may be more
         raise ValueError(f"expected a finite {name} of at least 0, got {value}")
     return float(value)

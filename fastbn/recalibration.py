@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .atomic import change
 from .batchnorm import BatchNorm
 from .functional import moments
 from .nn import Sequential, leaves, walk
@@ -92,11 +93,11 @@ def retake(model: Any, found: list[int], X: Array, batch_size: int = 1024) -> No
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error below
         twin(X[:2])  # X that does not fit is an error of the layer that it does not fit
         exact = {i: _statistics(layers[:i], layers[i], X, batch_size) for i in found}
+    averages: list[tuple[Any, Array]] = []
     for i, stats in exact.items():
-        norm = originals[i]
-        unbiased = stats.count / (stats.count - 1) if norm.config()["unbiased"] else 1
-        norm.running_mean, norm.running_var = stats.mean, stats.var * unbiased
-        norm.num_batches_tracked = stats.num_batches
+        correction = stats.count / (stats.count - 1) if originals[i].unbiased else 1
+        averages += [(originals[i].running_mean, stats.mean), (originals[i].running_var, stats.var * correction)]
+    change(averages, *((originals[i], "num_batches_tracked", stats.num_batches) for i, stats in exact.items()))
 
 
 def _statistics(before: list[Any], norm: BatchNorm, X: Array, batch_size: int) -> RunningStats:

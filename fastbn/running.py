@@ -25,7 +25,7 @@ def merge(into: Part, weight: float, part: Part, part_weight: float) -> None:
             own[...] = given
         return
     total = weight + part_weight
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays in its feature, without a word
+    with np.errstate(all="ignore"):  # what is not finite stays in its feature, without a word
         delta = (part[0] - mean) + (part[1] - low)
         spread += part[2] + delta * delta * (weight * part_weight / total)
         if part_weight > weight:  # from the heavier part, the step is no longer than the deviations
@@ -100,7 +100,7 @@ class RunningStats:
             raise ValueError(f"expected momentum to be finite or None, got {momentum!r}")
         if debias and momentum is None:
             raise ValueError("expected a momentum where debias=True, got None: exact statistics have no bias")
-        self.momentum = momentum
+        self.momentum = None if momentum is None else float(momentum)
         self.unbiased = bool(unbiased)
         self.debias = bool(debias)
         self._mean: Array = np.zeros(self.num_features)
@@ -114,7 +114,7 @@ class RunningStats:
         """Forget every batch."""
         spread = 0 if self.debias or self.momentum is None else 1
         # _rest: (1 - momentum)**num_batches, as a running product
-        change([(self._mean, 0), (self._low, 0), (self._spread, spread)], self, count=0, num_batches=0, _rest=1.0)
+        change([(self._mean, 0), (self._low, 0), (self._spread, spread)], *self._counts(0, 0, 1.0))
 
     @property
     def mean(self) -> Array:
@@ -136,7 +136,8 @@ class RunningStats:
     def _debiased(self, average: Array) -> Array:
         if self.num_batches == 0:
             return np.full(self.num_features, np.nan)
-        return average / (1 - self._rest)
+        with np.errstate(all="ignore"):  # momentum 0 or 2 may leave nothing to divide by
+            return average / (1 - self._rest)
 
     def update(self, stats: BatchStats) -> None:
         """Take one batch in. An empty batch changes nothing.
@@ -159,17 +160,18 @@ class RunningStats:
         if stats.count == 0:
             return
         if self.momentum is None:
-            self._merge((stats.mean, stats.mean_low, stats.var * stats.count), stats.count, 1)
+            with np.errstate(all="ignore"):
+                spread = stats.var * stats.count
+            self._merge((stats.mean, stats.mean_low, spread), stats.count, 1)
             return
         if self.unbiased and stats.count == 1:
             raise ValueError("expected more than 1 value per feature for an unbiased variance, got 1")
         correction = stats.count / (stats.count - 1) if self.unbiased else 1.0
-        mean = (1 - self.momentum) * self._mean + self.momentum * stats.mean
-        spread = (1 - self.momentum) * self._spread + self.momentum * (stats.var * correction)
-        change(
-            [(self._mean, mean), (self._spread, spread)], self,
-            count=self.count + stats.count, num_batches=self.num_batches + 1, _rest=self._rest * (1 - self.momentum),
-        )  # fmt: skip
+        with np.errstate(all="ignore"):
+            mean = (1 - self.momentum) * self._mean + self.momentum * stats.mean
+            spread = (1 - self.momentum) * self._spread + self.momentum * (stats.var * correction)
+        counts = self._counts(self.count + stats.count, self.num_batches + 1, self._rest * (1 - self.momentum))
+        change([(self._mean, mean), (self._spread, spread)], *counts)
 
     def merge(self, other: Self) -> None:
         """Take in everything that another one has seen.
@@ -181,9 +183,13 @@ class RunningStats:
 
         Raises
         ------
+        TypeError
+            For anything but a RunningStats.
         ValueError
             Where either is an exponentially weighted average, which has no such sum, or for another number of features.
         """
+        if not isinstance(other, RunningStats):
+            raise TypeError(f"expected other to be a RunningStats, got {type(other).__name__}")
         if self.momentum is not None or other.momentum is not None:
             raise ValueError(
                 f"expected momentum=None on both sides of merge, got {self.momentum!r} and {other.momentum!r}"
@@ -197,9 +203,11 @@ class RunningStats:
         own = self._mean, self._low, self._spread
         merged = self._mean.copy(), self._low.copy(), self._spread.copy()
         merge(merged, self.count, part, count)
-        change(
-            list(zip(own, merged, strict=True)), self, count=self.count + count, num_batches=self.num_batches + batches
-        )
+        counts = self._counts(self.count + count, self.num_batches + batches, self._rest)
+        change(zip(own, merged, strict=True), *counts)
+
+    def _counts(self, count: int, num_batches: int, rest: float) -> list[tuple[object, str, float]]:
+        return [(self, "count", count), (self, "num_batches", num_batches), (self, "_rest", rest)]
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if shape != (self.num_features,):

@@ -9,19 +9,26 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .arguments import floating as as_float
+from .atomic import change
 
 Array = NDArray[Any]
 __all__ = ["FLOATS", "Array", "Arrays", "Held", "as_float", "assign", "check_state", "refuse_masked"]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_MOST = 2**53  # a count that training does not take out of int64, and float64 holds
 
 
 def assign(array: Array, value: ArrayLike, name: str) -> None:
     """Copy `value`, of array's shape or a scalar, into `array`."""
+    change([_fitting(array, value, name)])
+
+
+def _fitting(array: Array, value: ArrayLike, name: str) -> tuple[Array, Array]:
+    """The two, checked, as `change` takes them."""
     given = as_float(value, name)
     if given.shape not in ((), array.shape):
         raise ValueError(f"expected {name} of shape {array.shape}, got {given.shape}")
-    array[...] = given
+    return array, given
 
 
 def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -> dict[str, Array]:
@@ -39,16 +46,17 @@ def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -
         if key.rpartition(".")[2] == "num_batches_tracked":
             arrays[key] = np.zeros((), np.int64)
     if wrong := expected.keys() ^ arrays.keys():
-        what = "missing" if min(wrong) in expected else "unexpected"
-        raise ValueError(f"{what} key {min(wrong)!r}: expected {sorted(expected)}, got {sorted(arrays)}")
+        first = min(wrong, key=str)
+        what = "missing" if first in expected else "unexpected"
+        raise ValueError(f"{what} key {first!r}: expected {sorted(expected)}, got {sorted(arrays, key=str)}")
     for key, a in arrays.items():
         dtype, shape = expected[key].dtype, expected[key].shape
         count = dtype.kind == "i"
         if a.shape not in ((shape, (1,)) if count else (shape,)) or a.dtype.kind not in ("iuf" if count else "biuf"):
             raise ValueError(f"{key!r}: expected {dtype} of shape {shape}, got {a.dtype} of shape {a.shape}")
         if count:
-            if not 0 <= a.item() < 2**63 or a.item() % 1:
-                raise ValueError(f"{key!r}: expected a count, a whole number of at least 0, got {a.item()}")
+            if not 0 <= a.item() <= _MOST or a.item() % 1:
+                raise ValueError(f"{key!r}: expected a count, a whole number from 0 to {_MOST}, got {a.item()}")
             arrays[key] = a.astype(dtype).reshape(shape)
     return arrays
 
@@ -85,14 +93,15 @@ class Arrays(dict[str, Array]):
     """
 
     def __setitem__(self, key: str, value: ArrayLike) -> None:
-        if key not in self:
-            raise KeyError(f"expected one of {sorted(self)}, got {key!r}")
-        if value is not self[key]:
-            assign(self[key], value, key)
+        if value is not self.get(key):
+            self.update({key: value})
 
     def update(self, other: Any = (), /, **more: ArrayLike) -> None:
-        for key, value in dict(other, **more).items():
-            self[key] = value
+        given = dict(other, **more)
+        for key in given:
+            if key not in self:
+                raise KeyError(f"expected one of {sorted(self)}, got {key!r}")
+        change([_fitting(self[key], value, key) for key, value in given.items()])
 
     def __ior__(self, other: Mapping[str, ArrayLike] | Iterable[tuple[str, ArrayLike]]) -> Arrays:  # type: ignore[override,misc]
         self.update(other)

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..atomic import change
 from ..state import Array, Arrays, as_float, check_state
 
 __all__ = ["Elementwise", "Layer"]
@@ -58,8 +59,7 @@ class Layer:
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Copy `state` into the parameters; ValueError, nothing changed, unless all keys and shapes fit."""
-        for name, a in check_state(state, self.params).items():
-            self.params[name][...] = a
+        change([(self.params[name], a) for name, a in check_state(state, self.params).items()])
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, JSON-able: `type(layer)(**layer.config())` is one like it."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import calls
+from ..atomic import change
 from ..functional import moments
 from ..state import FLOATS, Array, as_float, check_state
 from .layer import Layer
@@ -94,8 +95,7 @@ class Standardize(Layer):
             raise ValueError(f"expected X with {self.num_features} features along axis {self.axis}, got {a.shape}")
         if stats.count == 0:
             raise ValueError(f"expected at least 1 value of each feature, got X of shape {a.shape}")
-        self.mean[...], self.mean_low[...], self.var[...] = stats.mean, stats.mean_low, stats.var
-        self.count = stats.count
+        self._take(stats.mean, stats.mean_low, stats.var, stats.count)
         return self
 
     def forward(self, x: ArrayLike) -> Array:
@@ -105,7 +105,7 @@ class Standardize(Layer):
         a = as_float(x)
         dtype = a.dtype if self.dtype is None else self.dtype
         y = self._scaled(a.astype(dtype) if dtype.itemsize > a.itemsize else a, self.mean, -self.mean_low)
-        with np.errstate(over="ignore"):  # infinity, as float32 itself would have it
+        with np.errstate(all="ignore"):  # infinity, as float32 itself would have it
             y = y.astype(dtype, copy=False)
         self._saved = np.empty(0, a.dtype), y.shape
         return y
@@ -118,7 +118,8 @@ class Standardize(Layer):
     def _scaled(self, x: Array, centre: Array, rest: Array) -> Array:
         """(x - centre + rest) / sqrt(var)."""
         var = np.where(self.var == 0, 1, self.var)
-        shift = rest / np.sqrt(var)
+        with np.errstate(all="ignore"):  # a file may hold any variance
+            shift = rest / np.sqrt(var)
         constants = calls.Constants(self.num_features, None, shift, _EPS, mean=centre, var=var, axis=self.axis)
         return calls.infer(constants, x, None)[0]
 
@@ -130,5 +131,7 @@ class Standardize(Layer):
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Copy `state` into the statistics; ValueError, nothing changed, unless all keys and shapes fit."""
         given: dict[str, Any] = check_state(state, self.state_dict())
-        self.mean[...], self.mean_low[...], self.var[...] = given["mean"], given["mean_low"], given["var"]
-        self.count = int(given["count"])
+        self._take(given["mean"], given["mean_low"], given["var"], int(given["count"]))
+
+    def _take(self, mean: Array, low: Array, var: Array, count: int) -> None:
+        change([(self.mean, mean), (self.mean_low, low), (self.var, var)], (self, "count", count))
