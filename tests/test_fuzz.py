@@ -323,7 +323,7 @@ def test_backward(data):
     expected, sizes = twin.backward(dy, x, stats, weight, call.eps, 0, call.activation, y)
     u = twin.unit(call.result_dtype)
     bound = GRADIENT[call.result_dtype.name] * u * sizes[0]
-    # means of gradients below 1e-30 count as that (CONTRIBUTING.md)
+    # means of gradients below 1e-30 count as that (docs/explanation/numerics.md)
     floor = 1e-30 * np.abs(1 if weight is None else weight).max() / np.sqrt(call.eps)
     within(dx, expected[0], bound + floor)
     sums = 1e-6 if call.result_dtype == np.float32 else 1e-14
