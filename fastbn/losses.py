@@ -168,7 +168,7 @@ def sigmoid_cross_entropy(
 
     Notes
     -----
-    Computed as max(z, 0) - z t + log(1 + exp(-|z|)), where no exponential overflows.
+    Computed as ``max(z, 0) - z t + log(1 + exp(-|z|))``, where no exponential overflows.
 
     Examples
     --------

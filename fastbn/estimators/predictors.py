@@ -95,8 +95,9 @@ class BatchNormClassifier(ClassifierMixin, Network):
         With early stopping, else None.
     n_iter_ : int
         Epochs done.
-    n_outputs_, n_features_in_ : int
-    feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
+    n_outputs_ : int
+    n_features_in_ : int
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
         Where X had names.
 
     Notes
@@ -297,9 +298,12 @@ tol, verbose, momentum, nesterovs_momentum, early_stopping, validation_fraction,
 
     Attributes
     ----------
-    model_, loss_curve_, loss_, best_loss_, validation_scores_, best_validation_score_, n_iter_, n_outputs_, \
-n_features_in_, feature_names_in_
-        As `BatchNormClassifier`'s. loss_curve_ is MLPRegressor's: the mean over the outputs, not their sum.
+    loss_curve_ : list of float
+        Training loss with the penalty, for each epoch: the mean over the outputs, as MLPRegressor's, not their sum.
+    model_, loss_, best_loss_, validation_scores_, best_validation_score_, n_iter_, n_outputs_
+        The same as in `BatchNormClassifier`.
+    n_features_in_, feature_names_in_
+        The same as in `BatchNormClassifier`.
 
     Examples
     --------

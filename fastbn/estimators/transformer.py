@@ -33,15 +33,16 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
 
     Attributes
     ----------
-    mean_, var_ : numpy.ndarray of shape (n_features_in_,), float64
+    mean_, var_ : numpy.ndarray of shape (n_features,), float64
         The variance is of 1/m, as StandardScaler's.
-    mean_low_ : numpy.ndarray of shape (n_features_in_,), float64
+    mean_low_ : numpy.ndarray of shape (n_features,), float64
         What rounding took from the mean, which is ``mean_ + mean_low_``: far from zero, float64 holds a mean to fewer
         digits than the deviations have.
-    scale_ : numpy.ndarray of shape (n_features_in_,), float64
-        sqrt(var_), and 1 where that is 0: a constant feature is only centred.
-    n_samples_seen_, n_features_in_ : int
-    feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
+    scale_ : numpy.ndarray of shape (n_features,), float64
+        ``sqrt(var_)``, and 1 where that is 0: a constant feature is only centred.
+    n_samples_seen_ : int
+    n_features_in_ : int
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
         Where X had names.
 
     Notes

@@ -1,0 +1,49 @@
+"""The site's settings: python -m sphinx -W --keep-going -b html docs docs/_build"""
+
+from importlib.metadata import version as installed
+
+from docutils.nodes import SkipNode
+from docutils.utils.math import latex2mathml
+
+project = "fastbn"
+author = "The fastbn developers"
+copyright = author
+version = release = installed("fastbn")  # pyproject.toml has it
+
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+nitpicky = True
+
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# Types stand in the docstrings, and a signature that repeats them is hard to read.
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False
+
+html_theme = "furo"
+html_title = f"fastbn {release}"
+html_static_path = ["_static"]
+html_css_files = ["fastbn.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_math_renderer = "mathml"
+
+
+def math(self, node):
+    """Formulas as MathML, which browsers draw by themselves: no script, and nothing from the network."""
+    block = node.tagname == "math_block"
+    formula = latex2mathml.tex2mathml(node.astext(), as_block=block)
+    self.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    raise SkipNode
+
+
+def theirs(member):
+    """Whether an estimator has it from scikit-learn, whose own pages describe it."""
+    return getattr(member, "__module__", "").split(".")[0] == "sklearn"
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", inline_renderers=(math, None), block_renderers=(math, None))
+    app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: theirs(member) or None)
