@@ -1,6 +1,6 @@
-"""The speed of every processor family side by side, as the README has it: python -m bench.overview
+"""The speed of every processor family side by side, as the site has it: python -m bench.overview
 
-Writes the table between the two marks in README.md, from the speed.json of each folder of bench/results.
+Writes the table between the two marks in docs/reference/speed.md, from the speed.json of each folder of bench/results.
 """
 
 import json
@@ -11,7 +11,8 @@ from typing import Any
 from bench import results
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "speed.md"
+SEEN_FROM_PAGE = "../../bench/results"
 MARKS = "<!-- python -m bench.overview writes this -->", "<!-- to here -->"
 
 
@@ -29,14 +30,14 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     for family, report in reports.items():
         for column, title in results.COLUMNS.items():
             rows = results.of_column(report["rows"]["1"], column)
-            cells = [f"[{family}](bench/results/{family}/speed.md)", title.split(", against")[0]]
+            cells = [f"[{family}]({SEEN_FROM_PAGE}/{family}/speed.md)", title.split(", against")[0]]
             for ratios in results.against(rows).values():
                 worst = min(ratios, key=ratios.__getitem__)
                 cells += [f"{results.geometric_mean(ratios.values()):.2f}", f"{ratios[worst]:.2f} at {worst}"]
             if not report["machine"]["versions"].get("numba"):
                 cells[2] += " (without numba)"
             lines.append(f"| {' | '.join([*cells, at_limit(rows)])} |")
-    pictures = (f"![Ratios shape by shape, {family}](bench/results/{family}/speed.png)" for family in reports)
+    pictures = (f"![Ratios shape by shape, {family}]({SEEN_FROM_PAGE}/{family}/speed.png)" for family in reports)
     lines += ["", f"| {' | '.join(reports)} |", f"|{'---|' * len(reports)}", f"| {' | '.join(pictures)} |"]
     return "\n".join(lines)
 
@@ -46,16 +47,16 @@ def at_limit(rows: Iterable[results.Row]) -> str:
     return f"{sum(s.at_limit for s in judged)} of {len(judged)}" if judged else "not measured"
 
 
-def updated(readme: str, table: str) -> str:
-    """The README with this table between its marks."""
-    before, rest = readme.split(MARKS[0])
+def updated(page: str, table: str) -> str:
+    """The page with this table between its marks."""
+    before, rest = page.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}"
 
 
 def main() -> None:
-    README.write_text(updated(README.read_text(), table(reports())))
-    print(f"written: {README}")
+    PAGE.write_text(updated(PAGE.read_text(), table(reports())))
+    print(f"written: {PAGE}")
 
 
 if __name__ == "__main__":

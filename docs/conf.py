@@ -41,7 +41,7 @@ def math(self, node):
 
 def theirs(member):
     """Whether an estimator has it from scikit-learn, whose own pages describe it."""
-    return getattr(member, "__module__", "").split(".")[0] == "sklearn"
+    return (getattr(member, "__module__", None) or "").split(".")[0] == "sklearn"
 
 
 def setup(app):

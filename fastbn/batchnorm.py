@@ -1,5 +1,7 @@
 """The BatchNorm layer: parameters, mode, running statistics, the saved batch. No arithmetic on x stands here."""
 
+from __future__ import annotations
+
 import math
 import operator
 from collections.abc import Mapping

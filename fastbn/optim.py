@@ -128,8 +128,11 @@ class _WithMomentum(Optimizer):
 class SGD(_WithMomentum):
     """Gradient descent, with momentum, Nesterov's momentum and weight decay.
 
-    d = g + weight_decay p;  v = momentum v + d;  p -= lr v,  or with nesterov  p -= lr (d + momentum v).
-    Source: Sutskever et al., ICML 2013, in the form of PyTorch's `SGD`.
+    A step changes each parameter p, whose gradient is g, as PyTorch's `SGD` does (Sutskever et al., ICML 2013)::
+
+        d = g + weight_decay*p
+        v = momentum*v + d
+        p -= lr*v                    or, with nesterov, lr*(d + momentum*v)
 
     Parameters
     ----------
@@ -142,7 +145,8 @@ class SGD(_WithMomentum):
     nesterov : bool
         Needs momentum.
     exclude : collection of str, optional
-        Names of parameters, keys of ``model.params``, that weight decay leaves alone. The module's text says which.
+        Names of parameters, keys of ``model.params``, that weight decay leaves alone: biases, and
+        BatchNorm's weight and bias, are best left out.
 
     Raises
     ------
@@ -186,9 +190,14 @@ class SGD(_WithMomentum):
 class RMSprop(_WithMomentum):
     """The gradient divided by the root of its mean square.
 
-    d = g + weight_decay p;  s = alpha s + (1 - alpha) d^2;  u = d / (sqrt(s) + eps);
-    p -= lr u,  or with momentum  v = momentum v + u;  p -= lr v.
-    Source: Hinton, "Neural Networks for Machine Learning", lecture 6, 2012, in the form of PyTorch's `RMSprop`.
+    A step changes each parameter p, whose gradient is g, as PyTorch's `RMSprop` does (Hinton, "Neural Networks for
+    Machine Learning", lecture 6, 2012)::
+
+        d = g + weight_decay*p
+        s = alpha*s + (1 - alpha)*d**2
+        u = d/(sqrt(s) + eps)
+        v = momentum*v + u
+        p -= lr*v                    or, without momentum, lr*u
 
     Parameters
     ----------
@@ -201,7 +210,8 @@ class RMSprop(_WithMomentum):
     eps, weight_decay, momentum : float
         Not negative; weight decay is L2, added to the gradient.
     exclude : collection of str, optional
-        Names of parameters, keys of ``model.params``, that weight decay leaves alone. The module's text says which.
+        Names of parameters, keys of ``model.params``, that weight decay leaves alone: biases, and
+        BatchNorm's weight and bias, are best left out.
 
     Raises
     ------
@@ -246,10 +256,13 @@ class RMSprop(_WithMomentum):
 class Adam(Optimizer):
     """Adam with bias correction; with weight_decay AdamW.
 
-    p *= 1 - lr weight_decay;  m += (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2;
-    p -= lr / (1 - b1^t)  m / (sqrt(v) / sqrt(1 - b2^t) + eps)  at step t.
-    Sources: Kingma & Ba, ICLR 2015; Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019;
-    in the form of PyTorch's `Adam` and, with weight_decay, `AdamW`.
+    Step t changes each parameter p, whose gradient is g, as PyTorch's `Adam` does (Kingma & Ba, ICLR 2015), or with
+    weight_decay as its `AdamW` (Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019)::
+
+        p *= 1 - lr*weight_decay
+        m += (1 - b1)*(g - m)
+        v = b2*v + (1 - b2)*g**2
+        p -= lr/(1 - b1**t) * m/(sqrt(v)/sqrt(1 - b2**t) + eps)
 
     Parameters
     ----------
@@ -262,7 +275,8 @@ class Adam(Optimizer):
     eps, weight_decay : float
         Not negative; the decay is decoupled from the gradient.
     exclude : collection of str, optional
-        Names of parameters, keys of ``model.params``, that weight decay leaves alone. The module's text says which.
+        Names of parameters, keys of ``model.params``, that weight decay leaves alone: biases, and
+        BatchNorm's weight and bias, are best left out.
 
     Raises
     ------

@@ -1,5 +1,7 @@
 """Averages over batches: exponentially weighted, debiased, or exact."""
 
+from __future__ import annotations
+
 import math
 import operator
 from typing import Self
