@@ -1,6 +1,7 @@
 """The speed of every processor family side by side, as the site has it: python -m bench.overview
 
-Writes the table between the two marks in docs/reference/speed.md, from the speed.json of each folder of bench/results.
+Writes the table between the two marks in docs/reference/speed.md, from the speed.json of each folder of bench/results,
+and beside it a page for each family, which shows the folder's speed.md.
 """
 
 import json
@@ -30,7 +31,7 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     for family, report in reports.items():
         for column, title in results.COLUMNS.items():
             rows = results.of_column(report["rows"]["1"], column)
-            cells = [f"[{family}]({SEEN_FROM_PAGE}/{family}/speed.md)", title.split(", against")[0]]
+            cells = [f"[{family}](speed-{family}.md)", title.split(", against")[0]]
             for ratios in results.against(rows).values():
                 worst = min(ratios, key=ratios.__getitem__)
                 cells += [f"{results.geometric_mean(ratios.values()):.2f}", f"{ratios[worst]:.2f} at {worst}"]
@@ -54,7 +55,19 @@ def updated(page: str, table: str) -> str:
     return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}"
 
 
+def family_page(family: str) -> str:
+    report = f"{SEEN_FROM_PAGE}/{family}/speed.md"
+    return f"""# Speed on {family}
+
+```{{include}} {report}
+:start-after: "# Speed"
+```
+"""
+
+
 def main() -> None:
+    for family in reports():
+        PAGE.with_name(f"speed-{family}.md").write_text(family_page(family))
     PAGE.write_text(updated(PAGE.read_text(), table(reports())))
     print(f"written: {PAGE}")
 

@@ -1,8 +1,12 @@
 """The site's settings: python -m sphinx -W --keep-going -b html docs docs/_build"""
 
+import os
+import subprocess
+import sys
 from importlib.metadata import version as installed
 
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, literal_block
+from docutils.parsers.rst import Directive
 from docutils.utils.math import latex2mathml
 
 project = "fastbn"
@@ -39,6 +43,19 @@ def math(self, node):
     raise SkipNode
 
 
+class Options(Directive):
+    """A command's options, as its --help prints them: ```{options} train."""
+
+    required_arguments = 1
+
+    def run(self):
+        help = subprocess.run(
+            [sys.executable, "-m", "fastbn", self.arguments[0], "--help"],
+            env=os.environ | {"COLUMNS": "90"}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return [literal_block(help.stdout, help.stdout, language="text")]
+
+
 def theirs(member):
     """Whether an estimator has it from scikit-learn, whose own pages describe it."""
     return (getattr(member, "__module__", None) or "").split(".")[0] == "sklearn"
@@ -47,3 +64,4 @@ def theirs(member):
 def setup(app):
     app.add_html_math_renderer("mathml", inline_renderers=(math, None), block_renderers=(math, None))
     app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: theirs(member) or None)
+    app.add_directive("options", Options)
