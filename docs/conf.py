@@ -15,6 +15,7 @@ copyright = author
 version = release = installed("fastbn")  # pyproject.toml has it
 
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
+default_role = "autolink"  # `BatchNorm` in a docstring is a link where there is such a name
 exclude_patterns = ["_build"]
 nitpicky = True
 

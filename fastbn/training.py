@@ -71,7 +71,7 @@ def fit(
         Of the order of the examples: the same seed, data and batch size give the same mini-batches.
     validation : (X, y) or float, optional
         Evaluated after every epoch. A fraction within (0, 1) holds out that part of the data, drawn by `seed`: of
-        every class for `losses.softmax_cross_entropy`, of all examples for another loss.
+        every class for `fastbn.losses.softmax_cross_entropy`, of all examples for another loss.
     patience : int, optional
         Stop after so many epochs in a row without a lower validation loss. Wherever training ends, the model then
         gets the weights and running averages of `history.best_epoch`.
@@ -353,7 +353,7 @@ def evaluate(
     loss : float
         Mean over all examples.
     accuracy : float or None
-        Part of the predictions that are right, for `losses.softmax_cross_entropy` (the largest output is the class)
+        Part of the predictions that are right, for `fastbn.losses.softmax_cross_entropy` (the largest output is the class)
         and `losses.sigmoid_cross_entropy` (a positive output is a yes); None for any other loss.
 
     Raises

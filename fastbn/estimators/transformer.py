@@ -132,7 +132,7 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
 
         Returns
         -------
-        array of X's shape and dtype (float64 where that is not float32), or what `set_output` says
+        array of X's shape and dtype (float64 where that is not float32), or what scikit-learn's ``set_output`` asks for
         """
         check_is_fitted(self)
         X = self._checked(X, reset=False)
