@@ -505,7 +505,7 @@ cdef class Callable:
         return c.out
 
     def backward(self, dy, out=None):
-        """Return the gradient with respect to x, and fill `grads`, after the last forward.
+        """Return the gradient of the last forward with respect to x, and fill ``grads``.
 
         g is the gradient before the activation, and x_hat is the normalised x::
 

@@ -74,15 +74,15 @@ class Optimizer:
         self._lr = _not_negative(lr=value)
 
     def step(self) -> None:
-        """Change the model's params by its grads, once.
+        """Change the parameters of the model by its gradients, once.
 
         Raises
         ------
         KeyError
-            For a parameter without a gradient, or one that the model got later than the optimizer.
+            A parameter has no gradient, or the model got it later than the optimizer.
         TypeError, ValueError
-            For arrays of another dtype than float32 and float64, gradients not of their parameter's shape and dtype,
-            and read-only parameters. Nothing is changed then, in no parameter.
+            An array is of another dtype than float32 and float64, a gradient does not have the shape and dtype of its
+            parameter, or a parameter is read-only. No parameter has been changed then.
         """
         count = self._state["step"]
         self._update(self.model.params, self.model.grads, [(count, count + 1)])
@@ -98,11 +98,14 @@ class Optimizer:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of the step count and all buffers, as a flat dict that a checkpoint can hold; lr is not in it."""
+        """Return copies of the step count and all buffers, as one dict; lr is not in it."""
         return {key: a.copy() for key, a in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Copy what `state_dict` gave; ValueError, and nothing changed, unless all keys and shapes fit."""
+        """Copy in what `state_dict` gave.
+
+        If a key or shape does not fit, this is a ValueError, and nothing is changed.
+        """
         for key, a in check_state(state, self._state).items():
             self._state[key][...] = a
 
@@ -137,13 +140,13 @@ class SGD(_WithMomentum):
     Parameters
     ----------
     model : object with params and grads
-        A layer, a `Sequential`, or anything with these two dicts.
+        Layer, network, or any object with these two dicts.
     lr : float
-        Learning rate; the attribute `lr` may be set at any time.
+        Learning rate. The attribute ``lr`` may be set at any time.
     momentum, weight_decay : float
-        Not negative; weight decay is L2, added to the gradient.
+        Numbers that are not negative. Weight decay is L2: it is added to the gradient.
     nesterov : bool
-        Needs momentum.
+        Whether the step looks ahead. It needs momentum.
     exclude : collection of str, optional
         Names of parameters, keys of ``model.params``, that weight decay leaves alone: biases, and
         BatchNorm's weight and bias, are best left out.
@@ -151,9 +154,9 @@ class SGD(_WithMomentum):
     Raises
     ------
     ValueError
-        For a rate, momentum or decay out of range, a model without parameters, or names that it has not.
+        A rate, momentum or decay out of range, a model without parameters, or names that it does not have.
     TypeError
-        For an exclude that is a single text.
+        An exclude that is a single text.
 
     Examples
     --------
@@ -202,13 +205,13 @@ class RMSprop(_WithMomentum):
     Parameters
     ----------
     model : object with params and grads
-        A layer, a `Sequential`, or anything with these two dicts.
+        Layer, network, or any object with these two dicts.
     lr : float
-        Learning rate; the attribute `lr` may be set at any time.
+        Learning rate. The attribute ``lr`` may be set at any time.
     alpha : float
         Weight of the past in the mean square.
     eps, weight_decay, momentum : float
-        Not negative; weight decay is L2, added to the gradient.
+        Numbers that are not negative. Weight decay is L2: it is added to the gradient.
     exclude : collection of str, optional
         Names of parameters, keys of ``model.params``, that weight decay leaves alone: biases, and
         BatchNorm's weight and bias, are best left out.
@@ -216,9 +219,9 @@ class RMSprop(_WithMomentum):
     Raises
     ------
     ValueError
-        For an argument out of range, a model without parameters, or names that it has not.
+        An argument out of range, a model without parameters, or names that it does not have.
     TypeError
-        For an exclude that is a single text.
+        An exclude that is a single text.
 
     Examples
     --------
@@ -267,13 +270,13 @@ class Adam(Optimizer):
     Parameters
     ----------
     model : object with params and grads
-        A layer, a `Sequential`, or anything with these two dicts.
+        Layer, network, or any object with these two dicts.
     lr : float
-        Learning rate; the attribute `lr` may be set at any time.
+        Learning rate. The attribute ``lr`` may be set at any time.
     betas : pair of floats
-        b1 and b2, within [0, 1).
+        Weights of the past, b1 and b2, within [0, 1).
     eps, weight_decay : float
-        Not negative; the decay is decoupled from the gradient.
+        Numbers that are not negative. The decay is decoupled from the gradient.
     exclude : collection of str, optional
         Names of parameters, keys of ``model.params``, that weight decay leaves alone: biases, and
         BatchNorm's weight and bias, are best left out.
@@ -281,9 +284,9 @@ class Adam(Optimizer):
     Raises
     ------
     ValueError
-        For an argument out of range, a model without parameters, or names that it has not.
+        An argument out of range, a model without parameters, or names that it does not have.
     TypeError
-        For an exclude that is a single text.
+        An exclude that is a single text.
 
     Examples
     --------

@@ -65,7 +65,9 @@ def test_the_programs_run(page, tmp_path, monkeypatch):
                     exec(code, names)
                 if expected is not None and not doctest.OutputChecker().check_output(expected, printed.getvalue(), HOW):
                     line = code.co_firstlineno
-                    pytest.fail(f"{name_of(page)}: the block of line {line} printed\n{printed.getvalue()}not\n{expected}")
+                    pytest.fail(
+                        f"{name_of(page)}: the block of line {line} printed\n{printed.getvalue()}not\n{expected}"
+                    )
     finally:
         fastbn.set_pool_limit(limit)
         if pyplot := sys.modules.get("matplotlib.pyplot"):
