@@ -4,17 +4,19 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version as installed
+from pathlib import Path
 
-from docutils.nodes import SkipNode, literal_block
+from docutils.nodes import literal_block
 from docutils.parsers.rst import Directive
-from docutils.utils.math import latex2mathml
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "fastbn"
 author = "The fastbn developers"
 copyright = author
 version = release = installed("fastbn")  # pyproject.toml has it
 
-extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "mathml"]
 default_role = "autolink"  # `BatchNorm` in a docstring is a link where there is such a name
 exclude_patterns = ["_build"]
 nitpicky = True
@@ -33,15 +35,7 @@ html_static_path = ["_static"]
 html_css_files = ["fastbn.css"]
 html_copy_source = False
 html_show_sphinx = False
-html_math_renderer = "mathml"
-
-
-def math(self, node):
-    """Formulas as MathML, which browsers draw by themselves: no script, and nothing from the network."""
-    block = node.tagname == "math_block"
-    formula = latex2mathml.tex2mathml(node.astext(), as_block=block)
-    self.body.append(f'<div class="math">{formula}</div>' if block else formula)
-    raise SkipNode
+html_math_renderer = "mathml"  # drawn by the browser itself: no script, and nothing from the network
 
 
 class Options(Directive):
@@ -63,6 +57,5 @@ def theirs(member):
 
 
 def setup(app):
-    app.add_html_math_renderer("mathml", inline_renderers=(math, None), block_renderers=(math, None))
     app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: theirs(member) or None)
     app.add_directive("options", Options)
