@@ -39,8 +39,8 @@ def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = Fa
     Parameters
     ----------
     dataset : data.Dataset, optional
-        Images with values within [0, 1], 0 the background; the digits by default. At most 10,000 training and 1,000 held-out
-        examples are used.
+        Images with values within [0, 1], 0 the background; the digits by default. At most 10,000 training and 1,000
+        held-out examples are used.
     seeds : int
         Number of runs. Each draws another start and order of the examples, and another split if the data have no test
         part.
