@@ -8,6 +8,7 @@ import contextlib
 import doctest
 import io
 import os
+import pydoc
 import re
 import sys
 from pathlib import Path
@@ -80,3 +81,8 @@ def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^()\s]+)\)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", [name for name in fastbn.__all__ if name != "kernels"])
+def test_help_names_types_as_one_writes_them(name):
+    assert "numpy._typing" not in pydoc.render_doc(getattr(fastbn, name))

@@ -266,8 +266,8 @@ class BatchNormClassifier(ClassifierMixin, Network):
         Returns
         -------
         numpy.ndarray of shape (n_samples, n_classes)
-            Probabilities in the order of ``classes_``, of the dtype of X. If y has several labels, each has a probability
-            of its own.
+            Probabilities in the order of ``classes_``, of the dtype of X. If y has several labels, each has a
+            probability of its own.
         """
         p = self._probabilities(self._output(X))
         return np.hstack([1 - p, p]) if p.shape[1] < len(self.classes_) else p
