@@ -23,7 +23,7 @@ PAGES = [
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.relative_to(ROOT).parts),
 ]
 TEXTS = [*PAGES, *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"))]
-SHORT = ("README.md", "docs/*.md", "docs/reference/*.md", "docs/development/*.md")
+SHORT = ("README.md", "docs/in*.md", "docs/reference/*.md", "docs/development/*.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n*```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
 HOW = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

@@ -406,8 +406,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "scikit-learn.md"
 @pytest.mark.skipif(not PAGE.exists(), reason="the pages are not here")
 def test_the_site_names_every_parameter_of_scikit_learns():
     page = PAGE.read_text(encoding="utf-8")
-    table = page[page.index("| parameter of `MLPClassifier`") :].split("\n\n")[0]
-    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    table = page[page.index("* - parameter of `MLPClassifier`") :].split("```")[0]
+    rows = [re.findall(r"`(\w+)`", row.split("\n  - ")[0]) for row in table.split("\n* - ")[1:]]
     theirs = MLPRegressor().get_params() | MLPClassifier().get_params()
     assert {*theirs} <= {name for row in rows for name in row}
     for ours in (BatchNormClassifier().get_params(), BatchNormRegressor().get_params()):
