@@ -52,7 +52,6 @@ def wanted(page):
 
 @whole
 @pytest.mark.parametrize("page", [page for page in PROGRAMS if wanted(page)], ids=name_of)
-@pytest.mark.filterwarnings("ignore:.*not converged yet")  # pages train for a few epochs
 def test_the_programs_run(page, tmp_path, monkeypatch):
     for package in ("sklearn", "matplotlib", "safetensors", "tqdm", "joblib"):
         pytest.importorskip(package)
