@@ -1,6 +1,7 @@
-"""The speed of every processor family side by side, as the README has it: python -m bench.overview
+"""The speed of every processor family side by side, as the site has it: python -m bench.overview
 
-Writes the table between the two marks in README.md, from the speed.json of each folder of bench/results.
+Writes the table between the two marks in docs/reference/speed.md, from the speed.json of each folder of bench/results,
+and beside it a page for each family, which shows the folder's speed.md.
 """
 
 import json
@@ -11,7 +12,8 @@ from typing import Any
 from bench import results
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "speed.md"
+SEEN_FROM_PAGE = "../../bench/results"
 MARKS = "<!-- python -m bench.overview writes this -->", "<!-- to here -->"
 
 
@@ -21,7 +23,7 @@ def reports() -> dict[str, Mapping[str, Any]]:
 
 
 def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: each family's geometric means and worst shapes, on one thread, and the pictures side by side."""
+    """Markdown: each family's geometric means and worst shapes, on one thread, and the pictures below."""
     lines = [
         "| family | | best of all peers | worst | best library | worst | at its limit |",
         "|---|---|--:|---|--:|---|--:|",
@@ -29,15 +31,18 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     for family, report in reports.items():
         for column, title in results.COLUMNS.items():
             rows = results.of_column(report["rows"]["1"], column)
-            cells = [f"[{family}](bench/results/{family}/speed.md)", title.split(", against")[0]]
+            cells = [f"[{family}](speed-{family}.md)", title.split(", against")[0]]
             for ratios in results.against(rows).values():
                 worst = min(ratios, key=ratios.__getitem__)
                 cells += [f"{results.geometric_mean(ratios.values()):.2f}", f"{ratios[worst]:.2f} at {worst}"]
             if not report["machine"]["versions"].get("numba"):
                 cells[2] += " (without numba)"
             lines.append(f"| {' | '.join([*cells, at_limit(rows)])} |")
-    pictures = (f"![Ratios shape by shape, {family}](bench/results/{family}/speed.png)" for family in reports)
-    lines += ["", f"| {' | '.join(reports)} |", f"|{'---|' * len(reports)}", f"| {' | '.join(pictures)} |"]
+    for family in reports:
+        lines += [
+            "",
+            f"![Ratios shape by shape, and times in copies, on {family}]({SEEN_FROM_PAGE}/{family}/speed.png)",
+        ]
     return "\n".join(lines)
 
 
@@ -46,16 +51,28 @@ def at_limit(rows: Iterable[results.Row]) -> str:
     return f"{sum(s.at_limit for s in judged)} of {len(judged)}" if judged else "not measured"
 
 
-def updated(readme: str, table: str) -> str:
-    """The README with this table between its marks."""
-    before, rest = readme.split(MARKS[0])
+def updated(page: str, table: str) -> str:
+    """The page with this table between its marks."""
+    before, rest = page.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}"
 
 
+def family_page(family: str) -> str:
+    report = f"{SEEN_FROM_PAGE}/{family}/speed.md"
+    return f"""# Speed on {family}
+
+```{{include}} {report}
+:start-after: "# Speed"
+```
+"""
+
+
 def main() -> None:
-    README.write_text(updated(README.read_text(), table(reports())))
-    print(f"written: {README}")
+    for family in reports():
+        PAGE.with_name(f"speed-{family}.md").write_text(family_page(family))
+    PAGE.write_text(updated(PAGE.read_text(), table(reports())))
+    print(f"written: {PAGE}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Batch normalization for NumPy on CPUs: fast, right to the last bits, the same bits on every machine.
+"""Batch normalization for NumPy on CPUs: fast, accurate to a few units of rounding, the same bits on every machine.
 
-`BatchNorm` is the layer, `batch_norm` and its kin are functions of arrays, `nn`, `losses`, `optim` and `training` the
-system around it.
+`BatchNorm` is the layer. `batch_norm`, `batch_norm_forward`, `batch_norm_backward` and `moments` are functions of
+arrays. `nn`, `losses`, `optim`, `training` and `checkpoint` are the system around the layer; `data`, `schedules` and
+`estimators` are imported by name, as in ``from fastbn import data``.
 """
 
 from importlib.metadata import version as _version

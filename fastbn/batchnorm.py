@@ -1,5 +1,7 @@
 """The BatchNorm layer: parameters, mode, running statistics, the saved batch. No arithmetic on x stands here."""
 
+from __future__ import annotations
+
 import math
 import operator
 from collections.abc import Mapping
@@ -16,68 +18,83 @@ from .state import FLOATS, Array, Arrays, Held, check_state
 
 
 class BatchNorm(calls.Callable):
-    """Batch normalization (Ioffe & Szegedy 2015) of arrays of any shape with C features along one axis.
+    """Batch normalization of an array with C features along one axis (Ioffe & Szegedy 2015).
 
-    Training: ``y = (x - mean)/sqrt(var + eps)*weight + bias`` with the mean and the 1/m variance of each feature over
-    the batch, and ``running = (1 - momentum)*running + momentum*batch``, where running_var takes the m/(m-1) variance.
-    Inference: the same with the running statistics. One class serves (N, C), (N, C, L), (N, C, H, W) and, by `axis`,
-    channels-last.
+    In training, each feature is normalised with its own mean and variance over the batch::
+
+        y = (x - mean)/sqrt(var + eps)*weight + bias
+        running = (1 - momentum)*running + momentum*batch
+
+    The second line updates the running statistics: running_mean by the batch's mean, running_var by its variance. In
+    inference, y is computed from the running statistics instead. Call the layer itself, ``y = bn(x)``; `train` and
+    `eval` switch between the two modes. A new layer is in training mode.
+
+    In the shapes below, N counts examples. x may have any shape, such as (N, C), (N, C, L) or (N, C, H, W), and with
+    ``axis=-1`` channels-last, (N, H, W, C). m is the number of values of one feature in the batch.
 
     Parameters
     ----------
     num_features : int
-        C, at least 1.
+        Number of features, C, at least 1.
     eps : float
-        Positive.
+        Positive number that is added to the variance.
     momentum : float or None
-        Weight of the newest batch in the running statistics, as PyTorch's (the lectures' beta is ``1 - momentum``;
-        Keras's 0.99 is 0.01 here). None: the plain average of all batches. running_var averages the variances within
-        batches; how far the batches' means lie apart is not in it (`training.recalibrate` takes it in).
+        Weight of the newest batch in the running statistics. PyTorch's momentum is the same number, Keras's is
+        ``1 - momentum``. With None the running statistics are the plain average of all batches. running_var averages
+        the variances within batches. The distances between the means of batches are not in it;
+        `fastbn.training.recalibrate` takes them in.
     affine : bool
-        Whether there are weight (ones) and bias (zeros), of shape (C,).
+        Whether the layer has weight (ones at the start) and bias (zeros at the start).
     track_running_stats : bool
-        Where False, inference has no statistics and uses the batch's, as PyTorch's.
+        Whether the layer has running statistics. Without them, inference uses the batch's statistics, as in PyTorch.
     axis : int
         The feature axis: 1 for (N, C, ...), -1 for channels-last, 0 for (C, ...).
     dtype : {"float32", "float64"}
-        Of weight, bias and their gradients. x may be of either dtype: y has x's. Statistics are float64.
+        Type of weight, bias and their gradients. x may be of either type, and y has the type of x. Statistics are
+        float64 in any case.
     activation : {None, "relu", "leaky_relu"}
-        Applied in the same pass, forward and backward; leaky_relu's slope is 0.01.
+        Function that is applied to y in the same pass over memory. backward takes it into account. The slope of
+        leaky_relu is 0.01.
     unbiased : bool
-        Whether running_var takes the m/(m-1) variance, or the 1/m one, as Keras's and ONNX's.
+        Whether running_var averages variances of ``1/(m - 1)``, as in PyTorch, or of ``1/m``, as in Keras and ONNX. The
+        batch itself is always normalised with the variance of ``1/m``.
     num_threads : int, optional
-        For this layer; default: `fastbn.get_num_threads()`.
+        Number of threads for this layer. The default is `fastbn.get_num_threads`.
     ghost_size : int, optional
-        In training, normalise every so many examples as a batch of its own (Hoffer, Hubara & Soudry 2017), with the
-        running statistics taking one after the other; a remainder of one joins the batch before. The examples lie
-        along the first axis that is not the feature axis.
+        Number of examples that are normalised together in training: every so many examples are a batch of their own
+        (Hoffer, Hubara & Soudry 2017), and the running statistics take one after the other. A single example that is
+        left over joins the batch before it. The examples lie along the first axis that is not the feature axis.
     renorm : (r_max, d_max), optional
-        Batch renormalisation (Ioffe 2017): in training, ``x_hat*r + d`` takes the place of the normalised x_hat, with
-        ``r = std/running_std`` within [1/r_max, r_max] and ``d = (mean - running_mean)/running_std`` within
-        [-d_max, d_max], the averages from before this batch; the gradients take r and d as constants. (1, 0) is plain
-        training, from which the paper goes over to (3, 5) once the averages are warm. running_std is
-        ``sqrt(running_var + eps)``, as in inference; the paper averages the std itself. Needs running statistics.
+        Limits of batch renormalisation (Ioffe 2017). In training, the normalised value x_hat is replaced by
+        ``x_hat*r + d``. There r is ``std/running_std``, limited to ``[1/r_max, r_max]``, and d is
+        ``(mean - running_mean)/running_std``, limited to ``[-d_max, d_max]``. The running statistics are those before
+        this batch, and running_std is ``sqrt(running_var + eps)``. The gradients take r and d as constants. (1, 0) is
+        plain batch normalization. The paper starts with it, and goes over to (3, 5) once the running statistics have
+        settled. It needs running statistics.
 
     Attributes
     ----------
     weight, bias : numpy.ndarray of shape (C,), or None
-        Assigning copies into the array.
+        Parameters. Assigning copies into the array.
     running_mean, running_var : numpy.ndarray of shape (C,), float64, or None
-        Assigning copies into the array.
+        Running statistics. Assigning copies into the array.
     num_batches_tracked : int
+        Number of batches that the running statistics have seen.
     training, frozen : bool
+        Mode of the layer, see `train` and `freeze`.
     renorm : (float, float) or None
-        May be assigned between batches.
+        Limits of batch renormalisation. They may be assigned between batches.
     num_features, eps, momentum, axis, dtype, activation, unbiased, num_threads, ghost_size
-        As they were given; they cannot be assigned.
+        Arguments of the constructor. They cannot be assigned.
     params, grads : dict of numpy.ndarray
-        ``weight`` and ``bias``, and the gradients of the last backward (zeros before it); the arrays stay the same
-        ones.
+        Parameters and their gradients, both under the keys "weight" and "bias". The gradients are those of the last
+        backward, and zeros before it. The arrays stay the same objects.
 
     Notes
     -----
-    forward keeps references to x and mask: change them before backward, and the gradients are wrong. An affine layer
-    that feeds BatchNorm needs no bias. Inference may be called from several threads at once.
+    forward keeps references to x and mask. If you change them before backward, the gradients are wrong. A linear layer
+    that feeds BatchNorm needs no bias, because the normalisation takes it away. Several threads may call one layer in
+    inference at once.
 
     Examples
     --------
@@ -162,27 +179,29 @@ class BatchNorm(calls.Callable):
         Parameters
         ----------
         x : array_like of float32 or float64
-            C features along `axis`; integers and bool become float64. Strided and byte-swapped arrays are copied first.
+            Array with C features along the feature axis. Integers and bool become float64. Strided and byte-swapped
+            arrays are copied first.
         out : numpy.ndarray, optional
-            Of x's shape and dtype, receives y. May be x itself; backward is then not possible.
+            Array of the shape and dtype of x, which receives y. It may be x itself; backward is then not possible.
         mask : array_like of bool, optional
-            x's shape without the feature axis, True where a position is valid, as in padded sequences. The others are
-            left out of all statistics, whatever stands there, and y and dx are 0 there. The valid ones are copied.
+            Array of the shape of x without the feature axis, True where a position is valid, as in padded sequences.
+            All other positions are left out of the statistics, whatever stands there, and y and dx are 0 there. The
+            valid positions are copied.
 
         Returns
         -------
         numpy.ndarray
-            y, of x's shape, dtype and memory order; `out` itself where given.
+            y, of the shape, dtype and memory order of x; out itself if it was given.
 
         Raises
         ------
         ValueError
-            For another number of features, one (valid) value per feature in training, a mask or an out of another
-            shape, an out partly overlapping x.
+            Another number of features, a single (valid) value per feature in training, a mask or an out of another
+            shape, or an out that partly overlaps x.
         TypeError
-            For other dtypes and masked arrays.
+            Another dtype, or a masked array.
         numpy.exceptions.AxisError
-            Where x has no such axis.
+            x has no such axis.
         """
         return super().__call__(x, out, mask=mask)
 
@@ -195,17 +214,18 @@ class BatchNorm(calls.Callable):
         return y
 
     def fold(self) -> tuple[Array, Array]:
-        """The inference forward as one affine map.
+        """Return the inference forward as one scale and one shift for each feature.
 
         Returns
         -------
         scale, shift : numpy.ndarray of shape (C,), float64
-            In exact arithmetic the inference forward is ``x*scale + shift``, before the activation.
+            Two arrays such that, in exact arithmetic, the inference forward before the activation is
+            ``x*scale + shift``.
 
         Raises
         ------
         ValueError
-            Without running statistics.
+            The layer has no running statistics.
         """
         if self._running_mean is None or self._running_var is None:
             raise ValueError("expected running statistics to fold, got a layer with track_running_stats=False")
@@ -220,19 +240,28 @@ class BatchNorm(calls.Callable):
     # --- mode and state
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training, or with False to inference; returns the layer."""
+        """Switch to training, or with False to inference, and return the layer."""
         self.training = bool(mode)
         return self
 
     def eval(self) -> Self:
-        """Switch to inference; returns the layer."""
+        """Switch to inference, and return the layer."""
         return self.train(False)
 
     def freeze(self, mode: bool = True) -> Self:
         """Use the running statistics in training too, and leave them as they are, while weight and bias still train.
 
-        As for fine-tuning on small batches. It lasts through train() and eval(), until ``freeze(False)``. Returns the
-        layer; ValueError without running statistics.
+        This serves fine-tuning on small batches. It lasts through `train` and `eval`, until ``freeze(False)``.
+
+        Returns
+        -------
+        BatchNorm
+            The layer itself.
+
+        Raises
+        ------
+        ValueError
+            The layer has no running statistics.
         """
         if self._running_mean is None:
             raise ValueError("expected running statistics to freeze, got a layer with track_running_stats=False")
@@ -240,38 +269,38 @@ class BatchNorm(calls.Callable):
         return self
 
     def reset_running_stats(self) -> None:
-        """Running mean 0, running variance 1, no batches."""
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0."""
         if self._running_mean is None or self._running_var is None:
             self.num_batches_tracked = 0
             return
         change([(self._running_mean, 0), (self._running_var, 1)], (self, "num_batches_tracked", 0))
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0."""
+        """Set weight to 1 and bias to 0."""
         if self._weight is not None and self._bias is not None:
             change([(self._weight, 1), (self._bias, 0)])
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of parameters and running statistics, under PyTorch's keys."""
+        """Return copies of parameters and running statistics, under PyTorch's keys."""
         state = {name: array.copy() for name, array in self._arrays().items()}
         if self._running_mean is not None:
             state["num_batches_tracked"] = np.array(self.num_batches_tracked, dtype=np.int64)
         return state
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Copy parameters and running statistics in, as `state_dict` gives them, or PyTorch's BatchNorm layers.
+        """Take over parameters and running statistics from a `state_dict`, this library's or PyTorch's.
 
         Parameters
         ----------
         state : mapping of str to array_like
-            All of this layer's keys and no others. ``num_batches_tracked`` may be missing, as from PyTorch before 0.4.1
-            and from layers that do not count: it becomes 0. It may be of any dtype and of shape (1,), as long as it is
-            a whole number.
+            Arrays under all keys of this layer, and no others; they are copied. ``num_batches_tracked`` may be
+            missing, as in states of PyTorch before 0.4.1, and becomes 0 then. It may be of any dtype and of shape (1,),
+            if it is a whole number.
 
         Raises
         ------
         ValueError
-            For other missing or unknown keys, other shapes, and values that are not real numbers; nothing is changed
+            A missing or unknown key, another shape, or a value that is not a real number. Nothing has been changed
             then.
         """
         given = check_state(state, self.state_dict())
@@ -301,7 +330,7 @@ class BatchNorm(calls.Callable):
     # --- what it is
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments: ``BatchNorm(**bn.config())`` is a fresh layer of the same kind."""
+        """Return the constructor's arguments: ``BatchNorm(**bn.config())`` is a fresh layer of the same kind."""
         return {
             "num_features": self._num_features,
             "eps": self._eps,

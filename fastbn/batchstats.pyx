@@ -21,11 +21,11 @@ cdef class BatchStats:
     Parameters
     ----------
     mean, var : array_like of shape (C,)
-        Kept as float64. var is the one of 1/m.
+        Mean and variance of ``1/m``. They are kept as float64.
     count : int
-        Values per feature, m.
+        Number of values per feature, m.
     mean_low : array_like of shape (C,), optional
-        What rounding took from the mean: the mean is ``mean + mean_low``.
+        Low part of the mean, which rounding took from it: the mean is ``mean + mean_low``.
 
     Examples
     --------
@@ -74,17 +74,17 @@ cdef class BatchStats:
 
     @property
     def mean(self):
-        """The mean's high part, (C,) float64, a read-only copy."""
+        """High part of the mean: a read-only copy, float64 of shape (C,)."""
         return self.row(0)
 
     @property
     def mean_low(self):
-        """The mean's low part, (C,) float64, a read-only copy: below half a unit in the last place of the high part."""
+        """Low part of the mean: a read-only copy, at most half a unit in the last place of the high part."""
         return self.row(1)
 
     @property
     def var(self):
-        """The variance of 1/m, (C,) float64, a read-only copy."""
+        """Variance of ``1/m``: a read-only copy, float64 of shape (C,)."""
         return self.row(2)
 
     def __repr__(self):

@@ -527,30 +527,35 @@ cdef class Callable:
         return c.out
 
     def backward(self, dy, out=None):
-        """Gradients of the last forward, a training or an inference one; may be called again.
+        """Return the gradient of the last forward with respect to x, and fill ``grads``.
 
-        ``dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))`` after a training forward,
-        ``weight/sqrt(var + eps)*g`` after an inference one, where g is the gradient before the activation.
-        ``grads["weight"] = sum g*x_hat``, ``grads["bias"] = sum g``.
+        g is the gradient before the activation, and x_hat is the normalised x::
+
+            grads["weight"] = sum(g*x_hat)
+            grads["bias"] = sum(g)
+            dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))    after a forward in training
+            dx = weight/sqrt(var + eps)*g                                      after a forward in inference
+
+        It may be called several times after one forward.
 
         Parameters
         ----------
-        dy : array_like of x's shape
-            The gradient of the loss with respect to y.
+        dy : array_like of the shape of x
+            Gradient of the loss with respect to y.
         out : numpy.ndarray, optional
-            Of x's shape and dtype, receives dx. May be dy itself, never x.
+            Array of the shape and dtype of x, which receives dx. It may be dy itself, never x.
 
         Returns
         -------
         numpy.ndarray
-            dx, of x's shape, dtype and memory order; `out` itself where given.
+            dx, of the shape, dtype and memory order of x; out itself if it was given.
 
         Raises
         ------
         RuntimeError
-            Before the first forward, and after one whose out was x.
+            There was no forward, or the last one overwrote x (out was x).
         ValueError, TypeError
-            For arrays that do not fit.
+            An array does not fit.
         """
         with cython.critical_section(self):
             saved = self._saved

@@ -60,11 +60,11 @@ def save(path: _Path, model: Any, optimizer: Any = None, *, metadata: dict[str, 
     Parameters
     ----------
     path : path
-        Overwritten if it exists.
+        Path of the file, which is overwritten if it exists.
     model : nn.Sequential, BatchNorm or a layer of fastbn.nn
-        Every layer's mode (training or inference, frozen or not) is saved as well.
+        Model. The mode of every layer (training or inference, frozen or not) is saved as well.
     optimizer : optional
-        One of fastbn.optim. Its rate and the like are not saved: they are its constructor's arguments.
+        Optimizer of `fastbn.optim`, whose state is saved. Its rate and its other arguments are not.
     metadata : dict, optional
         Anything that JSON can hold, for `read_metadata`. Its keys are sorted.
 
@@ -139,9 +139,15 @@ def check_place(path: _Path) -> Path:
 def load(path: _Path) -> Any:
     """Build the model that `save` wrote, every layer in the mode in which it was saved.
 
+    Parameters
+    ----------
+    path : path
+        Path of a file that `save`, `fastbn.training.fit` or ``fastbn train`` wrote.
+
     Returns
     -------
     model : nn.Sequential, BatchNorm or a layer of fastbn.nn
+        A new model.
 
     Raises
     ------
@@ -166,10 +172,10 @@ def restore(path: _Path, model: Any, optimizer: Any = None) -> None:
     Parameters
     ----------
     path : path
-        A file of `save`, or, without an optimizer, any safetensors file with the model's keys and shapes,
-        as PyTorch users write it from a `state_dict()`. A num_batches_tracked that is missing is 0.
+        Path of a file that `save` wrote. Without an optimizer, any safetensors file with the keys and shapes of the
+        model will do, as PyTorch's users write it from a ``state_dict()``. A missing num_batches_tracked is 0.
     model, optimizer
-        Changed in place, or, after an error, not at all.
+        Objects that are changed in place. After an error they are as they were.
 
     Raises
     ------
@@ -202,12 +208,12 @@ def put(tensors: dict[str, Array], model: Any, optimizer: Any) -> None:
 
 
 def read_metadata(path: _Path) -> dict[str, Any]:
-    """The `metadata` that were given to `save`; empty where none were.
+    """Return the metadata that were given to `save`; without any, an empty dict.
 
     Raises
     ------
     FileNotFoundError, ValueError, ImportError
-        As `load`.
+        The same as in `load`.
     """
     metadata = read_json(path, read(path)[1], "fastbn.metadata")
     if not isinstance(metadata, dict):

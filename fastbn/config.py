@@ -11,7 +11,7 @@ from .kernels import machine, threads
 
 
 def show_config() -> None:
-    """Print versions, the kernel build in use, threads, and the settings in force: what a bug report needs.
+    """Print versions, the build of the loops in use, threads, processor and settings, as a bug report needs them.
 
     Examples
     --------

@@ -74,14 +74,16 @@ def load(
     Parameters
     ----------
     path : path, or None
-        - None: scikit-learn's digits, 1,797 images of 8 x 8 pixels, scaled from 0 .. 16 to 0 .. 1;
-        - `.npz`: arrays `X` (N, features), or of more axes, which are flattened, and `y` (N,), which may be missing.
-          Images of bytes (of three axes or more) are scaled from 0 .. 255 to 0 .. 1. The arrays may also be called
-          `images` and `labels`, `data` and `target`, `x_train`, `y_train`, `x_test` and `y_test`, and the like;
-        - a table, `.csv`, `.tsv`, `.txt` or `.data`, also with `.gz` behind it: UTF-8, a header row, then numbers
-          or True and False. Cells are parted by commas, semicolons, tabs, bars or spaces;
-        - a folder of idx files as MNIST has them: train-images-idx3-ubyte, train-labels-idx1-ubyte and t10k-...,
-          gzipped (.gz) or not, scaled from 0 .. 255 to 0 .. 1. The labels may be missing.
+        Source of the data. Its name decides how it is read:
+
+        - None: scikit-learn's digits, 1,797 images of 8 x 8 pixels, scaled from 0 .. 16 to 0 .. 1.
+        - ``.npz``: arrays ``X`` (N, features) and ``y`` (N,). y may be missing. More axes of X are flattened. Images of
+          bytes (of three axes or more) are scaled from 0 .. 255 to 0 .. 1. Other usual names are known as well:
+          ``images`` and ``labels``, ``data`` and ``target``, ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
+        - ``.csv``, ``.tsv``, ``.txt`` or ``.data``, also with ``.gz`` behind it: a table in UTF-8, a header row, then
+          numbers or True and False. Commas, semicolons, tabs, bars or spaces part the cells.
+        - a folder: idx files as MNIST has them, train-images-idx3-ubyte, train-labels-idx1-ubyte and t10k-..., gzipped
+          (.gz) or not, scaled from 0 .. 255 to 0 .. 1. The labels may be missing.
     target : str, optional
         Name of the column of labels in a table. Without it all columns are features and there are no labels.
     task : {"classification", "regression", "auto"}

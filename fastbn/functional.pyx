@@ -15,37 +15,40 @@ __all__ = ["BatchStats", "batch_norm", "batch_norm_backward", "batch_norm_forwar
 
 
 def moments(x, axis=1, *, mask=None):
-    """Mean and variance of each feature, in one pass over x.
+    """Return mean and variance of each feature.
 
     Parameters
     ----------
     x : array_like of float32 or float64
-        Any shape; integers and bool become float64.
+        Array of any shape with C features along the feature axis. Integers and bool become float64. Strided and
+        byte-swapped arrays are copied first.
     axis : int
-        The feature axis, of length C.
+        The feature axis.
     mask : array_like of bool, optional
-        x's shape without the feature axis: True where a position counts. The valid positions are copied.
+        Array of the shape of x without the feature axis, True where a position counts. The valid positions are copied.
 
     Returns
     -------
     BatchStats
-        ``mean``, ``mean_low``, ``var`` (of 1/m), float64 of shape (C,), and ``count`` m; NaN where m is 0. For float32 the relative
-        error of the standard deviation is below 1e-7, that of the mean below 1e-7 standard deviations.
+        The mean (in two parts, ``mean + mean_low``) and the variance of ``1/m``, float64 of shape (C,), and m, the
+        number of values per feature, as ``count``. Mean and variance are NaN if m is 0. For float32, the relative error
+        of the standard deviation is below 1e-7, and the mean is off by less than 1e-7 standard deviations.
 
     Raises
     ------
     TypeError
-        For other dtypes and masked arrays.
+        Another dtype, or a masked array.
     numpy.exceptions.AxisError
-        Where x has no such axis.
+        x has no such axis.
     ValueError
-        For a mask of another shape.
+        A mask of another shape.
 
     Notes
     -----
-    Sums in float64, of x (float32), or of ``x - pivot``, the pivot a value close to the mean (float64, and where the mean is large), in
-    chunks of a size that only x's shape decides, merged in order by the rule of Chan, Golub & LeVeque (1979). The bits
-    do not depend on the number of threads or on the processor.
+    There is one pass over x. float32 is summed as it is, in float64. float64, and float32 with a large mean, is summed
+    about a pivot, a value close to the mean. The sums are made in chunks whose sizes follow from the shape of x alone,
+    and merged in order by the rule of Chan, Golub & LeVeque (1979). So the bits depend neither on the number of threads
+    nor on the processor.
 
     Examples
     --------
@@ -64,45 +67,48 @@ def moments(x, axis=1, *, mask=None):
 
 
 def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axis=1, activation=None, out=None, num_threads=None):
-    """Normalise x with its own statistics, and return them for the backward pass.
+    """Normalise x with its own statistics, and return these for the backward pass.
 
-    ``y = activation((x - mean)/sqrt(var + eps)*weight + bias)`` with the mean and the 1/m variance of each feature
-    (Ioffe & Szegedy 2015, algorithm 1).
+    Each feature is normalised with its own mean and its variance of ``1/m``, m the number of its values
+    (Ioffe & Szegedy 2015, algorithm 1)::
+
+        y = activation((x - mean)/sqrt(var + eps)*weight + bias)
 
     Parameters
     ----------
     x : array_like of float32 or float64
-        Any shape, C features along `axis`; integers and bool become float64. Strided and byte-swapped arrays are copied first.
+        Array of any shape with C features along the feature axis. Integers and bool become float64. Strided and
+        byte-swapped arrays are copied first.
     weight, bias : array_like of shape (C,), optional
-        Default 1 and 0.
+        Scale and shift of each feature. The defaults are 1 and 0.
     eps : float
-        Positive.
+        Positive number that is added to the variance.
     running : RunningStats, optional
-        Updated in the same call.
+        Running statistics, which are updated in the same call.
     axis : int
         The feature axis.
     activation : {None, "relu", "leaky_relu"}
-        Applied in the same pass; leaky_relu's slope is 0.01.
+        Function that is applied to y in the same pass over memory. The slope of leaky_relu is 0.01.
     out : numpy.ndarray, optional
-        Of x's shape and dtype, receives y; may be x itself.
+        Array of the shape and dtype of x, which receives y. It may be x itself.
     num_threads : int, optional
-        For this call; default: the process-wide number.
+        Number of threads for this call. The default is `fastbn.get_num_threads`.
 
     Returns
     -------
     y : numpy.ndarray
-        x's shape, dtype and memory order; `out` itself where given.
+        Normalised array, of the shape, dtype and memory order of x; out itself if it was given.
     stats : BatchStats
-        Mean and 1/m variance, float64.
+        Mean and variance of each feature, float64.
 
     Raises
     ------
     ValueError
-        One value per feature; wrong shapes; eps not positive; an out that partly overlaps x.
+        A single value per feature, a wrong shape, an eps that is not positive, or an out that partly overlaps x.
     TypeError
-        For other dtypes and masked arrays.
+        Another dtype, or a masked array.
     numpy.exceptions.AxisError
-        Where x has no such axis.
+        x has no such axis.
 
     Examples
     --------
@@ -129,39 +135,47 @@ def batch_norm_forward(x, weight=None, bias=None, eps=1e-5, *, running=None, axi
 
 def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *,
                axis=1, activation=None, unbiased=True, out=None, num_threads=None):
-    """Batch normalization, with the order and the meaning of the arguments of ``torch.nn.functional.batch_norm``.
+    """Normalise x; the arguments have the order and the meaning of ``torch.nn.functional.batch_norm``.
 
     Parameters
     ----------
     x : array_like of float32 or float64
-        Any shape, C features along `axis`.
+        Array of any shape with C features along the feature axis. Integers and bool become float64. Strided and
+        byte-swapped arrays are copied first.
     running_mean, running_var : array of shape (C,), optional
-        In training updated in place, ``new = (1 - momentum)*old + momentum*batch`` (float32 or float64 arrays); otherwise the statistics
-        to normalise with.
+        Running statistics, float32 or float64. In training they are updated in place,
+        ``new = (1 - momentum)*old + momentum*batch``. Otherwise x is normalised with them.
     weight, bias : array_like of shape (C,), optional
-        Default 1 and 0.
+        Scale and shift of each feature. The defaults are 1 and 0.
     training : bool
-        Normalise with the batch's statistics, rather than with the running ones.
+        Whether x is normalised with its own statistics, or with the running ones.
     momentum : float
-        Weight of the batch in the running averages, finite.
+        Weight of this batch in the running statistics, finite.
     eps : float
-        Positive.
-    axis, activation, out, num_threads
-        As in `batch_norm_forward`.
+        Positive number that is added to the variance.
+    axis : int
+        The feature axis.
+    activation : {None, "relu", "leaky_relu"}
+        Function that is applied to y in the same pass over memory. The slope of leaky_relu is 0.01.
     unbiased : bool
-        Whether running_var takes the m/(m-1) variance, as PyTorch's, or the 1/m one, as Keras's and ONNX's.
+        Whether running_var averages variances of ``1/(m - 1)``, as in PyTorch, or of ``1/m``, as in Keras and ONNX.
+    out : numpy.ndarray, optional
+        Array of the shape and dtype of x, which receives y. It may be x itself.
+    num_threads : int, optional
+        Number of threads for this call. The default is `fastbn.get_num_threads`.
 
     Returns
     -------
     y : numpy.ndarray
-        x's shape, dtype and memory order; `out` itself where given.
+        Normalised array, of the shape, dtype and memory order of x; out itself if it was given.
 
     Raises
     ------
     ValueError
-        ``training=False`` without running statistics; one of the two without the other; else as `batch_norm_forward`.
+        ``training=False`` without running statistics, or one of the two without the other, and what
+        `batch_norm_forward` refuses.
     TypeError, numpy.exceptions.AxisError
-        As `batch_norm_forward`.
+        The same as in `batch_norm_forward`.
 
     Examples
     --------
@@ -190,39 +204,42 @@ def batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, t
 
 def batch_norm_backward(dy, x, stats, weight=None, bias=None, eps=1e-5, *, training=True, axis=1, activation=None, out=None,
                         num_threads=None):
-    """The gradients of a batch normalization.
+    """Return the gradients of a batch normalization.
 
-    With g the gradient before the activation and x_hat the normalised x: ``dbias = sum g``, ``dweight = sum g*x_hat``, and
-    ``dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))`` (Ioffe & Szegedy 2015, section 3, gathered).
+    g is the gradient before the activation, and x_hat is the normalised x (Ioffe & Szegedy 2015, section 3)::
+
+        dbias = sum(g)
+        dweight = sum(g*x_hat)
+        dx = weight/sqrt(var + eps)*(g - mean(g) - x_hat*mean(g*x_hat))
 
     Parameters
     ----------
-    dy : array_like of x's shape
-        The gradient of the loss with respect to y; converted to x's dtype.
+    dy : array_like of the shape of x
+        Gradient of the loss with respect to y. It is converted to the dtype of x.
     x : array_like of float32 or float64
-        The input of the forward pass, unchanged since.
+        Input of the forward pass, unchanged since.
     stats : BatchStats
-        What the forward pass returned.
+        Statistics that the forward pass returned.
     weight, bias, eps, axis, activation
-        As in the forward pass; bias matters for the activation only.
+        Arguments of the forward pass. bias matters only with an activation.
     training : bool
-        False where the statistics are constants: ``dx = weight/sqrt(var + eps)*g``.
+        Whether the statistics are those of x. With False they are constants, and dx is ``weight/sqrt(var + eps)*g``.
     out : numpy.ndarray, optional
-        Of x's shape and dtype, receives dx; may be dy itself, never x.
+        Array of the shape and dtype of x, which receives dx. It may be dy itself, never x.
     num_threads : int, optional
-        For this call; default: the process-wide number.
+        Number of threads for this call. The default is `fastbn.get_num_threads`.
 
     Returns
     -------
     dx : numpy.ndarray
-        x's shape, dtype and memory order; `out` itself where given.
+        Gradient with respect to x, of its shape, dtype and memory order; out itself if it was given.
     dweight, dbias : numpy.ndarray of shape (C,)
-        float64.
+        Gradients with respect to weight and bias, float64.
 
     Raises
     ------
     ValueError, TypeError, numpy.exceptions.AxisError
-        For arguments that do not fit, with one sentence that says what was expected.
+        An argument that does not fit. The message says what was expected.
 
     Examples
     --------

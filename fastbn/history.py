@@ -14,19 +14,19 @@ __all__ = ["History"]
 
 @dataclass
 class History:
-    """What `fit` measured, one entry for each epoch.
+    """Measurements of a training by `fastbn.training.fit`, one entry for each epoch.
 
     Attributes
     ----------
     loss, accuracy : list of float
-        Means over the epoch's examples, each taken in training mode before the step that its mini-batch made.
-        `accuracy` stays empty for a loss that has none (see `training.evaluate`).
+        Means over the examples of an epoch. Each is taken in training mode, before the step that its mini-batch made.
+        accuracy stays empty for a loss that has none (see `fastbn.training.evaluate`).
     val_loss, val_accuracy : list of float
-        Of the validation data after the epoch, in inference mode; empty without validation data.
+        Loss and accuracy on the validation data after the epoch, in inference mode. They are empty without such data.
     lr : list of float
-        The optimizer's rate in the epoch's last step; empty for an optimizer without `lr`.
+        Rate of the optimizer in the last step of the epoch, empty for an optimizer without ``lr``.
     seconds : list of float
-        Time that the epoch's training took, without the validation.
+        Time that the training of an epoch took, without the validation.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -38,7 +38,7 @@ class History:
 
     @property
     def best_epoch(self) -> int | None:
-        """The first epoch, counted from 1, with the lowest validation loss; None without validation."""
+        """First epoch, counted from 1, with the lowest validation loss; None without validation."""
         losses = [math.inf if math.isnan(loss) else loss for loss in self.val_loss]
         return 1 + losses.index(min(losses)) if losses else None
 

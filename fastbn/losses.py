@@ -20,35 +20,38 @@ __all__ = ["mse", "sigmoid_cross_entropy", "softmax_cross_entropy"]
 def softmax_cross_entropy(
     prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None
 ) -> tuple[float, Array]:
-    """Mean over the rows of -log softmax(prediction)[target], as PyTorch's `cross_entropy`.
+    """Return the mean over the rows of ``-log softmax(prediction)[target]``, and its gradient.
+
+    It is the function that PyTorch calls ``cross_entropy``.
 
     Parameters
     ----------
     prediction : (N, K) float32 or float64 array
-        Logits: what comes before the softmax. Integers and bool become float64.
+        Numbers before the softmax (logits). Integers and bool become float64.
     target : (N,) integer array
         Labels from 0 to K - 1.
     sample_weight : (N,) array, optional
-        Finite weights of at least 0; each row's loss is multiplied by its weight before the mean over the rows.
-        Weights with mean 1 leave the scale of the loss as it is. None: all are 1.
+        Finite weights of at least 0. The loss of each row is multiplied by its weight before the mean is taken. Weights
+        with mean 1 leave the scale of the loss as it is. Without them, all weights are 1.
 
     Returns
     -------
     loss : float
+        Mean loss.
     gradient : (N, K) array of the prediction's dtype
-        sample_weight * (softmax(prediction) - onehot(target)) / N
+        ``sample_weight*(softmax(prediction) - onehot(target))/N``
 
     Raises
     ------
     ValueError
-        For wrong shapes, an empty batch, a label out of range, or a weight that is negative or not finite.
+        A wrong shape, an empty batch, a label out of range, or a weight that is negative or not finite.
     TypeError
-        For labels that are not integers, or a prediction of another type.
+        Labels that are not integers, or a prediction of another type.
 
     Notes
     -----
-    With z = prediction - max(prediction), taken row by row, a row's loss is log(sum(exp(z))) - z[target]:
-    no exponential overflows, and the sum is at least 1 (Goodfellow et al., "Deep Learning", 2016, section 4.1).
+    z is ``prediction - max(prediction)``, row by row. The loss of a row is ``log(sum(exp(z))) - z[target]``. So no
+    exponential overflows, and the sum is at least 1 (Goodfellow et al., "Deep Learning", 2016, section 4.1).
 
     Examples
     --------
@@ -94,28 +97,31 @@ def softmax_cross_entropy(
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def mse(prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None) -> tuple[float, Array]:
-    """Mean over all elements of (prediction - target)^2, as PyTorch's `mse_loss`.
+    """Return the mean over all elements of ``(prediction - target)**2``, and its gradient.
+
+    It is the function that PyTorch calls ``mse_loss``.
 
     Parameters
     ----------
     prediction, target : float32 or float64 arrays of one shape
-        Nothing is broadcast. Integers and bool become float64.
+        Numbers. Integers and bool become float64. Nothing is broadcast.
     sample_weight : (N,) array, optional
-        Finite weights of at least 0; each row's loss is multiplied by its weight before the mean over the rows.
-        Weights with mean 1 leave the scale of the loss as it is. None: all are 1.
+        Finite weights of at least 0. The loss of each row is multiplied by its weight before the mean is taken. Weights
+        with mean 1 leave the scale of the loss as it is. Without them, all weights are 1.
 
     Returns
     -------
     loss : float
+        Mean loss.
     gradient : array like prediction
-        2 sample_weight (prediction - target) / size
+        ``2*sample_weight*(prediction - target)/size``
 
     Raises
     ------
     ValueError
-        For two shapes, an empty batch, or a weight that is negative or not finite.
+        Two shapes, an empty batch, or a weight that is negative or not finite.
     TypeError
-        For arrays of another type.
+        An array of another type.
 
     Examples
     --------
@@ -139,36 +145,38 @@ def mse(prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | Non
 def sigmoid_cross_entropy(
     prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None
 ) -> tuple[float, Array]:
-    """Mean over all elements of -t log s(z) - (1 - t) log(1 - s(z)), as `binary_cross_entropy_with_logits`.
+    """Return the mean over all elements of ``-t*log(s(z)) - (1 - t)*log(1 - s(z))``, and its gradient.
 
-    s is the sigmoid, z the prediction, t the target; the function meant is PyTorch's.
+    s is the sigmoid, z the prediction and t the target. It is the function that PyTorch calls
+    ``binary_cross_entropy_with_logits``.
 
     Parameters
     ----------
     prediction : float32 or float64 array
-        Logits: what comes before the sigmoid. Integers and bool become float64.
+        Numbers before the sigmoid (logits). Integers and bool become float64.
     target : array of the prediction's shape
-        Probabilities, or classes 0 and 1. Nothing is broadcast.
+        Probabilities, or classes 0 and 1, of the shape of the prediction. Nothing is broadcast.
     sample_weight : (N,) array, optional
-        Finite weights of at least 0; each row's loss is multiplied by its weight before the mean over the rows.
-        Weights with mean 1 leave the scale of the loss as it is. None: all are 1.
+        Finite weights of at least 0. The loss of each row is multiplied by its weight before the mean is taken. Weights
+        with mean 1 leave the scale of the loss as it is. Without them, all weights are 1.
 
     Returns
     -------
     loss : float
+        Mean loss.
     gradient : array like prediction
-        sample_weight (s(prediction) - target) / size
+        ``sample_weight*(s(prediction) - target)/size``
 
     Raises
     ------
     ValueError
-        For two shapes, an empty batch, a target outside [0, 1], or a weight that is negative or not finite.
+        Two shapes, an empty batch, a target outside [0, 1], or a weight that is negative or not finite.
     TypeError
-        For arrays of another type.
+        An array of another type.
 
     Notes
     -----
-    Computed as max(z, 0) - z t + log(1 + exp(-|z|)), where no exponential overflows.
+    Computed as ``max(z, 0) - z t + log(1 + exp(-|z|))``, where no exponential overflows.
 
     Examples
     --------

@@ -76,15 +76,15 @@ class Optimizer:
         self._lr = _not_negative(lr=value)
 
     def step(self) -> None:
-        """Change the model's params by its grads, once.
+        """Change the parameters of the model by its gradients, once.
 
         Raises
         ------
         KeyError
-            For a parameter without a gradient, or one that the model got later than the optimizer.
+            A parameter has no gradient, or the model got it later than the optimizer.
         TypeError, ValueError
-            For arrays of another dtype than float32 and float64, gradients not of their parameter's shape and dtype,
-            and read-only parameters. Nothing is changed then, in no parameter.
+            An array is of another dtype than float32 and float64, a gradient does not have the shape and dtype of its
+            parameter, or a parameter is read-only. No parameter has been changed then.
         """
         count = self._state["step"]
         self._update(self.model.params, self.model.grads, [(count, count + 1)])
@@ -100,11 +100,14 @@ class Optimizer:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of the step count and all buffers, as a flat dict that a checkpoint can hold; lr is not in it."""
+        """Return copies of the step count and all buffers, as one dict; lr is not in it."""
         return {key: a.copy() for key, a in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Copy what `state_dict` gave; ValueError, and nothing changed, unless all keys and shapes fit."""
+        """Copy in what `state_dict` gave.
+
+        If a key or shape does not fit, this is a ValueError, and nothing is changed.
+        """
         change([(self._state[key], a) for key, a in check_state(state, self._state).items()])
 
 
@@ -129,28 +132,32 @@ class _WithMomentum(Optimizer):
 class SGD(_WithMomentum):
     """Gradient descent, with momentum, Nesterov's momentum and weight decay.
 
-    d = g + weight_decay p;  v = momentum v + d;  p -= lr v,  or with nesterov  p -= lr (d + momentum v).
-    Source: Sutskever et al., ICML 2013, in the form of PyTorch's `SGD`.
+    A step changes each parameter p, whose gradient is g, as PyTorch's `SGD` does (Sutskever et al., ICML 2013)::
+
+        d = g + weight_decay*p
+        v = momentum*v + d
+        p -= lr*v                    or, with nesterov, lr*(d + momentum*v)
 
     Parameters
     ----------
     model : object with params and grads
-        A layer, a `Sequential`, or anything with these two dicts.
+        Layer, network, or any object with these two dicts.
     lr : float
-        Learning rate; the attribute `lr` may be set at any time.
+        Learning rate. The attribute ``lr`` may be set at any time.
     momentum, weight_decay : float
-        Not negative; weight decay is L2, added to the gradient.
+        Numbers that are not negative. Weight decay is L2: it is added to the gradient.
     nesterov : bool
-        Needs momentum.
+        Whether the step looks ahead. It needs momentum.
     exclude : collection of str, optional
-        Names of parameters, keys of ``model.params``, that weight decay leaves alone. The module's text says which.
+        Names of parameters, keys of ``model.params``, that weight decay leaves alone: biases, and
+        BatchNorm's weight and bias, are best left out.
 
     Raises
     ------
     ValueError
-        For a rate, momentum or decay out of range, a model without parameters, or names that it has not.
+        A rate, momentum or decay out of range, a model without parameters, or names that it does not have.
     TypeError
-        For an exclude that is a single text.
+        An exclude that is a single text.
 
     Examples
     --------
@@ -187,29 +194,35 @@ class SGD(_WithMomentum):
 class RMSprop(_WithMomentum):
     """The gradient divided by the root of its mean square.
 
-    d = g + weight_decay p;  s = alpha s + (1 - alpha) d^2;  u = d / (sqrt(s) + eps);
-    p -= lr u,  or with momentum  v = momentum v + u;  p -= lr v.
-    Source: Hinton, "Neural Networks for Machine Learning", lecture 6, 2012, in the form of PyTorch's `RMSprop`.
+    A step changes each parameter p, whose gradient is g, as PyTorch's `RMSprop` does (Hinton, "Neural Networks for
+    Machine Learning", lecture 6, 2012)::
+
+        d = g + weight_decay*p
+        s = alpha*s + (1 - alpha)*d**2
+        u = d/(sqrt(s) + eps)
+        v = momentum*v + u
+        p -= lr*v                    or, without momentum, lr*u
 
     Parameters
     ----------
     model : object with params and grads
-        A layer, a `Sequential`, or anything with these two dicts.
+        Layer, network, or any object with these two dicts.
     lr : float
-        Learning rate; the attribute `lr` may be set at any time.
+        Learning rate. The attribute ``lr`` may be set at any time.
     alpha : float
         Weight of the past in the mean square.
     eps, weight_decay, momentum : float
-        Not negative; weight decay is L2, added to the gradient.
+        Numbers that are not negative. Weight decay is L2: it is added to the gradient.
     exclude : collection of str, optional
-        Names of parameters, keys of ``model.params``, that weight decay leaves alone. The module's text says which.
+        Names of parameters, keys of ``model.params``, that weight decay leaves alone: biases, and
+        BatchNorm's weight and bias, are best left out.
 
     Raises
     ------
     ValueError
-        For an argument out of range, a model without parameters, or names that it has not.
+        An argument out of range, a model without parameters, or names that it does not have.
     TypeError
-        For an exclude that is a single text.
+        An exclude that is a single text.
 
     Examples
     --------
@@ -247,30 +260,34 @@ class RMSprop(_WithMomentum):
 class Adam(Optimizer):
     """Adam with bias correction; with weight_decay AdamW.
 
-    p *= 1 - lr weight_decay;  m += (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2;
-    p -= lr / (1 - b1^t)  m / (sqrt(v) / sqrt(1 - b2^t) + eps)  at step t.
-    Sources: Kingma & Ba, ICLR 2015; Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019;
-    in the form of PyTorch's `Adam` and, with weight_decay, `AdamW`.
+    Step t changes each parameter p, whose gradient is g, as PyTorch's `Adam` does (Kingma & Ba, ICLR 2015), or with
+    weight_decay as its `AdamW` (Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019)::
+
+        p *= 1 - lr*weight_decay
+        m += (1 - b1)*(g - m)
+        v = b2*v + (1 - b2)*g**2
+        p -= lr/(1 - b1**t) * m/(sqrt(v)/sqrt(1 - b2**t) + eps)
 
     Parameters
     ----------
     model : object with params and grads
-        A layer, a `Sequential`, or anything with these two dicts.
+        Layer, network, or any object with these two dicts.
     lr : float
-        Learning rate; the attribute `lr` may be set at any time.
+        Learning rate. The attribute ``lr`` may be set at any time.
     betas : pair of floats
-        b1 and b2, within [0, 1).
+        Weights of the past, b1 and b2, within [0, 1).
     eps, weight_decay : float
-        Not negative; the decay is decoupled from the gradient.
+        Numbers that are not negative. The decay is decoupled from the gradient.
     exclude : collection of str, optional
-        Names of parameters, keys of ``model.params``, that weight decay leaves alone. The module's text says which.
+        Names of parameters, keys of ``model.params``, that weight decay leaves alone: biases, and
+        BatchNorm's weight and bias, are best left out.
 
     Raises
     ------
     ValueError
-        For an argument out of range, a model without parameters, or names that it has not.
+        An argument out of range, a model without parameters, or names that it does not have.
     TypeError
-        For an exclude that is a single text.
+        An exclude that is a single text.
 
     Examples
     --------

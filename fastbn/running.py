@@ -1,5 +1,7 @@
 """Averages over batches: exponentially weighted, debiased, or exact."""
 
+from __future__ import annotations
+
 import math
 import operator
 from typing import Self
@@ -46,35 +48,35 @@ class RunningStats:
     Parameters
     ----------
     num_features : int
-        C.
+        Number of features, C.
     momentum : float or None
         Weight of the newest batch, finite: ``new = (1 - momentum)*old + momentum*batch``, from mean 0 and variance 1,
-        as PyTorch's running averages. So var averages the variances within batches, and how far the means of batches
-        lie apart is not in it (it is in `fastbn.estimators.BatchNormTransformer`'s).
+        as PyTorch's running averages. So var averages the variances within batches. The distances between the means of
+        batches are not in it; `fastbn.estimators.BatchNormTransformer` has them.
         None keeps the exact statistics of every value seen, merged by the rule of Chan, Golub & LeVeque (1979).
     unbiased : bool
-        Whether var is of 1/(m-1), as PyTorch's running variance, or of 1/m, as Keras's and ONNX's.
+        Whether var is of ``1/(m - 1)``, as PyTorch's running variance, or of ``1/m``, as Keras's and ONNX's.
     debias : bool
-        Start the average at zero and divide it by ``1 - (1 - momentum)**t`` after t batches (Kingma & Ba 2015, section
-        3): without it the first averages lean towards the start.
+        Whether the average starts at zero, and is divided by ``1 - (1 - momentum)**t`` after t batches (Kingma & Ba
+        2015, section 3). Without it the first averages lean towards the start.
 
     Attributes
     ----------
     mean, var : numpy.ndarray of shape (C,), float64
-        Of an exponentially weighted average without debias: the live arrays. Otherwise computed when asked for; NaN
-        before the first value.
+        Statistics. An exponentially weighted average without debias gives its own arrays. All others are computed when
+        you ask for them, and NaN before the first value.
     mean_low : numpy.ndarray of shape (C,), float64
-        What rounding took from the exact mean, which is ``mean + mean_low``: far from zero, float64 holds a mean to
-        fewer digits than the deviations have. 0 of exponentially weighted averages. A copy.
+        Low part of the exact mean, which is ``mean + mean_low``: far from zero, float64 holds a mean to fewer digits
+        than the deviations have. It is a copy, and 0 for exponentially weighted averages.
     count : int
-        Values per feature seen.
+        Number of values per feature seen.
     num_batches : int
-        Batches seen.
+        Number of batches seen.
 
     Raises
     ------
     ValueError
-        For a momentum that is not finite, or debias without momentum.
+        A momentum that is not finite, or debias without momentum.
 
     Examples
     --------
@@ -145,14 +147,14 @@ class RunningStats:
         Parameters
         ----------
         stats : BatchStats
-            Of num_features features.
+            Statistics of the batch, as `fastbn.moments` returns them.
 
         Raises
         ------
         TypeError
-            For anything but a BatchStats.
+            stats is no BatchStats.
         ValueError
-            For another number of features; for a single value where an unbiased variance is averaged.
+            Another number of features, or a single value where an unbiased variance is averaged.
         """
         if not isinstance(stats, BatchStats):
             raise TypeError(f"expected stats to be a BatchStats, as moments returns, got {type(stats).__name__}")
@@ -179,14 +181,15 @@ class RunningStats:
         Parameters
         ----------
         other : RunningStats
-            Of momentum None, as this one.
+            Exact statistics (momentum None), as these are. They are not changed.
 
         Raises
         ------
         TypeError
             For anything but a RunningStats.
         ValueError
-            Where either is an exponentially weighted average, which has no such sum, or for another number of features.
+            One of the two is an exponentially weighted average, which cannot be merged, or has another number of
+            features.
         """
         if not isinstance(other, RunningStats):
             raise TypeError(f"expected other to be a RunningStats, got {type(other).__name__}")

@@ -16,7 +16,7 @@ Schedule = Callable[[float, int], float]
 
 
 def constant() -> Schedule:
-    """The optimizer's own rate throughout.
+    """Return the schedule that leaves the rate as it is.
 
     Examples
     --------
@@ -28,14 +28,14 @@ def constant() -> Schedule:
 
 
 def step(every: float, factor: float) -> Schedule:
-    """``factor**floor(t/every)``: multiplied by `factor` after every so many epochs.
+    """Return the schedule ``factor**floor(t/every)``, which multiplies the rate after every so many epochs.
 
     Parameters
     ----------
     every : float
-        Epochs, more than 0.
+        Number of epochs, more than 0.
     factor : float
-        Not negative.
+        Factor of the rate, not negative.
 
     Examples
     --------
@@ -52,7 +52,7 @@ def step(every: float, factor: float) -> Schedule:
 
 
 def cosine() -> Schedule:
-    """``(1 + cos(pi t/epochs))/2``: down to 0 along half a wave.
+    """Return the schedule ``(1 + cos(pi*t/epochs))/2``, which falls to 0 along half a wave.
 
     Source: Loshchilov & Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017, without restarts.
 
@@ -66,12 +66,12 @@ def cosine() -> Schedule:
 
 
 def inverse_time(decay: float) -> Schedule:
-    """``1/(1 + decay*t)``.
+    """Return the schedule ``1/(1 + decay*t)``.
 
     Parameters
     ----------
     decay : float
-        Not negative.
+        Speed at which the rate falls, not negative.
 
     Examples
     --------

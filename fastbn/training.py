@@ -57,30 +57,34 @@ def fit(
     Parameters
     ----------
     model : nn.Sequential, BatchNorm or any layer
-        Changed in place.
+        Model, which is changed in place.
     data : (X, y)
-        X, (N, ...), float32 or float64, and y, (N, ...), what `loss` takes as targets for it. Finite numbers.
+        Examples X, (N, ...), float32 or float64, and their targets y, (N, ...), as the loss takes them. All numbers
+        must be finite.
     loss : callable
-        (prediction, target) -> (mean loss, its gradient with respect to the prediction), as those of `fastbn.losses`.
-    optimizer : SGD, RMSprop, Adam, or anything with a `step()`
-        Made for this model.
-    epochs, batch_size : int
-        At least 1; at least 2. Every epoch visits all examples in a fresh order. The last short mini-batch is kept,
-        and dropped where it would hold a single example, which has no variance.
+        Function of (prediction, target) that returns the mean loss and its gradient with respect to the prediction, as
+        those of `fastbn.losses` do.
+    optimizer : SGD, RMSprop, Adam, or anything with a ``step()``
+        Optimizer that was made for this model.
+    epochs : int
+        Number of passes over the data, at least 1. Every epoch visits all examples in a fresh order.
+    batch_size : int
+        Number of examples in a mini-batch, at least 2. A last, shorter mini-batch is kept, but dropped if it would hold
+        a single example, which has no variance.
     seed : int
-        Of the order of the examples: the same seed, data and batch size give the same mini-batches.
+        Seed of the order of the examples. The same seed, data and batch size give the same mini-batches.
     validation : (X, y) or float, optional
-        Evaluated after every epoch. A fraction within (0, 1) holds out that part of the data, drawn by `seed`: of
-        every class for `losses.softmax_cross_entropy`, of all examples for another loss.
+        Data that are evaluated after every epoch. A fraction within (0, 1) holds out that part of the data, drawn by
+        the seed: of every class for `fastbn.losses.softmax_cross_entropy`, of all examples for another loss.
     patience : int, optional
-        Stop after so many epochs in a row without a lower validation loss. Wherever training ends, the model then
-        gets the weights and running averages of `history.best_epoch`.
+        Number of epochs in a row without a lower validation loss after which training stops. Wherever training ends,
+        the model then gets the weights and running averages of ``history.best_epoch``.
     schedule : callable, optional
-        schedule(t, epochs) -> the factor of the optimizer's rate for the next step, where t is the number of epochs
-        done, a float: see `fastbn.schedules`. The rate is afterwards what it was.
+        Function of (t, epochs) that returns a factor of the optimizer's rate for the next step. t is the number of
+        epochs done, a float. See `fastbn.schedules`. After the training, the rate is what it was before.
     clip_norm : float, optional
-        Where the Euclidean norm of all gradients together, taken in float64, is more, they are scaled down to it, as
-        by PyTorch's `clip_grad_norm_`.
+        Largest Euclidean norm of all gradients together, taken in float64. Larger gradients are scaled down to it, as
+        by PyTorch's ``clip_grad_norm_``.
     average : float within (0, 1) or "swa", optional
         When training ends, the model gets an average of its weights in the place of the last ones. A float d, such as
         0.999: the exponentially weighted average over all steps, in which a step has d times the weight of the next
@@ -92,11 +96,11 @@ def fit(
         For average="swa", the first epoch, counted from 1, whose weights are averaged. The model keeps its last weights
         where training stops before the end of that epoch.
     on_step : callable, optional
-        on_step(step, loss) after every update; steps are counted from 1 over all epochs.
+        Function that is called as ``on_step(step, loss)`` after every update. Steps are counted from 1 over all epochs.
     on_epoch : callable, optional
-        on_epoch(epoch, history) after every epoch and its validation. Training ends where either callback returns True,
-        Python's or NumPy's. Anything else does not end it, such as the count that a file's `write` returns. Note that
-        the `update` of a tqdm bar does return True when it has drawn: a callback must not hand that on.
+        Function that is called as ``on_epoch(epoch, history)`` after every epoch and its validation. Training ends if
+        either callback returns True, Python's or NumPy's. Any other value does not end it, such as the count that a
+        file's ``write`` returns. The ``update`` of a tqdm bar does return True when it has drawn: do not return it.
     checkpoint : path, optional
         A file from which training can go on, written after every epoch and where training stops: by a callback, or
         by Ctrl-C. `fastbn.checkpoint.load` reads it as the model as it was after its last step.
@@ -336,16 +340,17 @@ def _clip(grads: Mapping[str, Array], limit: float) -> float:
 def evaluate(
     model: Any, data: tuple[ArrayLike, ArrayLike], loss: Loss, batch_size: int = 1024
 ) -> tuple[float, float | None]:
-    """Loss and accuracy at test time: in inference mode, with the running averages.
+    """Return loss and accuracy in inference mode, that is with the running averages.
 
-    Every layer's mode is afterwards what it was, even after an error.
+    Afterwards every layer is in the mode in which it was before, even after an error.
 
     Parameters
     ----------
     model, data, loss
-        As for `fit`.
+        The same as in `fit`.
     batch_size : int
-        Examples that go through the model at once, at least 1: a matter of memory, the result is that of all at once.
+        Number of examples that go through the model at once, at least 1. It is a matter of memory: the result is that
+        of all examples at once.
         (Not so for a BatchNorm without running statistics, which normalises with those of whatever goes through.)
 
     Returns
@@ -353,8 +358,8 @@ def evaluate(
     loss : float
         Mean over all examples.
     accuracy : float or None
-        Part of the predictions that are right, for `losses.softmax_cross_entropy` (the largest output is the class)
-        and `losses.sigmoid_cross_entropy` (a positive output is a yes); None for any other loss.
+        Part of the predictions that are right. With `fastbn.losses.softmax_cross_entropy` the largest output is the
+        predicted class, with `fastbn.losses.sigmoid_cross_entropy` a positive output is a yes. None for any other loss.
 
     Raises
     ------

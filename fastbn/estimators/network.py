@@ -132,8 +132,9 @@ class Network(BaseEstimator):
         Parameters
         ----------
         X : array_like of shape (n_samples, n_features)
-            At least 2 samples. float32 is computed with in float32, all else in float64.
+            At least 2 samples. float32 is computed in float32, everything else in float64.
         y : array_like of shape (n_samples,) or (n_samples, n_outputs)
+            Labels of a classifier, numbers of a regressor.
         sample_weight : array_like of shape (n_samples,), optional
             Finite weights of at least 0, not all of them 0, by which the samples count in the loss and in early
             stopping's score. Batch normalization's statistics do not see them, as in every library: a sample of
@@ -146,14 +147,15 @@ class Network(BaseEstimator):
         Raises
         ------
         ValueError, TypeError
-            For parameters and data that do not fit.
+            Parameters or data do not fit.
         FloatingPointError
-            The loss, the network or its predictions for early stopping are no longer finite: names the epoch.
+            The loss, the network or its predictions for early stopping are no longer finite. The message names the
+            epoch.
 
         Warns
         -----
         sklearn.exceptions.ConvergenceWarning
-            There was still progress after `max_iter` epochs.
+            There was still progress after max_iter epochs.
         """
         with self._all_or_nothing():
             converged = self._fit(X, y, sample_weight)
@@ -349,7 +351,7 @@ class Network(BaseEstimator):
         return np.concatenate([self.model_(X[start : start + _CHUNK].copy()) for start in range(0, len(X), _CHUNK)])
 
     def predict(self, X: ArrayLike) -> Any:
-        """Predict, with the running averages of batch normalization.
+        """Return predictions, made with the running averages of batch normalization.
 
         Parameters
         ----------

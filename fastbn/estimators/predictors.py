@@ -33,83 +33,92 @@ def _squared_error(prediction: Array, target: Array, sample_weight: Array | None
 
 
 class BatchNormClassifier(ClassifierMixin, Network):
-    """A dense network with batch normalization that classifies: `MLPClassifier` with ``batch_norm=True``.
+    """Classifier: a dense network with batch normalization, with the parameters of scikit-learn's MLPClassifier.
 
-    Minimises the cross-entropy of a softmax, or of one sigmoid for each label where there are two classes or several
-    labels, plus alpha/(2n) times the sum of the squared weights, n the size of the mini-batch. A hidden layer is
-    Dense without bias, BatchNorm, activation.
+    A hidden layer is a Dense without bias, a BatchNorm and an activation. The training minimises the cross-entropy of a
+    softmax. For two classes, and for several labels, it is that of one sigmoid for each label. A penalty is added:
+    ``alpha/(2*n)`` times the sum of the squared weights, n the size of the mini-batch.
 
     Parameters
     ----------
     hidden_layer_sizes : array_like of int, or int
-        Units of each hidden layer; () is none.
+        Number of units of each hidden layer. () makes a network without hidden layers.
     activation : {"relu", "tanh", "logistic", "identity"}
-        Of the hidden layers.
+        Activation of the hidden layers.
     batch_norm : bool
-        False: the same network without it, Dense with bias.
+        Whether the hidden layers have batch normalization. Without it, their Dense layers have a bias.
     solver : {"adam", "sgd", "rmsprop"}
-        `fastbn.optim.Adam` with `beta_1` and `beta_2`, `SGD` with `momentum` and `nesterovs_momentum`, or `RMSprop`.
+        Optimizer: `fastbn.optim.Adam` with beta_1 and beta_2, `fastbn.optim.SGD` with momentum and nesterovs_momentum,
+        or `fastbn.optim.RMSprop`.
     alpha : float
         Strength of the penalty.
     batch_size : int or "auto"
-        At least 2; "auto" is 200; n_samples where that is less. A last mini-batch of a single sample is left out.
+        Number of samples in a mini-batch, at least 2. "auto" is 200, or n_samples if that is less. A last mini-batch of
+        a single sample is left out.
     learning_rate_init : float
+        Learning rate. It stays constant.
     max_iter : int
-        Epochs at most.
+        Largest number of epochs.
     random_state : int, RandomState instance or None
-        Of the start weights, the order of the samples and what early stopping holds out.
+        Seed of the start weights, of the order of the samples, and of what early stopping holds out.
     tol : float
-        The training loss, or with early stopping the validation score, must get better than its best by this.
+        Smallest step by which the training loss, or with early stopping the validation score, counts as better.
     verbose : bool
-        Print a line for each epoch.
+        Whether a line is printed for each epoch.
     momentum : float
+        Momentum of the solver "sgd".
     nesterovs_momentum : bool
-        Without momentum it does nothing.
+        Whether this is Nesterov's momentum. Without momentum it does nothing.
     early_stopping : bool
-        Hold out a part of the samples (of every class, but for several labels), stop by the score on it, and keep the
-        weights and running averages of the best epoch.
+        Whether a part of the samples is held out (of every class, unless y has several labels), and training stops by
+        the score on it. The model then has the weights and running averages of the best epoch.
     validation_fraction : float
-        That part.
+        Part of the samples that early stopping holds out.
     beta_1, beta_2 : float
+        Weights of the past of the solver "adam".
     n_iter_no_change : int
-        Training stops once more than so many epochs in a row were no better, by `tol`, than the best one.
+        Number of epochs. Training stops after more than so many epochs in a row that were not better, by tol, than the
+        best one.
     class_weight : dict, "balanced" or None
         Weights of the classes, ``{label: weight}``, by which the weights of their samples are multiplied. A class that
-        is not in the dict has weight 1; but a dict with a label that is no class of y must name all classes, since
-        that label may be a mistake. "balanced": every class has the same sum of weights. `fit` alone takes
-        "balanced". Where y has several labels, it must be None.
+        is not in the dict has weight 1. But a dict with a label that is no class of y must name all classes, since that
+        label may be a mistake. With "balanced", which only `fit` takes, every class has the same sum of weights. If y
+        has several labels, it must be None.
 
     Attributes
     ----------
     model_ : nn.Sequential
-        The network, in inference mode: what it returns is before the softmax or sigmoid. `checkpoint.save` takes it.
-        The running averages are at the end of `fit` the exact statistics of X (`training.recalibrate`), but for early
-        stopping, where they are those of the best epoch.
+        Network in inference mode. Its output is the one before the softmax or sigmoid. `fastbn.checkpoint.save` takes
+        it. At the end of `fit` its running averages are the exact statistics of X (`fastbn.training.recalibrate`).
+        After early stopping they are those of the best epoch.
     classes_ : numpy.ndarray of shape (n_classes,)
-        Where y has several labels, their numbers.
+        Classes of y. If y has several labels, their numbers.
     loss_curve_ : list of float
         Training loss with the penalty, for each epoch.
     loss_, best_loss_ : float
-        Its last and its lowest value.
+        Last and lowest value of that.
     validation_scores_, best_validation_score_ : list of float, float
-        With early stopping, else None.
+        Scores of early stopping; without it, None.
     n_iter_ : int
-        Epochs done.
-    n_outputs_, n_features_in_ : int
-    feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
-        Where X had names.
+        Number of epochs done.
+    n_outputs_ : int
+        Number of outputs.
+    n_features_in_ : int
+        Number of features of X.
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
+        Names of the features, if X had names.
 
     Notes
     -----
-    Left out of MLPClassifier's parameters: `solver="lbfgs"` and `max_fun` (they work by full batches), `learning_rate`
-    and `power_t` (the rate is constant), `shuffle` (always), `warm_start` (`fit` trains a new network, and
-    `partial_fit` trains on, an epoch a call), `epsilon` (Adam's 1e-8). X is dense.
+    These parameters of MLPClassifier are left out: ``solver="lbfgs"`` and max_fun (they work by full batches),
+    learning_rate and power_t (the rate is constant), shuffle (samples are always shuffled), warm_start (`fit` trains a
+    new network, and `partial_fit` trains on, one epoch for each call), and epsilon (1e-8, as Adam's). X is dense.
 
-    A sample's weight multiplies its loss. The weights are first divided by their mean, and alpha by the same: weights
-    that are whole numbers equal repeated rows, where ``batch_norm=False`` and a batch holds all samples. Elsewhere they
-    cannot. The statistics of a mini-batch count each of its rows once, whatever its weight, as in every library, and
-    repeated rows would make other mini-batches. Early stopping goes by the weighted score, and holds out no sample of
-    weight 0. Where the weights sum to 1, as AdaBoost's, alpha is as strong as with a single sample.
+    The weight of a sample multiplies its loss. The weights, and alpha with them, are first divided by the mean of the
+    weights. So whole-number weights equal repeated rows, if ``batch_norm=False`` and a batch holds all samples.
+    Elsewhere they cannot: the statistics of a mini-batch count each row once, whatever its weight, as in every library,
+    and repeated rows would make other mini-batches. Early stopping goes by the weighted score, and holds out no sample
+    of weight 0. If the weights sum to 1, as AdaBoost's do, alpha is as strong as with a single sample.
 
     With one class in y, that class is predicted, with probability 1.
 
@@ -224,10 +233,11 @@ class BatchNormClassifier(ClassifierMixin, Network):
         X : array_like of shape (n_samples, n_features)
             At least 2 samples.
         y : array_like of shape (n_samples,) or (n_samples, n_outputs)
+            Labels.
         classes : array_like of shape (n_classes,), optional
-            All classes there will be; the first call needs them.
+            All classes that y will ever have. The first call needs them.
         sample_weight : array_like of shape (n_samples,), optional
-            As `fit`'s. They count relative to the other weights of the same call.
+            Weights, as in `fit`. They count relative to the other weights of the same call.
 
         Returns
         -------
@@ -236,7 +246,7 @@ class BatchNormClassifier(ClassifierMixin, Network):
         Raises
         ------
         ValueError, TypeError, FloatingPointError
-            As `fit`; for a first call without classes, and for ``class_weight="balanced"``, which needs all of y.
+            The same as in `fit`, a first call without classes, or ``class_weight="balanced"``, which needs all of y.
         """
         if classes is None and not hasattr(self, "model_"):
             raise ValueError("expected classes in the first call to partial_fit, got None")
@@ -247,7 +257,7 @@ class BatchNormClassifier(ClassifierMixin, Network):
         return self._continue(X, y, sample_weight, classes)
 
     def predict_proba(self, X: ArrayLike) -> Array:
-        """Probability of each class.
+        """Return the probability of each class.
 
         Parameters
         ----------
@@ -256,13 +266,14 @@ class BatchNormClassifier(ClassifierMixin, Network):
         Returns
         -------
         numpy.ndarray of shape (n_samples, n_classes)
-            In the order of `classes_`, of X's dtype. Of several labels each has a probability of its own.
+            Probabilities in the order of ``classes_``, of the dtype of X. If y has several labels, each has a
+            probability of its own.
         """
         p = self._probabilities(self._output(X))
         return np.hstack([1 - p, p]) if p.shape[1] < len(self.classes_) else p
 
     def predict_log_proba(self, X: ArrayLike) -> Array:
-        """Logarithm of `predict_proba`, also where that is too small for its dtype.
+        """Return the logarithm of the probabilities, also where these are too small for their dtype.
 
         Parameters
         ----------
@@ -284,22 +295,25 @@ class BatchNormClassifier(ClassifierMixin, Network):
 
 
 class BatchNormRegressor(RegressorMixin, Network):
-    """A dense network with batch normalization that predicts numbers: `MLPRegressor` with ``batch_norm=True``.
+    """Regressor: a dense network with batch normalization, with the parameters of scikit-learn's MLPRegressor.
 
-    Minimises half the squared error, summed over the outputs, plus alpha/(2n) times the sum of the squared weights, n
-    the size of the mini-batch.
+    The training minimises half the squared error, summed over the outputs, plus ``alpha/(2*n)`` times the sum of the
+    squared weights, n the size of the mini-batch.
 
     Parameters
     ----------
     hidden_layer_sizes, activation, batch_norm, solver, alpha, batch_size, learning_rate_init, max_iter, random_state, \
 tol, verbose, momentum, nesterovs_momentum, early_stopping, validation_fraction, beta_1, beta_2, n_iter_no_change
-        As `BatchNormClassifier`'s, and weights of samples too. Early stopping goes by R^2.
+        The same as in `BatchNormClassifier`; so are the weights of samples. Early stopping goes by R².
 
     Attributes
     ----------
-    model_, loss_curve_, loss_, best_loss_, validation_scores_, best_validation_score_, n_iter_, n_outputs_, \
-n_features_in_, feature_names_in_
-        As `BatchNormClassifier`'s. loss_curve_ is MLPRegressor's: the mean over the outputs, not their sum.
+    loss_curve_ : list of float
+        Training loss with the penalty, for each epoch: the mean over the outputs, as MLPRegressor's, not their sum.
+    model_, loss_, best_loss_, validation_scores_, best_validation_score_, n_iter_, n_outputs_
+        The same as in `BatchNormClassifier`.
+    n_features_in_, feature_names_in_
+        The same as in `BatchNormClassifier`.
 
     Examples
     --------
@@ -367,7 +381,7 @@ n_features_in_, feature_names_in_
             At least 2 samples.
         y : array_like of shape (n_samples,) or (n_samples, n_outputs)
         sample_weight : array_like of shape (n_samples,), optional
-            As `fit`'s. They count relative to the other weights of the same call.
+            Weights, as in `fit`. They count relative to the other weights of the same call.
 
         Returns
         -------
@@ -376,7 +390,7 @@ n_features_in_, feature_names_in_
         Raises
         ------
         ValueError, TypeError, FloatingPointError
-            As `fit`.
+            The same as in `fit`.
         """
         return self._continue(X, y, sample_weight)
 

@@ -20,37 +20,46 @@ _EPS = 5e-324  # functional wants a positive one: added to a variance of normal 
 
 
 class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    """Scale each feature to mean 0 and variance 1 by the statistics of a stream: (x - mean) / sqrt(var).
+    """Scaler for data that come in parts: each feature gets mean 0 and variance 1, ``(x - mean)/sqrt(var)``.
 
-    By default those of all samples seen, as `StandardScaler`, also where they came in parts; with `momentum` the
-    exponentially weighted mean and variance of the stream, which follow it as it drifts.
+    By default mean and variance are those of all samples seen, as in scikit-learn's StandardScaler. With momentum they
+    are the exponentially weighted mean and variance of the stream, which follow it as it drifts.
 
     Parameters
     ----------
     momentum : float or None
-        Weight of the newest part, within (0, 1], read when a stream begins; each call of `partial_fit` is a part, of
-        one sample or more. None: all samples count alike.
+        Weight of the newest part, within (0, 1]. Each call of `partial_fit` is a part, of one sample or more. With None
+        all samples count alike. It is read when a stream begins.
 
     Attributes
     ----------
-    mean_, var_ : numpy.ndarray of shape (n_features_in_,), float64
-        The variance is of 1/m, as StandardScaler's.
-    mean_low_ : numpy.ndarray of shape (n_features_in_,), float64
-        What rounding took from the mean, which is ``mean_ + mean_low_``: far from zero, float64 holds a mean to fewer
-        digits than the deviations have.
-    scale_ : numpy.ndarray of shape (n_features_in_,), float64
-        sqrt(var_), and 1 where that is 0: a constant feature is only centred.
-    n_samples_seen_, n_features_in_ : int
-    feature_names_in_ : numpy.ndarray of shape (n_features_in_,)
-        Where X had names.
+    mean_, var_ : numpy.ndarray of shape (n_features,), float64
+        Statistics. The variance is of ``1/m``, as StandardScaler's.
+    mean_low_ : numpy.ndarray of shape (n_features,), float64
+        Low part of the mean, which is ``mean_ + mean_low_``: far from zero, float64 holds a mean to fewer digits than
+        the deviations have.
+    scale_ : numpy.ndarray of shape (n_features,), float64
+        ``sqrt(var_)``, and 1 where that is 0: a constant feature is only centred.
+    n_samples_seen_ : int
+        Number of samples seen.
+    n_features_in_ : int
+        Number of features of X.
+    feature_names_in_ : numpy.ndarray of shape (n_features,)
+        Names of the features, if X had names.
 
     Notes
     -----
-    With momentum a, part i of t weighs ``a*(1 - a)**(t - i) / (1 - (1 - a)**t)``, shared by its samples. With
-    ``w = a / (1 - (1 - a)**t)`` and ``delta = mean_t - mean``, part t changes the mean by ``w*delta`` and makes the
-    variance ``(1 - w)*var + w*var_t + w*(1 - w)*delta**2`` (West 1979): the last term is the variance between parts,
-    which the running averages of `fastbn.BatchNorm` and `fastbn.RunningStats`, as PyTorch's, leave out. So a stream
-    may come in any parts, rows included. After the first part, these are that part's statistics.
+    With momentum a, part i of t has the weight ``a*(1 - a)**(t - i)/(1 - (1 - a)**t)``, which its samples share. Part t
+    changes the statistics as follows (West 1979)::
+
+        w = a/(1 - (1 - a)**t)
+        delta = mean_t - mean
+        mean = mean + w*delta
+        var = (1 - w)*var + w*var_t + w*(1 - w)*delta**2
+
+    The last term is the variance between parts. The running averages of `fastbn.BatchNorm` and `fastbn.RunningStats`
+    leave it out, as PyTorch's do. So a stream may come in any parts, even row by row. After the first part, the
+    statistics are those of this part.
 
     Examples
     --------
@@ -131,7 +140,7 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
 
         Returns
         -------
-        array of X's shape and dtype (float64 where that is not float32), or what `set_output` says
+        array of X's shape and dtype (float64 where that is not float32), or what scikit-learn's ``set_output`` asks for
         """
         check_is_fitted(self)
         X = self._checked(X, reset=False)
@@ -139,7 +148,7 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         return batch_norm(X, self.mean_, var, bias=-self.mean_low_ / self.scale_, eps=_EPS)
 
     def inverse_transform(self, X: ArrayLike) -> Array:
-        """X as it was before `transform`.
+        """Return X as it was before `transform`.
 
         Parameters
         ----------

@@ -56,27 +56,27 @@ COLOURS = {
 
 @dataclass
 class Result:
-    """What an experiment found.
+    """Findings of an experiment: a table, a picture, and the settings.
 
     Attributes
     ----------
     name : str
-        Of the experiment and of its files: "speed".
+        Name of the experiment and of its files, such as "speed".
     title : str
-        One line.
+        Title in one line.
     settings : dict
-        All that is needed to repeat it, "data" and "seeds" among them; JSON-able.
+        All that is needed to repeat it, "data" and "seeds" among them. JSON can hold it.
     columns : dict of heading -> format
-        Of the table; the format, such as ".1%", is that of the column's numbers.
+        Columns of the table. The format, such as ".1%", is that of the numbers in the column.
     rows : list of lists
-        A cell is text, a number, None where there is none, or a list with one number for each seed (None where that
-        seed has none), which is printed as median and range.
+        Rows of the table. A cell is text, a number, None, or a list with one number (or None) for each seed, which is
+        printed as median and range.
     panels : list of plots.Panel
-        The picture.
+        Panels of the picture.
     remarks : list of str
         Sentences printed below the table.
     missing : str
-        How None is printed.
+        Text that is printed for None.
     """
 
     name: str

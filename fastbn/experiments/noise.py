@@ -28,18 +28,18 @@ PASSES = 10  # over the training examples, to measure the noise
 
 
 def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = False, progress: bool = True) -> Result:
-    """Noise in the hidden layers, and what is learnt, for every network and mini-batch size.
+    """Measure the noise in the hidden layers, and what is learnt, for every network and mini-batch size.
 
     Parameters
     ----------
     dataset : data.Dataset, optional
-        With labels; the digits by default. 500 training and at most 1,000 held-out examples are drawn from it.
+        Data with labels; the digits by default. 500 training and at most 1,000 held-out examples are drawn from it.
     seeds : int
-        Each draws other examples, start values and mini-batches.
+        Number of runs. Each draws other examples, start values and mini-batches.
     quick : bool
-        20 steps, to try the machinery.
+        Only 20 steps, to try the machinery.
     progress : bool
-        Show a bar.
+        Whether a bar is shown.
 
     Returns
     -------

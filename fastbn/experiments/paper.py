@@ -27,18 +27,19 @@ PERCENTILES = (15, 50, 85)
 
 
 def run(dataset: data.Dataset | None = None, *, seeds: int = 1, quick: bool = False, progress: bool = True) -> Result:
-    """Accuracy, and the percentiles of a last hidden sigmoid's input, over the training of both networks.
+    """Measure accuracy, and the percentiles of a last hidden sigmoid's input, over the training of both networks.
 
     Parameters
     ----------
     dataset : data.Dataset, optional
         Images with labels, pixels from 0 to 1, which are black or white from one half on; the digits by default.
     seeds : int
-        Each draws other start values and mini-batches (and another split, where the data have no test part).
+        Number of runs. Each draws other start values and mini-batches, and another split if the data have no test
+        part.
     quick : bool
-        300 steps, to try the machinery.
+        Only 300 steps, to try the machinery.
     progress : bool
-        Show a bar.
+        Whether a bar is shown.
 
     Returns
     -------

@@ -34,19 +34,20 @@ RECOLOURED: dict[str, tuple[Any, Any]] = {
 
 
 def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = False, progress: bool = True) -> Result:
-    """How far the last hidden layer's inputs move between checkpoints, and accuracies on recoloured images.
+    """Measure how far the last hidden layer's inputs move between checkpoints, and accuracies on recoloured images.
 
     Parameters
     ----------
     dataset : data.Dataset, optional
-        With values within [0, 1], 0 the background; the digits by default. At most 10,000 training and 1,000 held-out
-        examples are used.
+        Images with values within [0, 1], 0 the background; the digits by default. At most 10,000 training and 1,000
+        held-out examples are used.
     seeds : int
-        Each draws another split (where the data have no test part), start and order of the examples.
+        Number of runs. Each draws another start and order of the examples, and another split if the data have no test
+        part.
     quick : bool
-        40 steps, to try the machinery.
+        Only 40 steps, to try the machinery.
     progress : bool
-        Show a bar.
+        Whether a bar is shown.
 
     Returns
     -------

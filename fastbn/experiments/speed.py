@@ -28,18 +28,18 @@ Curves = dict[tuple[str, float], list[list[float]]]  # network and rate -> for e
 
 
 def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = False, progress: bool = True) -> Result:
-    """Steps to an accuracy on held-out examples, for every network and learning rate.
+    """Count the steps to an accuracy on held-out examples, for every network and learning rate.
 
     Parameters
     ----------
     dataset : data.Dataset, optional
-        With labels; the digits by default. 10,000 training and 1,000 held-out examples are drawn where it has more.
+        Data with labels; the digits by default. At most 10,000 training and 1,000 held-out examples are drawn.
     seeds : int
-        Each draws other examples, start values and mini-batches.
+        Number of runs. Each draws other examples, start values and mini-batches.
     quick : bool
-        Three rates and a tenth of the steps, to try the machinery.
+        Only three rates and a tenth of the steps, to try the machinery.
     progress : bool
-        Show a bar.
+        Whether a bar is shown.
 
     Returns
     -------

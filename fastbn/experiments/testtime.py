@@ -27,18 +27,18 @@ SHADES = ("#9ECAE1", "#4292C6", "#08519C")  # of one network's colour, from the 
 
 
 def run(dataset: data.Dataset | None = None, *, seeds: int = 5, quick: bool = False, progress: bool = True) -> Result:
-    """Distance of the averages from the exact statistics, and accuracy with them, by momentum and number of steps.
+    """Measure how far averages are from the exact statistics, and the accuracy with them, by momentum and steps.
 
     Parameters
     ----------
     dataset : data.Dataset, optional
-        With labels; the digits by default. At most 10,000 training and 1,000 held-out examples are used.
+        Data with labels; the digits by default. At most 10,000 training and 1,000 held-out examples are used.
     seeds : int
-        Each draws other examples, start values and mini-batches.
+        Number of runs. Each draws other examples, start values and mini-batches.
     quick : bool
-        20 steps, to try the machinery.
+        Only 20 steps, to try the machinery.
     progress : bool
-        Show a bar.
+        Whether a bar is shown.
 
     Returns
     -------

@@ -260,7 +260,9 @@ cdef cnp.ndarray empty_like(cnp.ndarray x):
 # --- the public names ----------------------------------------------------------------------------------------------------
 
 def get_pool_limit():
-    """Bytes of dead outputs that are kept for the next ones, at most; 256 MiB unless `set_pool_limit` said otherwise.
+    """Return how many bytes of the memory of former outputs are kept for the next ones, at most.
+
+    The number is 256 MiB unless `set_pool_limit` has changed it.
 
     Examples
     --------
@@ -277,16 +279,16 @@ def get_pool_limit():
 
 
 def set_pool_limit(nbytes):
-    """Set how much memory of dead outputs is kept for the next ones, for the whole process, and return the limit before.
+    """Set how much memory of former outputs is kept for the next ones, for the whole process.
 
-    The outputs of large calls (128 KiB or more) are allocated from a pool: when one and all views on it are gone, its memory is kept for the
-    next output of about its size. What is kept above the limit goes back to the system, the oldest first.
+    Outputs of 128 KiB or more are allocated from a pool. When such an array and all views on it are gone, its memory is
+    kept for the next output of about its size. Memory above the limit goes back to the system, the oldest first.
 
     Parameters
     ----------
     nbytes : int
-        At least 0. Arrays in use do not count. With 0 nothing is kept, and every output is new memory of the system, of which the first touch can
-        cost as much as the call.
+        Limit in bytes, at least 0. Arrays in use do not count. With 0 nothing is kept, and every output is new memory
+        of the system. The first touch of new memory can cost as much as the call.
 
     Returns
     -------
@@ -296,7 +298,7 @@ def set_pool_limit(nbytes):
     Raises
     ------
     TypeError, ValueError
-        Where nbytes is not an integer, or not one of at least 0.
+        nbytes is not an integer of at least 0.
 
     See Also
     --------
@@ -325,7 +327,7 @@ def clear_pool():
     Returns
     -------
     int
-        Its bytes.
+        Number of bytes that were given back.
 
     Examples
     --------

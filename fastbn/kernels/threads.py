@@ -38,11 +38,11 @@ def _cgroup_quota() -> int | None:
 
 
 def get_num_threads() -> int:
-    """Threads that a large call uses.
+    """Return the number of threads that a large call uses.
 
-    The number set with `set_num_threads`; by default the smallest of OpenMP's limit (``OMP_NUM_THREADS``, or
-    threadpoolctl's), the processors that this process may run on, and its control group's quota. 1 in a forked child
-    and in a serial build. Results have the same bits for every number.
+    This is the number that was set with `set_num_threads`. By default it is the smallest of OpenMP's limit
+    (``OMP_NUM_THREADS``, or threadpoolctl's), the processors that this process may run on, and the quota of its control
+    group. It is 1 in a forked child and in a serial build. Results have the same bits for every number.
 
     Examples
     --------
@@ -61,13 +61,18 @@ def set_num_threads(n: int) -> int:
     Parameters
     ----------
     n : int
-        At least 1, at most 64 or four times the number of processors, whichever is more. The default, which follows
-        OpenMP's limit, comes back only where `threads` was used instead.
+        Number of threads, at least 1, and at most 64 or four times the number of processors, whichever is more. After
+        this call the number no longer follows OpenMP's limit. Use `threads` if it shall do so again.
+
+    Returns
+    -------
+    int
+        The number before.
 
     Raises
     ------
     ValueError, TypeError
-        Where n is not an integer within these bounds.
+        n is not an integer within these bounds.
     """
     count = machine.checked_threads(n)
     before = get_num_threads()
@@ -77,7 +82,12 @@ def set_num_threads(n: int) -> int:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """A context in which the whole process uses n threads.
+    """Use n threads in the whole process, for the time of a ``with`` block.
+
+    Parameters
+    ----------
+    n : int
+        Number of threads, as for `set_num_threads`.
 
     Examples
     --------

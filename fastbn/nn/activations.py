@@ -31,7 +31,9 @@ def slopes(y: Array, negative_slope: float) -> Array:
 
 
 class ReLU(Elementwise):
-    """y = max(x, 0); dx = dy where y > 0, else 0. Change y before backward, and the gradients are wrong.
+    """The rectifier, ``y = max(x, 0)``. dx is dy where y is above 0, and 0 elsewhere.
+
+    If you change y before backward, the gradients are wrong.
 
     Examples
     --------
@@ -48,7 +50,12 @@ class ReLU(Elementwise):
 
 
 class LeakyReLU(Elementwise):
-    """y = x where x > 0, else negative_slope * x, the slope within [0, 1]; dx = dy times 1 or the slope.
+    """The leaky rectifier: y is x where x is above 0, and ``negative_slope*x`` elsewhere.
+
+    Parameters
+    ----------
+    negative_slope : float
+        Slope below 0, within [0, 1].
 
     Examples
     --------
@@ -73,9 +80,9 @@ class LeakyReLU(Elementwise):
 
 
 class Sigmoid(Elementwise):
-    """y = 1 / (1 + exp(-x)), for x of any size, with a small relative error in both tails; dx = dy y (1 - y).
+    """The sigmoid, ``y = 1/(1 + exp(-x))``, for x of any size; ``dx = dy*y*(1 - y)``.
 
-    Change y before backward, and the gradients are wrong.
+    The relative error is small in both tails. If you change y before backward, the gradients are wrong.
 
     Examples
     --------
@@ -99,7 +106,9 @@ class Sigmoid(Elementwise):
 
 
 class Tanh(Elementwise):
-    """y = tanh(x); dx = dy (1 - y^2). Change y before backward, and the gradients are wrong.
+    """The hyperbolic tangent, ``y = tanh(x)``; ``dx = dy*(1 - y**2)``.
+
+    If you change y before backward, the gradients are wrong.
 
     Examples
     --------
@@ -118,21 +127,22 @@ class Tanh(Elementwise):
 
 
 class Dropout(Elementwise):
-    """In training, zero each value with probability p and divide the rest by 1 - p; the identity in inference.
+    """Dropout: in training, each value becomes 0 with probability p, and the rest is divided by ``1 - p``.
 
-    Source: Srivastava et al., "Dropout", JMLR 15 (2014), in its inverted form, as PyTorch's.
+    In inference, x is handed on. This is the inverted form of dropout (Srivastava et al., JMLR 15, 2014), as in
+    PyTorch.
 
     Parameters
     ----------
     p : float
-        Within [0, 1].
+        Probability, within [0, 1].
     seed : int or None
-        Seed of the layer's own random stream.
+        Seed of the random numbers of this layer.
 
     Attributes
     ----------
     rng : numpy.random.Generator
-        That stream; no part of `state_dict()`.
+        Source of these random numbers. It is no part of `state_dict`.
 
     Examples
     --------
@@ -151,7 +161,7 @@ class Dropout(Elementwise):
         super().__init__()
 
     def forward(self, x: ArrayLike) -> Array:
-        """y, with the shape and dtype of x; in inference x itself."""
+        """Return y, of the shape and dtype of x; in inference x itself."""
         if self.training:
             return super().forward(x)
         a = as_float(x)

@@ -18,27 +18,27 @@ __all__ = ["Dense"]
 
 
 class Dense(Layer):
-    """Affine map of the last axis, y = f(x W^T + b).
+    """Linear layer with bias and activation f: ``y = f(x @ weight.T + bias)``, along the last axis of x.
 
     Parameters
     ----------
     n_in, n_out : int
-        Length of the last axis of x and of y.
+        Length of the last axis of x, and of y.
     bias : bool
-        False leaves b out, as it should be where BatchNorm comes next: that takes any b away again.
+        Whether there is a bias. A Dense that feeds BatchNorm needs none: the normalisation takes it away again.
     activation : {None, "relu", "leaky_relu"}
-        f, applied in place; leaky_relu's slope is 0.01. backward takes its derivative from the sign of y: change y
-        before it, and the gradients are wrong.
+        Function f, applied in place. The slope of leaky_relu is 0.01. backward takes the derivative of f from the sign
+        of y: if you change y before it, the gradients are wrong.
     dtype : {"float32", "float64"}
-        Type of the parameters and their gradients; x may have either, and y has x's.
+        Type of the parameters and their gradients. x may be of either type, and y has the type of x.
     seed : int or None
-        Seed of the start values, U(-1/sqrt(n_in), 1/sqrt(n_in)) for W and b, as in PyTorch's `Linear`.
-        Layers of one shape and one seed start alike.
+        Seed of the start values. Weight and bias start uniformly distributed between ``-1/sqrt(n_in)`` and
+        ``1/sqrt(n_in)``, as in PyTorch's ``Linear``. Layers of one shape and one seed start alike.
 
     Attributes
     ----------
     params, grads : dict
-        "weight", (n_out, n_in), and with bias "bias", (n_out,).
+        Parameters and their gradients: "weight" of shape (n_out, n_in), and "bias" of shape (n_out,) if there is one.
 
     Examples
     --------
@@ -93,7 +93,7 @@ class Dense(Layer):
         )
 
     def forward(self, x: ArrayLike) -> Array:
-        """y, (..., n_out), from x, (..., n_in); ValueError where the last axis of x is not n_in long."""
+        """Return y, (..., n_out), for x, (..., n_in); ValueError if the last axis of x is not n_in long."""
         a = as_float(x)
         if a.ndim == 0 or a.shape[-1] != self.n_in:
             raise ValueError(f"Dense expected x of shape (..., {self.n_in}), got {a.shape}")
@@ -108,7 +108,10 @@ class Dense(Layer):
         return y
 
     def backward(self, dy: ArrayLike, input_grad: bool = True) -> Array | None:
-        """Fill grads with dW = g^T x and db = sum g, g = dy f'; returns dx = g W, or None without `input_grad`."""
+        """Fill grads with ``g.T @ x`` and ``sum(g)``, and return dx, or None without input_grad.
+
+        g is the gradient before f.
+        """
         x, grad = self._incoming(dy)
         if self.activation is not None:
             y = self._saved[2]  # of the sign of what came before the activation

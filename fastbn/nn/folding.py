@@ -25,20 +25,20 @@ __all__ = ["FoldedDense", "folded"]
 
 
 class FoldedDense(Dense):
-    """A Dense made of a Dense and a BatchNorm (and an activation) of axis 1, as `Sequential.folded` gives it.
+    """Dense layer that was made of a Dense and a BatchNorm of axis 1, as `fastbn.nn.Sequential.folded` makes it.
 
-    Axis 1 is the last axis of (N, C) alone. x of other shapes goes through the layers that this one was made of, which
-    it keeps, in memory and in files.
+    Axis 1 is the last axis of (N, C) alone. x of other shapes goes through the layers that this one was made of. It
+    keeps them, in memory and in files.
 
     Parameters
     ----------
     n_in, n_out, bias, activation, dtype, seed
-        As of `Dense`.
+        The same as in `fastbn.nn.Dense`.
 
     Attributes
     ----------
     layers : sequence of layers
-        What this one was made of, in inference mode. params and grads are not theirs.
+        Layers that this one was made of, in inference mode. params and grads are not theirs.
 
     Examples
     --------
@@ -58,8 +58,10 @@ class FoldedDense(Dense):
     _again: list[Any] | None = None  # what the layers fold to, once it was needed: it takes longer than a short call
 
     def forward(self, x: ArrayLike) -> Array:
-        """y, as of the layers that this one was made of; RuntimeError for an x of other than 2 dimensions if weights
-        were changed since."""
+        """Return y, as the layers that this one was made of do.
+
+        If weights were changed since, an x of other than 2 dimensions is a RuntimeError.
+        """
         a = as_float(x)
         if a.ndim == 2:
             return super().forward(a)

@@ -45,24 +45,27 @@ class Layer:
         return saved, grad if grad.dtype == saved.dtype else grad.astype(saved.dtype)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode (or inference, with False); returns the layer."""
+        """Switch to training, or with False to inference, and return the layer."""
         self.training = bool(mode)
         return self
 
     def eval(self) -> Self:
-        """Set inference mode; returns the layer."""
+        """Switch to inference, and return the layer."""
         return self.train(False)
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of everything that a checkpoint must hold, by PyTorch's names."""
+        """Return copies of all arrays that a model file holds, under PyTorch's keys."""
         return {name: p.copy() for name, p in self.params.items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Copy `state` into the parameters; ValueError, nothing changed, unless all keys and shapes fit."""
+        """Copy state into the parameters.
+
+        If a key or shape does not fit, this is a ValueError, and nothing is changed.
+        """
         change([(self.params[name], a) for name, a in check_state(state, self.params).items()])
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, JSON-able: `type(layer)(**layer.config())` is one like it."""
+        """Return the constructor's arguments: ``type(layer)(**layer.config())`` is a fresh layer of the same kind."""
         arguments = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
         return {k: v.name if isinstance(v, np.dtype) else v for k, v in arguments.items()}
 
@@ -82,14 +85,14 @@ class Elementwise(Layer):
     _backward: Callable[..., None]  # (saved, dy, dx)
 
     def forward(self, x: ArrayLike) -> Array:
-        """y, with the shape and dtype of x."""
+        """Return y, of the shape and dtype of x."""
         a = as_float(x)
         y = np.empty_like(a)
         self._saved = self._forward(a, y), y.shape
         return y
 
     def backward(self, dy: ArrayLike) -> Array:
-        """dx, with the shape and dtype of x."""
+        """Return dx, of the shape and dtype of x."""
         saved, grad = self._incoming(dy)
         dx = np.empty_like(grad)
         self._backward(saved, grad, dx)

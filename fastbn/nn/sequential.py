@@ -15,18 +15,19 @@ __all__ = ["Sequential", "leaves", "walk"]
 
 
 class Sequential:
-    """Layers one after another.
+    """Network whose layers come one after another.
 
     Parameters
     ----------
     *layers : layer objects
-        BatchNorm, those of `fastbn.nn`, or any with the same methods. One that came twice would overwrite its
-        saved batch: ValueError.
+        `BatchNorm <fastbn.BatchNorm>`, layers of `fastbn.nn`, or objects with the same methods. The same object twice
+        is a ValueError, since it would overwrite the batch that it keeps for backward.
 
     Attributes
     ----------
     params, grads : dict
-        The layers' own arrays (not copies) by PyTorch's keys: "0.weight" is the weight of layer 0.
+        Parameters and gradients of all layers under PyTorch's keys: "0.weight" is the weight of layer 0. The arrays are
+        the layers' own, not copies.
 
     Examples
     --------
@@ -60,7 +61,7 @@ class Sequential:
         self._trained_before = [any(layer.params for layer in layers[:i]) for i in range(len(layers))]
 
     def forward(self, x: ArrayLike) -> Any:
-        """x through all layers."""
+        """Return x after all layers."""
         y: Any = x
         for layer in self._layers:
             y = layer(y)
@@ -70,7 +71,7 @@ class Sequential:
         return self.forward(x)
 
     def backward(self, dy: ArrayLike, input_grad: bool = False) -> Any:
-        """Fill every layer's grads; returns dx, or None without `input_grad`: it costs a matrix product."""
+        """Fill the grads of every layer. Return dx with input_grad, which costs a matrix product, and None without."""
         grad: Any = dy
         for i in reversed(range(len(self._layers))):
             layer = self._layers[i]
@@ -83,23 +84,27 @@ class Sequential:
         return grad if input_grad else None
 
     def folded(self) -> Sequential:
-        """A network for inference, in which every Dense + BatchNorm (+ activation) is one Dense, for x of (N, C).
+        """Return a network for inference, in which each Dense, BatchNorm and activation in a row are one Dense.
 
-        What is folded is the inference forward, with the running averages as they are now, in whatever mode the model
-        is. Weights are computed in float64 and rounded once: each output of a folded Dense, before its activation, is
-        within ``4 n_in u (sum |W' x| + |b'|)`` of the exact one, u the unit roundoff of its dtype, or of x's where that
-        is the coarser, as long as nothing underflows.
+        It computes the inference forward with the running averages as they are now, whatever the mode of this network.
+        Weights are computed in float64 and rounded once. Each output of a folded Dense, before its activation, is
+        within ``4*n_in*u*(sum(abs(W'*x)) + abs(b'))`` of the exact one, as long as nothing underflows. W' and b' are
+        its weight and bias, and u is the unit roundoff of its dtype, or of the dtype of x if that is coarser.
 
         Returns
         -------
         Sequential
-            In inference mode, nested ones flattened, without Dropout, sharing no array with this one, which stays as
-            it is. A BatchNorm of axis -1 makes a plain Dense; one of axis 1, which is the last axis of (N, C) alone,
-            makes an `nn.FoldedDense`: that keeps the layers that it stands for, for x of other shapes.
-            Copied as they are, in inference mode: a BatchNorm without a Dense before it, or with another number of
-            features, another axis, no running averages, or values that would take the weights out of their dtype's
-            range; an activation that is not ReLU or LeakyReLU(0.01); a subclass of Sequential with a forward of its
-            own; and any other layer.
+            Network in inference mode, without Dropout, nested networks flattened. It shares no array with this one,
+            which stays as it is. A BatchNorm of axis -1 makes a plain Dense. A BatchNorm of axis 1 makes a
+            `fastbn.nn.FoldedDense`, since axis 1 is the last axis of (N, C) alone; it keeps the layers that it stands
+            for, and sends x of other shapes through these.
+
+        Notes
+        -----
+        These layers are not folded but copied: a BatchNorm that does not follow a Dense, or has another number of
+        features, another axis, no running averages, or values that would take the weights out of the range of their
+        dtype; an activation other than ReLU and LeakyReLU(0.01); a subclass of Sequential with a forward of its own;
+        and any other layer.
 
         Examples
         --------

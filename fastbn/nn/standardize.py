@@ -22,7 +22,7 @@ _EPS = 5e-324
 
 
 class Standardize(Layer):
-    """y = (x - mean) / sqrt(var), with the mean and the 1/m variance of a data set, in training and inference alike.
+    """Scaling of inputs, ``y = (x - mean)/sqrt(var)``, with mean and variance of a data set, in both modes.
 
     As the first layer it makes the normalisation of the inputs a part of the network and of its saved file. A constant
     feature is only centred.
@@ -30,22 +30,22 @@ class Standardize(Layer):
     Parameters
     ----------
     num_features : int
-        C, at least 1.
+        Number of features, C, at least 1.
     axis : int
         The feature axis: 1 for (N, C, ...), -1 for channels-last.
     dtype : dtype, optional
-        float32 or float64, of y; without it y has the dtype of x. With float32, a network in float32 takes float64
-        data of many digits: the mean is taken away in float64, and what is left is rounded once.
+        Type of y, float32 or float64. Without it, y has the type of x. With float32, a network in float32 takes float64
+        data of many digits: the mean is subtracted in float64, and the rest is rounded once.
 
     Attributes
     ----------
     mean, mean_low, var : numpy.ndarray of shape (C,), float64
-        Of the data that `fit` saw. The mean is ``mean + mean_low``: of data far from zero, float64 holds the one to
-        fewer digits than the deviations have.
+        Statistics of the data that `fit` saw; the variance is of ``1/m``. The mean is ``mean + mean_low``: far from
+        zero, float64 holds a mean to fewer digits than the deviations have.
     count : int
-        Values per feature that `fit` saw; 0 before it.
+        Number of values per feature that `fit` saw, 0 before it.
     params, grads : dict
-        Empty.
+        Empty dicts: nothing here is trained.
 
     Examples
     --------
@@ -73,21 +73,21 @@ class Standardize(Layer):
         self.count = 0
 
     def fit(self, X: ArrayLike) -> Self:
-        """Take the statistics of X, which replace any before; returns the layer.
+        """Take the statistics of X, which replace any before, and return the layer.
 
         Parameters
         ----------
         X : array_like of float32 or float64
-            C features along `axis`. A NaN makes its own feature NaN.
+            Data with C features along the feature axis. A NaN makes its own feature NaN.
 
         Raises
         ------
         ValueError
-            For another number of features, and no values; the statistics stay as they were.
+            Another number of features, or no values. The statistics stay as they were.
         TypeError
-            For other dtypes and masked arrays.
+            Another dtype, or a masked array.
         numpy.exceptions.AxisError
-            Where X has no such axis.
+            X has no such axis.
         """
         a = as_float(X)
         stats = moments(a, self.axis)
@@ -99,7 +99,7 @@ class Standardize(Layer):
         return self
 
     def forward(self, x: ArrayLike) -> Array:
-        """y, with the shape of x; RuntimeError before `fit`, ValueError for another number of features."""
+        """Return y, of the shape of x; RuntimeError before `fit`, ValueError for another number of features."""
         if not self.count:
             raise RuntimeError("Standardize needs the statistics of a data set: call fit(X) before forward")
         a = as_float(x)
@@ -111,7 +111,7 @@ class Standardize(Layer):
         return y
 
     def backward(self, dy: ArrayLike) -> Array:
-        """dx = dy / sqrt(var), with the shape and dtype of x."""
+        """Return ``dx = dy/sqrt(var)``, of the shape and dtype of x."""
         _, grad = self._incoming(dy)
         return self._scaled(grad, np.zeros_like(self.mean), np.zeros_like(self.mean))
 
@@ -124,12 +124,15 @@ class Standardize(Layer):
         return calls.infer(constants, x, None)[0]
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of the statistics."""
+        """Return copies of the statistics."""
         arrays = {"mean": self.mean, "mean_low": self.mean_low, "var": self.var}
         return {k: a.copy() for k, a in arrays.items()} | {"count": np.array(self.count, dtype=np.int64)}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Copy `state` into the statistics; ValueError, nothing changed, unless all keys and shapes fit."""
+        """Copy state into the statistics.
+
+        If a key or shape does not fit, this is a ValueError, and nothing is changed.
+        """
         given: dict[str, Any] = check_state(state, self.state_dict())
         self._take(given["mean"], given["mean_low"], given["var"], int(given["count"]))
 
