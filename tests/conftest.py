@@ -40,12 +40,19 @@ collect_ignore = [f"test_{name}.py" for name, package in NEEDS.items() if find_s
 PROCESS_WIDE = {"test_leaks", "test_memory", "test_signals", "test_soak", "test_threads"}
 
 
+# The default suite takes less than three minutes; with FASTBN_LONG=1, as in `.ci/run`, tests marked `long` run too.
+LONG = os.environ.get("FASTBN_LONG") == "1"
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "long: only with FASTBN_LONG=1")
     config.addinivalue_line("markers", "thread_unsafe(reason): never in several threads at once")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.get_closest_marker("long") and not LONG:
+            item.add_marker(pytest.mark.skip(reason="FASTBN_LONG=1 asks for it"))
         if item.path.stem in PROCESS_WIDE:
             item.add_marker(pytest.mark.thread_unsafe(reason="it tries what the process has one of"))
 

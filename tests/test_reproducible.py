@@ -187,7 +187,12 @@ def digest_here():
 
 @pytest.mark.parametrize("build", kernels.BUILDS)
 @pytest.mark.parametrize(
-    ("threads", "offset", "cache", "family"), [(1, 0, HUGE, "zen3"), (3, 1, 0, "zen1"), (2, 4, 0, "sapphire-rapids")]
+    ("threads", "offset", "cache", "family"),
+    [
+        (3, 1, 0, "zen1"),
+        pytest.param(1, 0, HUGE, "zen3", marks=pytest.mark.long),
+        pytest.param(2, 4, 0, "sapphire-rapids", marks=pytest.mark.long),
+    ],
 )
 def test_every_build_gives_the_same_bits(build, threads, offset, cache, family, digest_here, python):
     done = python(__file__, str(threads), str(offset), str(cache), FASTBN_ISA=build, FASTBN_FAMILY=family)
@@ -273,7 +278,7 @@ EXTREMES = (0, 1, HUGE)
 def one_at_its_extremes():
     for name in ALL_ON:
         for value in (1, 4) if name == "rows_at_once" else EXTREMES:
-            yield pytest.param({name: value}, id=f"{name}={value}")
+            yield pytest.param({name: value}, id=f"{name}={value}", marks=pytest.mark.long)
     for value in EXTREMES:
         yield pytest.param(STREAMS | {"batched_runs_below_elements": value}, id=f"streams, batches={value}")
 
@@ -318,6 +323,7 @@ def test_no_setting_changes_a_bit(numbers, small_here):
             same(small_results(threads, offset), small_here)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", PAST, ids=str)
 def test_no_mixture_of_settings_changes_a_bit_of_larger_shapes(shape, dtype):
