@@ -1,13 +1,18 @@
 """Build of the compiled core; everything else about the package stands in pyproject.toml.
 
 What stands in PER_BUILD is compiled once for each instruction set, into modules of different names; the package
-chooses among them at import. FASTBN_REQUIRE_OPENMP=1 makes a missing OpenMP an error (for wheels).
+chooses among them at import. For wheels, FASTBN_REQUIRE_OPENMP=1 makes a missing OpenMP an error, and
+FASTBN_REQUIRE_BUILDS=1 a build that the compiler does not know.
 """
+
+import sys
+
+if sys.version_info < (3, 11):  # before anything else is imported, which an old Python may not have either
+    sys.exit(f"fastbn needs Python 3.11 or newer; this is Python {sys.version.split()[0]}")
 
 import os
 import shlex
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -29,6 +34,13 @@ GCC_PROGRAM = """
 int main(void) { return 0; }
 """
 MSVC_FLAGS = ["/O2", "/fp:precise"]
+EMPTY_PROGRAM = """
+int main(void) { return 0; }
+"""
+PYTHON_PROGRAM = """
+#include <Python.h>
+int main(void) { return 0; }
+"""
 # v4 has vectors of 512 bits, a cache line. clang by itself takes half, to spare the clocks of older processors.
 BUILDS = {
     "baseline": {"gnu": [], "msvc": []},
@@ -82,6 +94,7 @@ class BuildExt(build_ext):
 
     def build_extensions(self) -> None:
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "gnu"
+        self.look_for_compiler()
         flags = {name: self.build_flags(name, kind) for name in target_builds()}
         self.extensions = [ext for ext in self.extensions if flags.get(build_of(ext), []) is not None]
         compile_openmp, link_openmp = self.find_openmp(kind)
@@ -93,6 +106,18 @@ class BuildExt(build_ext):
             ext.extra_link_args += link_openmp
         super().build_extensions()
 
+    def look_for_compiler(self) -> None:
+        if not self.works(EMPTY_PROGRAM, [], []):
+            raise CompileError(
+                "fastbn needs a C compiler, and the one found does not compile and run an empty program: install gcc "
+                "or clang (Linux), Xcode's command line tools (macOS) or Visual Studio's build tools (Windows)"
+            )
+        if not self.works(PYTHON_PROGRAM, []):
+            raise CompileError(
+                "fastbn needs the C headers of Python, and Python.h is not found: install them "
+                "(python3-dev on Debian and Ubuntu, python3-devel on Fedora)"
+            )
+
     def build_flags(self, name: str, kind: str) -> list[str] | None:
         """The flags of one build, or None where the compiler does not know them."""
         flags = BUILDS[name][kind]
@@ -100,10 +125,10 @@ class BuildExt(build_ext):
             # A universal build compiles for arm64 too, which must not see them.
             flags = [part for flag in flags for part in ("-Xarch_x86_64", flag)]
         if flags and not self.works(BUILD_PROGRAM % BUILDS[name]["macro"], flags):
-            print(
-                f"warning: the compiler does not know {' '.join(flags)}; fastbn is built without {name}",
-                file=sys.stderr,
-            )
+            message = f"the compiler does not know {' '.join(flags)}"
+            if os.environ.get("FASTBN_REQUIRE_BUILDS") == "1":
+                raise CompileError(f"{message}, and FASTBN_REQUIRE_BUILDS=1 asks for {name}")
+            print(f"warning: {message}; fastbn is built without {name}", file=sys.stderr)
             return None
         return flags
 
