@@ -37,7 +37,7 @@ NEEDS = {
 collect_ignore = [f"test_{name}.py" for name, package in NEEDS.items() if find_spec(package) is None]
 # Modules about a source tree, which an installed wheel is tried without.
 if not Path(__file__).parents[1].joinpath("README.md").exists():
-    collect_ignore += ["test_house.py", "test_readme.py", "test_docs.py"]
+    collect_ignore += ["test_house.py", "test_docs.py"]
 
 # They try what a process has one of: a number of threads, a pool, signals. pytest-run-parallel runs them one by one.
 PROCESS_WIDE = {"test_leaks", "test_memory", "test_signals", "test_soak", "test_threads"}
