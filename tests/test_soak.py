@@ -93,6 +93,7 @@ def in_child(act, shape, seed):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(60)
         try:
             os.write(writer, act(shape, seed).encode())
@@ -112,7 +113,9 @@ ACTS += [(trained, (), seed) for seed in range(3)]
 
 
 def resident():
-    """MiB of memory that the process has."""
+    """MiB of memory that the process has, but for what can be given back."""
+    gc.collect()
+    fastbn.clear_pool()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -157,12 +160,13 @@ def test_everything_at_once(as_before):
             fastbn.clear_pool()
             gc.collect()
         if rng.random() < 0.1:
-            n = rng.randrange(len(ACTS))
+            # Not `trained`: tqdm has a lock, which a fork takes along as it is.
+            n = rng.choice([n for n, (act, *_) in enumerate(ACTS) if act in (layer, functions)])
             assert in_child(*ACTS[n]) == expected[n]
 
     before = signal.signal(signal.SIGALRM, lambda *_: signals.append(1))
     workers = [threading.Thread(target=worker, args=(k,)) for k in range(len(calls))]
-    rng, at_first = random.Random(0), None
+    rng, at_first = random.Random(0), (resident(), files())
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
         for thread in workers:
@@ -170,8 +174,6 @@ def test_everything_at_once(as_before):
         while any(thread.is_alive() for thread in workers):
             disturb(rng)
             time.sleep(0.001)
-            if at_first is None and time.monotonic() > end - 0.8 * SECONDS:
-                at_first = resident(), files()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -180,6 +182,6 @@ def test_everything_at_once(as_before):
     print(f"{calls} calls, {len(signals)} signals, {at_first} to {resident(), files()} MiB and open files")
     assert not wrong
     assert all(calls)
-    # A pool of 64 MiB, and each thread's largest arrays.
-    assert resident() < at_first[0] + 128
+    # What malloc keeps for each thread comes to some tens of MiB; what calls lose would be more in a long run.
+    assert resident() < at_first[0] + 200
     assert files() <= at_first[1]
