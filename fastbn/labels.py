@@ -129,7 +129,8 @@ def numbers(labels: Sequence[str] | np.ndarray, where: Callable[[int], str]) -> 
                 f"{where(row)}: expected a number below {LARGEST:g} as the target of a regression, got {shown(value)}"
             )
         found.append(float(x))
-    return np.array(found)[inverse]
+    targets: np.ndarray = np.array(found)[inverse]
+    return targets
 
 
 def _distinct(
