@@ -195,7 +195,8 @@ def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[La
     if dataset.y is None:
         raise ValueError(f"{dataset.name}: no labels to split by")
     if dataset.held_out is not None and dataset.held_out.y is not None:
-        return _labelled(dataset, held_out=None), _labelled(dataset.held_out)
+        part = dataset.held_out
+        return _labelled(dataset, held_out=None), part if isinstance(part, Labelled) else _labelled(part)
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
     if dataset.classes is None:
@@ -278,7 +279,10 @@ def _of_parts(name: str, train: Part, test: Part | None, notes: tuple[str, ...],
             test_classes, test_y = labels.encode(test.labels, _row_of(test))
             test_y = _numbered(classes, test_classes, test, test_y)[test_y]
     dataset = Dataset(train.X, y, classes, name, images=train.images, notes=notes)
-    return dataset if test is None else replace(dataset, held_out=replace(dataset, X=test.X, y=test_y))
+    if test is None:
+        return dataset
+    made = replace if test_y is None else _labelled
+    return replace(dataset, held_out=made(dataset, X=test.X, y=test_y))
 
 
 def _row_of(part: Part) -> Callable[[int], str]:
