@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import labels
 from .arrays import Part, read_idx_folder, read_npz
@@ -223,7 +224,7 @@ def _labelled(dataset: Dataset, **changes: Any) -> Labelled:
     return Labelled(**(vars(dataset) | changes))
 
 
-def held_out_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def held_out_rows(labels: np.ndarray, fraction: float, seed: int) -> NDArray[np.bool_]:
     """A mask of that part of every class, rounded: at least one example and never all. (N,) bool for (N,) labels."""
     rng = np.random.default_rng(seed)
     held = np.zeros(len(labels), dtype=bool)
@@ -234,7 +235,7 @@ def held_out_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return held
 
 
-def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """Indices of one epoch's mini-batches, in a fresh random order.
 
     The last short mini-batch is kept, and dropped where it would hold a single example: that one has no variance.
