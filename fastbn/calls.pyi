@@ -1,19 +1,24 @@
 from collections.abc import Callable as Function
-from typing import Any
+from typing import Any, TypeVar, final, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import disjoint_base
 
 from .batchstats import BatchStats
 
-Array = NDArray[Any]
-Float64 = NDArray[np.float64]
+_Array = NDArray[Any]
+_Float64 = NDArray[np.float64]
+_Float = TypeVar("_Float", bound=np.floating[Any])
 
+UNMADE: str
+
+@disjoint_base
 class Constants:
     @property
-    def mean(self) -> Array | None: ...
+    def mean(self) -> _Array | None: ...
     @property
-    def var(self) -> Array | None: ...
+    def var(self) -> _Array | None: ...
     @property
     def axis(self) -> int: ...
     renorm: tuple[float, float] | None
@@ -33,40 +38,54 @@ class Constants:
         renorm: tuple[float, float] | None = None,
         lasting: bool = False,
     ) -> None: ...
-    def like(self, mean: Array | None, var: Array | None, axis: int) -> Constants: ...
+    def like(self, mean: _Array | None, var: _Array | None, axis: int) -> Constants: ...
 
+@final
+class Call: ...
+
+@final
+class Prepared: ...
+
+@disjoint_base
 class Callable:
     training: bool
     frozen: bool
     num_batches_tracked: int
-    grads: dict[str, Array]
+    grads: dict[str, _Array]
     _momentum: float | None
     _ghost_size: int | None
     _constants: Constants
     # The function that goes back, x, the statistics that it was normalised with, and whether they are its own.
-    _saved: tuple[Function[..., Array], ArrayLike, Any, bool] | None
-    def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array: ...
-    def backward(self, dy: ArrayLike, out: Array | None = None) -> Array: ...
+    _saved: tuple[Function[..., _Array], ArrayLike, Any, bool] | None
+    @overload
+    def __call__(
+        self, x: NDArray[_Float], out: NDArray[_Float] | None = None, *, mask: ArrayLike | None = None
+    ) -> NDArray[_Float]: ...
+    @overload
+    def __call__(self, x: ArrayLike, out: _Array | None = None, *, mask: ArrayLike | None = None) -> _Array: ...
+    def backward(self, dy: ArrayLike, out: _Array | None = None) -> _Array: ...
 
 # The functions take all arguments by position.
 def moments(constants: Constants, x: ArrayLike) -> BatchStats: ...
-def forward(constants: Constants, x: ArrayLike, out: Array | None, factor: float) -> tuple[Array, BatchStats, bool]: ...
-def infer(constants: Constants, x: ArrayLike, out: Array | None) -> tuple[Array, BatchStats, bool]: ...
+def forward(
+    constants: Constants, x: ArrayLike, out: _Array | None, factor: float
+) -> tuple[_Array, BatchStats, bool]: ...
+def infer(constants: Constants, x: ArrayLike, out: _Array | None) -> tuple[_Array, BatchStats, bool]: ...
 def backward(
-    constants: Constants, dy: ArrayLike, x: ArrayLike, stats: BatchStats, training: bool, out: Array | None
-) -> tuple[Array, Float64, Float64]: ...
+    constants: Constants, dy: ArrayLike, x: ArrayLike, stats: BatchStats, training: bool, out: _Array | None
+) -> tuple[_Array, _Float64, _Float64]: ...
 def backward_into(
     constants: Constants,
     dy: ArrayLike,
     x: ArrayLike,
     stats: BatchStats,
     training: bool,
-    out: Array | None,
-    dweight: Array | None,
-    dbias: Array | None,
-) -> Array: ...
-def normalize(constants: Constants, x: ArrayLike, stats: BatchStats, out: Array | None) -> Array: ...
-def gradients(constants: Constants, dy: ArrayLike, x: ArrayLike, stats: BatchStats) -> tuple[Float64, Float64]: ...
+    out: _Array | None,
+    dweight: _Array | None,
+    dbias: _Array | None,
+) -> _Array: ...
+def normalize(constants: Constants, x: ArrayLike, stats: BatchStats, out: _Array | None) -> _Array: ...
+def gradients(constants: Constants, dy: ArrayLike, x: ArrayLike, stats: BatchStats) -> tuple[_Float64, _Float64]: ...
 def input_gradient(
     constants: Constants,
     dy: ArrayLike,
@@ -74,16 +93,16 @@ def input_gradient(
     stats: BatchStats,
     dweight: ArrayLike,
     dbias: ArrayLike,
-    out: Array | None,
-) -> Array: ...
+    out: _Array | None,
+) -> _Array: ...
 def arrays_of_forward(
-    constants: Constants, x: ArrayLike, out: Array | None, training: bool
-) -> tuple[Array, Array, Array, bool]: ...
+    constants: Constants, x: ArrayLike, out: _Array | None, training: bool
+) -> tuple[_Array, _Array, _Array, bool]: ...
 def arrays_of_backward(
     constants: Constants,
     dy: ArrayLike,
     x: ArrayLike,
-    out: Array | None,
-    dweight: Array | None,
-    dbias: Array | None,
-) -> tuple[Array, Array, Array, Array]: ...
+    out: _Array | None,
+    dweight: _Array | None,
+    dbias: _Array | None,
+) -> tuple[_Array, _Array, _Array, _Array]: ...

@@ -9,15 +9,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import labels
 from .arrays import Part, read_idx_folder, read_npz
 from .tables import SUFFIXES, is_table, read_table
 
-__all__ = ["Dataset", "load", "minibatches", "split"]
+__all__ = ["Dataset", "Labelled", "load", "minibatches", "split"]
 
 Task = Literal["auto", "classification", "regression"]
 # Whole numbers of which more are there, and of which one has fewer examples in the mean, are measured and not counted.
@@ -58,6 +59,13 @@ class Dataset:
     held_out: Dataset | None = None
     images: bool = False
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled(Dataset):
+    """A `Dataset` that has targets, as both parts of a split do."""
+
+    y: np.ndarray
 
 
 def load(
@@ -162,7 +170,7 @@ def load(
     raise ValueError(f"{source}: expected a folder of idx files, an .npz file or a table: {', '.join(SUFFIXES)}")
 
 
-def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
+def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Labelled, Labelled]:
     """Split into a training and a held-out part: the source's own labelled test part, or else a draw.
 
     Parameters
@@ -177,7 +185,7 @@ def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Da
 
     Returns
     -------
-    (train, held_out) : pair of Dataset
+    (train, held_out) : pair of Labelled
         Rows in the order in which the source has them.
 
     Raises
@@ -188,7 +196,8 @@ def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Da
     if dataset.y is None:
         raise ValueError(f"{dataset.name}: no labels to split by")
     if dataset.held_out is not None and dataset.held_out.y is not None:
-        return replace(dataset, held_out=None), dataset.held_out
+        part = dataset.held_out
+        return _labelled(dataset, held_out=None), part if isinstance(part, Labelled) else _labelled(part)
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
     if dataset.classes is None:
@@ -206,11 +215,16 @@ def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Da
                 f"{dataset.name}: expected at least 2 examples of every class, got 1 of class {label}{hint}"
             )
         held = held_out_rows(dataset.y, fraction, seed)
-    train, held_out = (replace(dataset, X=dataset.X[rows], y=dataset.y[rows], held_out=None) for rows in (~held, held))
-    return train, held_out
+    train, rest = (_labelled(dataset, X=dataset.X[rows], y=dataset.y[rows], held_out=None) for rows in (~held, held))
+    return train, rest
 
 
-def held_out_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def _labelled(dataset: Dataset, **changes: Any) -> Labelled:
+    """The same as a `Labelled`, but for these attributes."""
+    return Labelled(**(vars(dataset) | changes))
+
+
+def held_out_rows(labels: np.ndarray, fraction: float, seed: int) -> NDArray[np.bool_]:
     """A mask of that part of every class, rounded: at least one example and never all. (N,) bool for (N,) labels."""
     rng = np.random.default_rng(seed)
     held = np.zeros(len(labels), dtype=bool)
@@ -221,7 +235,7 @@ def held_out_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return held
 
 
-def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """Indices of one epoch's mini-batches, in a fresh random order.
 
     The last short mini-batch is kept, and dropped where it would hold a single example: that one has no variance.
@@ -266,7 +280,10 @@ def _of_parts(name: str, train: Part, test: Part | None, notes: tuple[str, ...],
             test_classes, test_y = labels.encode(test.labels, _row_of(test))
             test_y = _numbered(classes, test_classes, test, test_y)[test_y]
     dataset = Dataset(train.X, y, classes, name, images=train.images, notes=notes)
-    return dataset if test is None else replace(dataset, held_out=replace(dataset, X=test.X, y=test_y))
+    if test is None:
+        return dataset
+    made = replace if test_y is None else _labelled
+    return replace(dataset, held_out=made(dataset, X=test.X, y=test_y))
 
 
 def _row_of(part: Part) -> Callable[[int], str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["LARGEST", "MISSING", "boolean", "encode", "is_missing", "key", "number", "numbers", "printable", "shown"]
 
@@ -118,7 +119,7 @@ def encode(labels: Sequence[str] | np.ndarray, where: Callable[[int], str]) -> t
     return classes, np.array([at[k] for k in keys], dtype=np.int64)[inverse]
 
 
-def numbers(labels: Sequence[str] | np.ndarray, where: Callable[[int], str]) -> np.ndarray:
+def numbers(labels: Sequence[str] | np.ndarray, where: Callable[[int], str]) -> NDArray[np.float64]:
     """The targets of a regression, (N,) float64; ValueError where one is missing or no number below 1e150."""
     values, rows, inverse = _distinct(labels, where)
     found = []
@@ -129,7 +130,8 @@ def numbers(labels: Sequence[str] | np.ndarray, where: Callable[[int], str]) -> 
                 f"{where(row)}: expected a number below {LARGEST:g} as the target of a regression, got {shown(value)}"
             )
         found.append(float(x))
-    return np.array(found)[inverse]
+    targets: NDArray[np.float64] = np.array(found)[inverse]
+    return targets
 
 
 def _distinct(

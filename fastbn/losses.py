@@ -8,14 +8,24 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike
+from typing import overload
 
-from .state import Array, as_float
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .state import Array, Float, as_float
 
 __all__ = ["mse", "sigmoid_cross_entropy", "softmax_cross_entropy"]
 
 
+@overload
+def softmax_cross_entropy(
+    prediction: NDArray[Float], target: ArrayLike, sample_weight: ArrayLike | None = None
+) -> tuple[float, NDArray[Float]]: ...
+@overload
+def softmax_cross_entropy(
+    prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None
+) -> tuple[float, Array]: ...
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def softmax_cross_entropy(
     prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None
@@ -95,6 +105,12 @@ def softmax_cross_entropy(
     return float(loss), z
 
 
+@overload
+def mse(
+    prediction: NDArray[Float], target: ArrayLike, sample_weight: ArrayLike | None = None
+) -> tuple[float, NDArray[Float]]: ...
+@overload
+def mse(prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None) -> tuple[float, Array]: ...
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def mse(prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None) -> tuple[float, Array]:
     """Return the mean over all elements of ``(prediction - target)**2``, and its gradient.
@@ -141,6 +157,14 @@ def mse(prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | Non
     return float(squares.mean()), gradient
 
 
+@overload
+def sigmoid_cross_entropy(
+    prediction: NDArray[Float], target: ArrayLike, sample_weight: ArrayLike | None = None
+) -> tuple[float, NDArray[Float]]: ...
+@overload
+def sigmoid_cross_entropy(
+    prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None
+) -> tuple[float, Array]: ...
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def sigmoid_cross_entropy(
     prediction: ArrayLike, target: ArrayLike, sample_weight: ArrayLike | None = None

@@ -309,13 +309,13 @@ class Adam(Optimizer):
         *,
         exclude: Collection[str] = (),
     ) -> None:
-        betas = tuple(betas)  # type: ignore[assignment]  # an iterator has them once
-        if len(betas) != 2:
-            raise ValueError(f"expected betas to be a pair, got {betas}")
-        for i, beta in enumerate(betas):
+        pair = tuple(betas)  # an iterator has them once
+        if len(pair) != 2:
+            raise ValueError(f"expected betas to be a pair, got {pair}")
+        for i, beta in enumerate(pair):
             if not 0 <= beta < 1:
                 raise ValueError(f"expected betas[{i}] within [0, 1), got {beta}")
-        self.betas = float(betas[0]), float(betas[1])
+        self.betas = float(pair[0]), float(pair[1])
         self.eps = _not_negative(eps=eps)
         self.weight_decay = _not_negative(weight_decay=weight_decay)
         super().__init__(model, lr, ("exp_avg", "exp_avg_sq"), exclude)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,7 +12,8 @@ from .arguments import floating as as_float
 from .atomic import change
 
 Array = NDArray[Any]
-__all__ = ["FLOATS", "Array", "Arrays", "Held", "as_float", "assign", "check_state", "refuse_masked"]
+Float = TypeVar("Float", bound=np.floating[Any])  # of a function whose result has the dtype of what it is given
+__all__ = ["FLOATS", "Array", "Arrays", "Float", "Held", "as_float", "assign", "check_state", "refuse_masked"]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _MOST = 2**53  # a count that training does not take out of int64, and float64 holds
@@ -73,9 +74,10 @@ class Held:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, instance: Any, owner: type) -> Array | None:
+    # None is not among the types: whoever made the layer with the array need not ask for it.
+    def __get__(self, instance: Any, owner: type) -> Array | Any:
         if instance is None:
-            return self  # type: ignore[return-value]  # of the class, for help() and its like
+            return self  # of the class, for help() and its like
         return getattr(instance, f"_{self._name}")
 
     def __set__(self, instance: Any, value: ArrayLike) -> None:

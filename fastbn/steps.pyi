@@ -1,8 +1,12 @@
 from collections.abc import Mapping
+from typing import final
 
 from numpy.typing import ArrayLike
 
 from .state import Array
+
+@final
+class Task: ...
 
 def sgd(
     params: Mapping[str, Array],

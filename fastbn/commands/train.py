@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .tasks import Classification, Regression, kind_of, task_of
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 FUSED = ("relu", "leaky_relu")  # what BatchNorm does in the same pass
 RATES = {"sgd": 0.05, "rmsprop": 1e-3, "adam": 1e-3}
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[int], schedules.Schedule | None]] = {
     "constant": lambda epochs: None,
     "step": lambda epochs: schedules.step(max(epochs, 1) / 3, 0.1),
     "cosine": lambda epochs: schedules.cosine(),

@@ -184,7 +184,8 @@ class BatchNormClassifier(ClassifierMixin, Network):
             raise ValueError(f"expected labels among the classes {known}, got {unseen}")
         encoded = encoder.transform(y)
         self._encoder, self.classes_ = encoder, encoder.classes_
-        return encoded.argmax(axis=1) if self._one_output_a_class() else encoded.astype(dtype)
+        targets: Array = encoded.argmax(axis=1) if self._one_output_a_class() else encoded.astype(dtype)
+        return targets
 
     def _one_output_a_class(self) -> bool:
         """Whether a softmax over the classes decides; a single class has probability 1, and nothing to learn."""
@@ -202,14 +203,15 @@ class BatchNormClassifier(ClassifierMixin, Network):
         if isinstance(self.class_weight, str):  # "balanced"
             totals = np.bincount(index, weights, len(labels))
             present = totals > 0
-            factors = np.divide(totals.sum() / present.sum(), totals, out=np.zeros(len(labels)), where=present)
+            factors: Array = np.divide(totals.sum() / present.sum(), totals, out=np.zeros(len(labels)), where=present)
         else:
             if not {*labels} <= {*self.class_weight} and not {*self.class_weight} <= {*labels}:
                 raise ValueError(
                     f"expected the keys of class_weight among the classes {labels}, got {self.class_weight}"
                 )
             factors = np.array([self.class_weight.get(label, 1) for label in labels], np.float64)
-        return factors[index] if weights is None else factors[index] * weights
+        weighted: Array = factors[index] if weights is None else factors[index] * weights
+        return weighted
 
     def _loss_and_outputs(self, targets: Array) -> tuple[DataLoss, int]:
         if targets.ndim == 1:
@@ -221,7 +223,8 @@ class BatchNormClassifier(ClassifierMixin, Network):
 
     def _probabilities(self, output: Array) -> Array:
         """One column for two classes."""
-        return softmax(output, axis=1) if self._one_output_a_class() else expit(output)
+        p: Array = softmax(output, axis=1) if self._one_output_a_class() else expit(output)
+        return p
 
     def partial_fit(
         self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None, sample_weight: ArrayLike | None = None
@@ -285,8 +288,10 @@ class BatchNormClassifier(ClassifierMixin, Network):
         """
         z = self._output(X)
         if self._one_output_a_class():
-            return log_softmax(z, axis=1)
-        return log_expit(np.hstack([-z, z]) if z.shape[1] == 1 else z)
+            log_p: Array = log_softmax(z, axis=1)
+        else:
+            log_p = log_expit(np.hstack([-z, z]) if z.shape[1] == 1 else z)
+        return log_p
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -361,7 +366,7 @@ tol, verbose, momentum, nesterovs_momentum, early_stopping, validation_fraction,
         if y.dtype.kind not in "biuf":
             raise TypeError(f"expected y to hold numbers, got {y.dtype}")
         with np.errstate(over="ignore"):
-            targets = y.reshape(len(y), -1).astype(dtype)
+            targets: Array = y.reshape(len(y), -1).astype(dtype)
         if not np.isfinite(targets).all():
             raise ValueError(f"expected a y that {dtype} can hold, X's dtype, got values from {y.min()} to {y.max()}")
         return targets

@@ -173,7 +173,8 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
             self._spread = self.var_ * self._weight
 
     def _checked(self, X: Any, reset: bool) -> Array:
-        return validate_data(self, X, dtype=(np.float64, np.float32), reset=reset)
+        x: Array = validate_data(self, X, dtype=(np.float64, np.float32), reset=reset)
+        return x
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

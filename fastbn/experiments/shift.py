@@ -212,4 +212,5 @@ def recolour(X: np.ndarray, paper: Any, ink: Any, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     ranges = [value if isinstance(value, tuple) else (value, value) for value in (paper, ink)]
     background, pen = (rng.uniform(low, high, (len(X), 1)) for low, high in ranges)
-    return (background + (pen - background) * X).astype(X.dtype)
+    coloured: np.ndarray = (background + (pen - background) * X).astype(X.dtype)
+    return coloured

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from .. import calls
 from ..state import FLOATS, Array, Arrays, as_float
@@ -58,7 +58,7 @@ class Dense(Layer):
         bias: bool = True,
         *,
         activation: str | None = None,
-        dtype: Any = "float32",
+        dtype: DTypeLike = "float32",
         seed: int | None = None,
     ) -> None:
         self.n_in, self.n_out = operator.index(n_in), operator.index(n_out)
@@ -107,6 +107,12 @@ class Dense(Layer):
         self._saved = (a, y.shape) if self.activation is None else (a, y.shape, y)
         return y
 
+    @overload
+    def backward(self, dy: ArrayLike, input_grad: Literal[True] = True) -> Array: ...
+    @overload
+    def backward(self, dy: ArrayLike, input_grad: Literal[False]) -> None: ...
+    @overload
+    def backward(self, dy: ArrayLike, input_grad: bool) -> Array | None: ...
     def backward(self, dy: ArrayLike, input_grad: bool = True) -> Array | None:
         """Fill grads with ``g.T @ x`` and ``sum(g)``, and return dx, or None without input_grad.
 

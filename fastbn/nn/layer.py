@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..atomic import change
-from ..state import Array, Arrays, as_float, check_state
+from ..state import Array, Arrays, Float, as_float, check_state
 
 __all__ = ["Elementwise", "Layer"]
 
@@ -31,6 +31,10 @@ class Layer:
     def forward(self, x: ArrayLike) -> Array:
         raise NotImplementedError
 
+    @overload
+    def __call__(self, x: NDArray[Float]) -> NDArray[Float]: ...
+    @overload
+    def __call__(self, x: ArrayLike) -> Array: ...
     def __call__(self, x: ArrayLike) -> Array:
         return self.forward(x)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 from numpy.typing import ArrayLike
 
@@ -60,17 +60,24 @@ class Sequential:
         self.grads = Arrays({f"{i}.{k}": g for i, layer in enumerate(layers) for k, g in layer.grads.items()})
         self._trained_before = [any(layer.params for layer in layers[:i]) for i in range(len(layers))]
 
-    def forward(self, x: ArrayLike) -> Any:
+    def forward(self, x: ArrayLike) -> Array:
         """Return x after all layers."""
         y: Any = x
         for layer in self._layers:
             y = layer(y)
-        return y
+        result: Array = y
+        return result
 
-    def __call__(self, x: ArrayLike) -> Any:
+    def __call__(self, x: ArrayLike) -> Array:
         return self.forward(x)
 
-    def backward(self, dy: ArrayLike, input_grad: bool = False) -> Any:
+    @overload
+    def backward(self, dy: ArrayLike, input_grad: Literal[False] = False) -> None: ...
+    @overload
+    def backward(self, dy: ArrayLike, input_grad: Literal[True]) -> Array: ...
+    @overload
+    def backward(self, dy: ArrayLike, input_grad: bool) -> Array | None: ...
+    def backward(self, dy: ArrayLike, input_grad: bool = False) -> Array | None:
         """Fill the grads of every layer. Return dx with input_grad, which costs a matrix product, and None without."""
         grad: Any = dy
         for i in reversed(range(len(self._layers))):
@@ -148,6 +155,10 @@ class Sequential:
                 layer.load_state_dict(state_before)
             raise
 
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
     def __getitem__(self, index: int | slice) -> Any:
         """A layer, or with a slice a Sequential of those very layers (`model[:-1]`: the last one's input)."""
         return Sequential(*self._layers[index]) if isinstance(index, slice) else self._layers[index]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from .. import calls
 from ..atomic import change
@@ -61,7 +61,7 @@ class Standardize(Layer):
            [ 1.]], dtype=float32)
     """
 
-    def __init__(self, num_features: int, *, axis: int = 1, dtype: Any = None) -> None:
+    def __init__(self, num_features: int, *, axis: int = 1, dtype: DTypeLike | None = None) -> None:
         self.num_features, self.axis = operator.index(num_features), operator.index(axis)
         self.dtype = None if dtype is None else np.dtype(dtype)
         if self.dtype not in (None, *FLOATS):
@@ -109,6 +109,9 @@ class Standardize(Layer):
             y = y.astype(dtype, copy=False)
         self._saved = np.empty(0, a.dtype), y.shape
         return y
+
+    def __call__(self, x: ArrayLike) -> Array:  # not always of the dtype of x, as other layers' y is
+        return self.forward(x)
 
     def backward(self, dy: ArrayLike) -> Array:
         """Return ``dx = dy/sqrt(var)``, of the shape and dtype of x."""
