@@ -217,8 +217,9 @@ def _train_networks(
     widths = [X.shape[1], *args.hidden, task.outputs]
     names = (WITHOUT,) if args.no_batchnorm else (WITH, WITHOUT)
     networks = {name: _network(widths, args, batchnorm=name == WITH) for name in names}
-    for name, trained in networks.items():  # all before the training, which a reader that goes away shall not end
-        print(_summary(name, trained if inputs is None else [inputs, *trained]), end="\n\n", flush=True)
+    # All before the training, and at once: a reader that goes away now does not end it halfway.
+    first = [] if inputs is None else [inputs]
+    print(*(f"{_summary(name, [*first, *trained])}\n" for name, trained in networks.items()), sep="\n", flush=True)
     for name, trained in networks.items():
         say(f"training {name}")
         model = trained if inputs is None else nn.Sequential(inputs, *trained)
