@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,9 +218,10 @@ def _train_networks(
     widths = [X.shape[1], *args.hidden, task.outputs]
     names = (WITHOUT,) if args.no_batchnorm else (WITH, WITHOUT)
     networks = {name: _network(widths, args, batchnorm=name == WITH) for name in names}
-    # All before the training, and at once: a reader that goes away now does not end it halfway.
     first = [] if inputs is None else [inputs]
-    print(*(f"{_summary(name, [*first, *trained])}\n" for name, trained in networks.items()), sep="\n", flush=True)
+    tables = [_summary(name, [*first, *trained]) + "\n\n" for name, trained in networks.items()]
+    sys.stdout.write("".join(tables))  # at once, before the training: a reader that has seen enough does not end it
+    sys.stdout.flush()
     for name, trained in networks.items():
         say(f"training {name}")
         model = trained if inputs is None else nn.Sequential(inputs, *trained)
