@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import fastbn
 from fastbn.commands import experiment, predict, train
+from fastbn.commands.common import need
 from fastbn.labels import printable
 
 SIGPIPE_STATUS = 128 + 13  # what a shell shows of a program that SIGPIPE ends
@@ -22,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 2 after one sentence on standard error; 130 after Ctrl-C; 141 where the reader of a pipe has gone.
     """
     with _open_standard_streams() as closed:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a label that its encoding lacks is printed as an escape
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             _run(argv, closed)
         except BrokenPipeError:  # the reader, say `head`, has seen enough
@@ -93,6 +97,17 @@ def _flush_or_drop(*streams: TextIO) -> None:
             os.close(nothing)
 
 
+class _Completion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option_string: Any = None) -> None:
+        need({"shtab": "--print-completion needs"}, "completion")
+        import shtab
+
+        if shell not in shtab.SUPPORTED_SHELLS:
+            raise argparse.ArgumentError(self, f"expected {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
@@ -101,6 +116,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
     parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
+    parser.add_argument("--print-completion", action=_Completion, metavar="SHELL",
+        help="print a script for bash or zsh that completes commands, options and files (needs shtab)")  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (train, predict, experiment):
         command.add_to(commands)

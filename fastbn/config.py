@@ -33,8 +33,10 @@ def show_config() -> None:
     }
     for name, value in rows.items():
         print(f"{name:<8} {value}")
-    for name, number in machine.get_settings().items():
-        print(f"  {name:<27} {_size(number) if name.endswith('_bytes') else number}")
+    settings = machine.get_settings()
+    width = max(map(len, settings))
+    for name, number in settings.items():
+        print(f"  {name:<{width}} {_size(number) if name.endswith('_bytes') else number}")
 
 
 def _size(nbytes: int) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from .files import write_whole
 
-__all__ = ["Curve", "Panel", "learning_curves", "panels"]
+__all__ = ["Curve", "Panel", "confusion", "learning_curves", "panels"]
 
 # Two hues that stay apart for colour-blind eyes and in grey, then three more (Okabe and Ito's palette).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+_LEGIBLE = 20  # labels beside a matrix, and characters of each
 
 
 class Curves(Protocol):
@@ -109,6 +113,54 @@ def learning_curves(
         return figure
     _write(canvas, path)
     return None
+
+
+def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Draw a confusion matrix: labels from top to bottom, predictions from left to right.
+
+    Parameters
+    ----------
+    counts : K sequences of K int
+        Number of examples of each label (row) for which each label (column) was predicted. Those above 0 are written
+        into the cells of 20 classes or fewer; a cell's colour is its part of the row.
+    labels : sequence of K str
+        Names of rows and columns; every second one and so on, where there are more than 20.
+    path : path
+        Written, or overwritten, as PNG whatever its suffix.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "fastbn[train]"') from error
+    matrix = np.asarray(counts)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = 2.4 + 0.4 * max(min(len(labels), _LEGIBLE), 6)
+    figure = Figure(figsize=(side + 0.8, side), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), label="Part of the label's examples", shrink=0.8)
+    shown = range(0, len(labels), math.ceil(len(labels) / _LEGIBLE))
+    names = [labels[k] if len(labels[k]) <= _LEGIBLE else labels[k][: _LEGIBLE - 1] + "\u2026" for k in shown]
+    upright = max(map(len, names)) > 3
+    # No label is read as a formula: one with two $ would be.
+    axes.set_xticks(shown, names, rotation=90 if upright else 0, fontsize="small", parse_math=False)
+    axes.set_yticks(shown, names, fontsize="small", parse_math=False)
+    axes.set(xlabel="Prediction", ylabel="Label")
+    if len(labels) <= _LEGIBLE:
+        for row, column in np.argwhere(matrix):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize="small", color=colour)
+    with warnings.catch_warnings():  # a letter that its font lacks is drawn as a box
+        warnings.simplefilter("ignore")
+        _write(canvas, path, pil_kwargs={"optimize": True})
 
 
 @dataclass

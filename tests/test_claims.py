@@ -12,8 +12,8 @@ from fastbn.experiments import noise, shift, testtime
 
 def end_to_end(name, folder, capsys):
     status, out, err = run(capsys, name, "--quick", "--seeds", 2, "--out", folder)
-    assert (status, err) == (0, "")
-    found = check_files(folder, name, out)
+    assert status == 0
+    found = check_files(folder, name, out, err)
     assert (found["settings"]["seeds"], found["settings"]["data"]) == (2, "digits")
     return found
 

@@ -21,7 +21,7 @@ from fastbn.kernels import machine
 for package in ("safetensors", "matplotlib", "sklearn"):
     pytest.importorskip(package)
 
-FILES = ["learning-curves.png", "metrics.json", "model.safetensors"]
+FILES = ["confusion.png", "learning-curves.png", "metrics.json", "model.safetensors"]
 
 
 def run(capsys, *arguments):
@@ -31,27 +31,30 @@ def run(capsys, *arguments):
 
 
 def refused(capsys, *arguments):
-    """The one sentence on standard error of a command that fails, without the usage that argparse prints before it."""
+    """The one sentence that a command which fails ends with, after what it said before, or the usage of argparse."""
     try:
         status, _, err = run(capsys, *arguments)
+        *said, err = err.splitlines(keepends=True)
+        assert not any(line.startswith(("fastbn: ", "Traceback")) for line in said)
     except SystemExit as stop:
         status, err = stop.code, capsys.readouterr().err
         assert err.startswith("usage: fastbn ")
         err = "fastbn: " + err.splitlines(keepends=True)[-1].split(": ", 1)[1]
     assert status == 2
     assert err.startswith("fastbn: error: ")
-    assert err.count("\n") == 1
+    assert err.endswith("\n")
     return err
 
 
 @pytest.fixture(autouse=True)
 def quick_pictures(request, monkeypatch):
-    """Learning curves that are not drawn, except where they are looked at: they take longer than these trainings."""
+    """Pictures that are not drawn, except where they are looked at: they take longer than these trainings."""
     if request.node.name not in (
         "test_default_training_on_the_digits",
         "test_learning_curves_of_a_regression_and_of_nothing",
     ):
         monkeypatch.setattr(plots, "learning_curves", lambda histories, path, *_: path.write_bytes(b"\x89PNG"))
+        monkeypatch.setattr(plots, "confusion", lambda counts, labels, path: path.write_bytes(b"\x89PNG"))
 
 
 KINDS = np.array(["rose", "lily", "aster"])[np.arange(90) % 3]
@@ -91,7 +94,15 @@ def model(flowers, trained, capsys):
 def test_default_training_on_the_digits(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, "train")
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert err.splitlines() == [
+        "digits: 1438 training examples, 359 held out, 64 features, 10 classes",
+        "--task auto: classification, since the target holds 10 different labels",
+        "inputs standardized, by the mean of each pixel and one scale for all",
+        "training with batch normalization",
+        "training without batch normalization",
+        "wrote " + ", ".join(f"fastbn-run{os.sep}{name}" for name in (*FILES[:0:-1], FILES[0])),
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fastbn-run"]
     assert sorted(path.name for path in (tmp_path / "fastbn-run").iterdir()) == FILES
     metrics = json.loads((tmp_path / "fastbn-run" / "metrics.json").read_text())
@@ -107,9 +118,10 @@ def test_default_training_on_the_digits(tmp_path, monkeypatch, capsys):
     assert alone["largest_difference"] < 1e-4
     assert "one example at a time agrees with the batch: 359 examples" in out
     assert "same predictions" in out
-    picture = (tmp_path / "fastbn-run" / "learning-curves.png").read_bytes()
-    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert struct.unpack(">II", picture[16:24]) > (800, 400)
+    for name in FILES[:2]:
+        picture = (tmp_path / "fastbn-run" / name).read_bytes()
+        assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+        assert min(struct.unpack(">II", picture[16:24])) > 400
 
     status, out, err = run(capsys, "predict", tmp_path / "fastbn-run" / "model.safetensors", "digits")
     from sklearn.datasets import load_digits
@@ -312,11 +324,15 @@ def test_an_interrupted_training_is_resumed(flowers, capsys, monkeypatch, at, le
     monkeypatch.setattr(optim.Adam, "step", pressing)
     status, _, err = run(capsys, *command, "--out", folder / "run")
     assert status == 130
-    assert err == "fastbn: interrupted: the same command with --resume goes on where it stopped\n"
+    assert err.splitlines()[-1] == "fastbn: interrupted: the same command with --resume goes on where it stopped"
     assert sorted(path.name for path in (folder / "run").iterdir()) == left
     if "unfinished-without.safetensors" in left:
         assert checkpoint.load(folder / "run" / left[0])[1].num_batches_tracked == 4 * 3
-    assert "interrupted training, give --resume" in refused(capsys, *command, "--out", folder / "run")
+    again = refused(capsys, *command, "--out", folder / "run")
+    for name in left[:-1]:
+        assert name in again
+    it = "them" if left[2:] else "it"
+    assert f"the same command with --resume goes on with it; to begin anew, delete {it} or give another --out" in again
     for option, was, now in (
         ("seed", "0", "3"), ("hidden", "8", "8,4"), ("activation", "relu", "tanh"), ("lr", "not given", "0.5"),
         ("clip-norm", "0.5", "0.25"), ("patience", "not given", "3"), ("no-batchnorm", "not given", "given"),
@@ -356,7 +372,7 @@ def test_ctrl_c_from_outside(flowers):
         finally:
             process.kill()
     assert process.returncode == 130
-    assert err == "fastbn: interrupted: the same command with --resume goes on where it stopped\n"
+    assert err.splitlines()[-1] == "fastbn: interrupted: the same command with --resume goes on where it stopped"
 
 
 def test_patience_leaves_the_held_out_data_alone(flowers, capsys, monkeypatch):
@@ -400,9 +416,9 @@ def test_idx_folder_is_judged_by_its_own_test_part(tmp_path, capsys):
         "--batch-size",
         "16",
     )
-    status, out, _ = run(capsys, *command)
+    status, _, err = run(capsys, *command)
     assert status == 0
-    assert "pixels: 60 training examples, 21 held out, 9 features, 3 classes" in out
+    assert "pixels: 60 training examples, 21 held out, 9 features, 3 classes\n" in err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     accuracy = metrics["held_out"]["with batch normalization"]["accuracy"]
     assert accuracy > 0.9
@@ -414,7 +430,7 @@ def test_idx_folder_is_judged_by_its_own_test_part(tmp_path, capsys):
 
 def test_missing_extras_are_said_before_the_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "fit", None)
-    for package in ("matplotlib", "safetensors"):
+    for package in ("matplotlib", "safetensors", "sklearn"):
         with monkeypatch.context() as patch:
             patch.setattr("importlib.util.find_spec", lambda name, missing=package: None if name == missing else name)
             err = refused(capsys, "train", "--out", tmp_path / "run")
@@ -438,7 +454,8 @@ def test_info_version_and_module(capsys):
     config = capsys.readouterr().out
     ran = subprocess.run([sys.executable, "-m", "fastbn", "info"], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[0] == config.splitlines()[0]
-    # Every setting in force has a line of its own, and a size its unit.
+    # Every setting in force has a line of its own, a size its unit, and all values begin in one column.
+    assert len({re.match(r"  \w+ +", line).end() for line in config.splitlines() if line.startswith("  ")}) == 1
     for name, number in machine.get_settings().items():
         assert re.search(rf"^  {name} +\S", config, re.MULTILINE), name
         if number % 2**10 == 0 < number < 2**20 and name.endswith("_bytes"):

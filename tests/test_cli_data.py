@@ -25,6 +25,7 @@ def drawn(monkeypatch, tmp_path):
     """No pictures, which take longer than these trainings; gives what would have been drawn."""
     kept = []
     monkeypatch.setattr(plots, "learning_curves", lambda *arguments: kept.append(arguments))
+    monkeypatch.setattr(plots, "confusion", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return kept
 
@@ -34,11 +35,13 @@ MODEL = "run/model.safetensors"
 
 
 def trained(capsys, *arguments):
-    """What a training printed, and its figures."""
+    """What a training said on standard error, and its figures."""
     status, out, err = run(capsys, "train", *SHORT, *arguments)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert out.startswith("with batch normalization  ")
+    assert err.splitlines()[-1].startswith("wrote run")
     with open("run/metrics.json") as file:
-        return out, json.load(file)
+        return err, json.load(file)
 
 
 def write(name, rows, header="a,b,t"):
@@ -91,8 +94,8 @@ def test_columns_keep_their_digits_until_they_are_standardized(capsys, monkeypat
     monkeypatch.setattr(
         training, "fit", lambda model, pair, *a, **o: dtypes.add(pair[0].dtype) or fit(model, pair, *a, **o)
     )
-    out, metrics = trained(capsys, "--data", "d.csv", "--target", "t")
-    assert "inputs standardized, column by column, 1 of them constant" in out
+    said, metrics = trained(capsys, "--data", "d.csv", "--target", "t")
+    assert "inputs standardized, column by column, 1 of them constant" in said
     assert dtypes == {np.dtype("float32")}
     for row in metrics["held_out"].values():
         assert row["accuracy"] > 0.93
@@ -126,8 +129,8 @@ def test_standardized_by_itself_is_standardized_by_hand(capsys):
     losses = []
     for scaled, options in ((X, []), (scaler.transform(X), ["--no-standardize"])):
         np.savez("d.npz", x_train=scaled[rows], y_train=y[rows], x_test=scaled[~rows], y_test=y[~rows])
-        out, metrics = trained(capsys, "--data", "d.npz", *options)
-        assert ("inputs as they are" in out) == bool(options)
+        said, metrics = trained(capsys, "--data", "d.npz", *options)
+        assert ("inputs as they are" in said) == bool(options)
         assert isinstance(checkpoint.load(MODEL)[0], nn.Dense) == bool(options)
         losses.append([row["loss"] for row in metrics["held_out"].values()])
         assert all(row["accuracy"] > 0.94 for row in metrics["held_out"].values())
@@ -148,8 +151,8 @@ def test_images_have_one_scale_and_rare_pixels_do_not_blow_up(capsys, tmp_path):
     write_idx(tmp_path / "pixels" / "t10k-labels-idx1-ubyte", labels)
     np.savez("d.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     for source in ("pixels", "d.npz"):
-        out, metrics = trained(capsys, "--data", source)
-        assert "the mean of each pixel and one scale for all" in out
+        said, metrics = trained(capsys, "--data", source)
+        assert "the mean of each pixel and one scale for all" in said
         assert metrics["held_out"]["with batch normalization"]["accuracy"] > 0.95
         X = images.reshape(300, 16) / 255
         y = checkpoint.load(MODEL)[0](X)
@@ -207,8 +210,8 @@ def test_a_table_without_a_header_from_train_to_predict(capsys):
     assert "(--no-header) reads it as an example" in refused(
         capsys, "train", *SHORT, "--data", "d.data", "--target", "3"
     )
-    out, _ = trained(capsys, "--data", "d.data", "--no-header", "--target", "3", "--ignore", "1")
-    assert "48 training examples, 12 held out, 1 features" in out
+    said, _ = trained(capsys, "--data", "d.data", "--no-header", "--target", "3", "--ignore", "1")
+    assert "48 training examples, 12 held out, 1 features" in said
     write("e.data", [[value] for value in x], header="")
     assert "--no-header" in refused(capsys, "predict", MODEL, "e.data")
     out = run(capsys, "predict", MODEL, "e.data", "--no-header")[1]
@@ -248,14 +251,14 @@ def test_a_regression_is_scored_in_the_targets_unit(capsys, drawn, offset, optio
     X = rng.uniform(50, 300, (500, 3))
     y = X @ [1200.0, 300.0, -50.0] + offset + 0.25
     np.savez("d.npz", X_train=X[:400], y_train=y[:400], X_test=X[400:], y_test=y[400:])
-    out, metrics = trained(capsys, "--data", "d.npz", *options)
-    assert "--task auto: regression, since the target holds numbers with a fraction" in out
+    said, metrics = trained(capsys, "--data", "d.npz", *options)
+    assert "--task auto: regression, since the target holds numbers with a fraction" in said
     _, predicted, err = run(capsys, "predict", MODEL, "d.npz")
     predicted = np.array(predicted.split(), float)
     rmse, r2 = math.sqrt(mean_squared_error(y[400:], predicted)), r2_score(y[400:], predicted)
     row = metrics["held_out"]["with batch normalization"]
     assert (row["RMSE"], row["R2"]) == pytest.approx((rmse, r2), rel=1e-3)
-    assert err == f"RMSE {rmse:.5g}, R2 {r2:.4f}, 100 examples\n"
+    assert err == f"read X_train, y_train, X_test, y_test\nRMSE {rmse:.5g}, R2 {r2:.4f}, 100 examples\n"
     assert r2 > 0.9
     [(curves, _, labels)] = drawn
     assert labels == ("RMSE", "R2")
@@ -276,17 +279,16 @@ def test_a_regression_is_scored_in_the_targets_unit(capsys, drawn, offset, optio
 def test_auto_and_asked_for(capsys):
     kinds, x = two_kinds(90)
     write("d.csv", [(u, u, round(1e5 * u)) for u in x])
-    out, _ = trained(capsys, "--data", "d.csv", "--target", "t")
-    assert "regression, since the target holds 90 different whole numbers" in out
-    assert "RMSE" in out
+    said, _ = trained(capsys, "--data", "d.csv", "--target", "t")
+    assert "regression, since the target holds 90 different whole numbers" in said
     asked = refused(capsys, "train", *SHORT, "--data", "d.csv", "--target", "t", "--task", "classification")
     assert "task regression takes labels as numbers" in asked
     write("d.csv", [(u, u, kind + 3) for u, kind in zip(x, kinds, strict=True)])
-    out, _ = trained(capsys, "--data", "d.csv", "--target", "t")
-    assert "--task auto: classification, since the target holds 2 different labels" in out
-    out, _ = trained(capsys, "--data", "d.csv", "--target", "t", "--task", "regression", "--no-standardize")
-    assert "targets from 3 to 4" in out
-    assert "auto" not in out
+    said, _ = trained(capsys, "--data", "d.csv", "--target", "t")
+    assert "--task auto: classification, since the target holds 2 different labels" in said
+    said, _ = trained(capsys, "--data", "d.csv", "--target", "t", "--task", "regression", "--no-standardize")
+    assert "targets from 3 to 4" in said
+    assert "auto" not in said
     predicted = np.array(run(capsys, "predict", MODEL, "d.csv")[1].split(), float)
     assert abs(predicted - kinds - 3).mean() < 1.5
     write("d.csv", [(u, u, 5) for u in x])
@@ -304,10 +306,11 @@ def test_agreement_is_judged_against_the_outputs_size(capsys):
 
     X = np.linspace(1, 2, 8).reshape(4, 2)
     task = train.Classification(train.data.Dataset(X, None, np.array([0, 1]), "x"))
+    detail = {"classes": [0], "precision": [1.0], "recall": [None], "examples": [0], "confusion": [[0]]}
     for size, (off, word) in itertools.product(
         [1e-20, 1, 1e20], [(1e-6, "agrees with"), (1e-2, "DIFFERS from"), (np.nan, "DIFFERS")]
     ):
-        train._print_results({}, train._one_at_a_time(Off(size, off), X, task), task)
+        train._print_results({"x": {"diverged": ""}}, detail, train._one_at_a_time(Off(size, off), X, task), task)
         assert f"one example at a time {word}" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,16 @@ def test_imports_run_one_way(path):
             assert path.parent in other.parents
         else:
             assert place(other) > place(path), f"{path} imports {other}, which stands above it"
+
+
+def test_the_version_stands_in_one_place():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    names = ("README.md", "CITATION.cff", "setup.py", "docs/conf.py", "docs/index.md", "docs/installation.md")
+    places = [ROOT / name for name in (*names, "docs/development/releases.md")]
+    places += [PACKAGE / name for name in ("__init__.py", "__main__.py", "config.py")]
+    written = re.compile(rf"(?<![\d.]){re.escape(version)}(?![\d.])|^version:", re.MULTILINE)
+    there = [path for path in places if path.exists()]
+    assert [path for path in there if written.search(path.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize("name", ["batchstats", "functional", "kernels.memory"])

@@ -9,12 +9,13 @@ import importlib.util
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastbn import data
-from fastbn.labels import number
+from fastbn.labels import number, printable
 
 SOURCE = (
     "a table (.csv, .tsv, .txt, .data, with .gz behind it or not), an .npz (X, y, or x_train, y_train and so on), a "
@@ -24,7 +25,8 @@ SOURCE = (
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """--data, and what is read of it."""
-    parser.add_argument("--data", default="digits", help=SOURCE + " (default: digits)")
+    add: Any = parser.add_argument
+    add("--data", default="digits", help=SOURCE + " (default: digits)").complete = "file"
     add_columns(parser, "the column of labels in a table")
 
 
@@ -82,11 +84,26 @@ def load(args: argparse.Namespace, **options: Any) -> data.Dataset:
     return data.load(None if digits else args.data, args.target, **options)
 
 
-def need(uses: dict[str, str]) -> None:
+def need(uses: dict[str, str], extra: str = "train") -> None:
     """ImportError with the first package that is missing and its use: better now than after the training."""
     for package, use in uses.items():
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f'{use} {package}: pip install "fastbn[train]"')
+            raise ImportError(f'{use} {package}: pip install "fastbn[{extra}]"')
+
+
+def say(message: str) -> None:
+    """What is no result goes to standard error."""
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 @contextlib.contextmanager

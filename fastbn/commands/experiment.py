@@ -6,10 +6,12 @@ import argparse
 import importlib
 from typing import Any
 
-from fastbn.experiments.common import check_pixels
-from fastbn.labels import printable
+import numpy as np
 
-from .common import add_data, folder, load, making, naming, need, whole_number
+from fastbn import data
+from fastbn.experiments.common import check_pixels
+
+from .common import add_data, folder, load, making, naming, need, say, whole_number
 
 EXPERIMENTS = ("speed", "shift", "noise", "testtime")
 
@@ -24,7 +26,7 @@ def add_to(commands: Any) -> None:
         "a shifted domain; noise: the gap between training and test against mini-batch size, beside dropout; "
         "testtime: one example at a time, and the running averages beside the exact statistics.",
     )
-    add = parser.add_argument
+    add: Any = parser.add_argument
     add("name", metavar="NAME", choices=(*EXPERIMENTS, "all"), help=f"{', '.join(EXPERIMENTS)} or all")
     add_data(parser)
     add(
@@ -32,7 +34,10 @@ def add_to(commands: Any) -> None:
         type=whole_number(1),
         help="runs with another split, start and order (default: the experiment's own number)",
     )
-    add("--out", type=folder, default="fastbn-experiments", help="the folder to write into (default: %(default)s)")
+    out = add(
+        "--out", type=folder, default="fastbn-experiments", help="the folder to write into (default: %(default)s)"
+    )
+    out.complete = "directory"
     add("--quick", action="store_true", help="the same code in seconds, on too little to conclude from")
     add("--paper", action="store_true", help="of speed: section 4.1 of Ioffe and Szegedy, 2015, at full length")
     parser.set_defaults(run=run, check=lambda args: check(parser, args))
@@ -53,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         if dataset.y is None:
             hint = " (--target names their column)" * bool(dataset.features)
             raise ValueError(f"{args.data}: no labels to learn{hint}")
+        _check_classes(args.data, dataset)
         if {"shift", "paper"} & {*names}:
             check_pixels(dataset.X, args.data)
         options = {} if args.seeds is None else {"seeds": args.seeds}
@@ -64,5 +70,17 @@ def run(args: argparse.Namespace) -> None:
                 raise KeyboardInterrupt(f" in {name}, which is not written") from None
             with naming(args.out):
                 written = result.save(args.out)
-            print(result.table(), flush=True)
-            print("wrote", ", ".join(map(printable, written)), end="\n\n", flush=True)
+            print(result.table(), end="\n\n", flush=True)
+            say(f"wrote {', '.join(map(str, written))}")
+
+
+def _check_classes(name: str, dataset: data.Dataset) -> None:
+    """ValueError for numbers of which one occurs once: data.split would advise a regression, which none of these is."""
+    classes, y = dataset.classes, dataset.y
+    if classes is not None and y is not None and classes.dtype.kind in "iuf" and dataset.held_out is None:
+        counts = np.bincount(y)
+        if counts.min() < 2:
+            once = classes[counts.argmin()]
+            raise ValueError(
+                f"{name}: experiments learn classes, of 2 examples or more each, got the number {once} once"
+            )

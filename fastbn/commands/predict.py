@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import math
 import sys
 from collections.abc import Iterable
@@ -14,27 +16,34 @@ import numpy as np
 from fastbn import checkpoint, data, labels, nn
 from fastbn.tables import is_table
 
-from .common import SOURCE, add_columns, load
+from .common import SOURCE, add_columns, load, say
 
 
 def add_to(commands: Any) -> None:
     """The command and its options."""
     parser = commands.add_parser("predict", help="print a label for every example, by a model of train's")
-    parser.add_argument("model", metavar="MODEL", type=Path, help="the model.safetensors that train wrote")
-    parser.add_argument("data", metavar="DATA", help=SOURCE + "; its test part, where it has one")
+    add: Any = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="the model.safetensors that train wrote").complete = "file"
+    add("data", metavar="DATA", help=SOURCE + "; its test part, where it has one").complete = "file"
     add_columns(parser, "the column of labels in a table; how well they are met then goes to standard error")
+    add("--proba", action="store_true",
+        help="print the probability of every class instead, as a .csv with the labels in its first line")  # fmt: skip
     parser.set_defaults(run=run, output_is_all=True)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the labels, or numbers; and how right they are where there are labels to compare with."""
+    """Print labels, probabilities or numbers; and how right they are where there are labels to compare with."""
     model = checkpoint.load(args.model).eval()
     trained = checkpoint.read_metadata(args.model)
     _check_model(args.model, model, trained)
     regression = trained["classes"] is None
+    if regression and args.proba:
+        raise ValueError(f"{args.model}: --proba is for classes, and this model predicts numbers")
     dataset = _load(args, trained, "regression" if regression else "classification")
     is_test_part = dataset.held_out is not None
     dataset = dataset.held_out or dataset
+    for note in dataset.notes:
+        say(note)
     _check_columns(args, dataset, trained)
     seen = dataset.name == trained["data"] and not is_test_part
     known = ", examples it was trained on among them" if seen else ""
@@ -46,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         if dataset.y is not None:
             rest, var = np.mean(np.square(dataset.y - predicted)), dataset.y.var()
             r2 = f"{1 - rest / var:.4f}" if var > 0 else "-"
-            print(f"RMSE {math.sqrt(rest):.5g}, R2 {r2}, {len(predicted)} examples{known}", file=sys.stderr)
+            say(f"RMSE {math.sqrt(rest):.5g}, R2 {r2}, {len(predicted)} examples{known}")
         return
     classes = {labels.key(label): k for k, label in enumerate(trained["classes"])}
     right_classes = None
@@ -56,16 +65,30 @@ def run(args: argparse.Namespace) -> None:
             expected = ", ".join(map(str, trained["classes"]))
             raise ValueError(f"{args.data}: label {unseen[0]!r} was not seen in training, expected one of {expected}")
         right_classes = np.array([classes.get(labels.key(label), -1) for label in there])[dataset.y]
-    chosen = _outputs(args, model, dataset).argmax(axis=1)
-    _print(trained["classes"][k] for k in chosen)
+    outputs = _outputs(args, model, dataset)
+    chosen = outputs.argmax(axis=1)
+    if args.proba:
+        _print(_table(trained["classes"], outputs))
+    else:
+        _print(trained["classes"][k] for k in chosen)
     if right_classes is not None:
         right = int(np.count_nonzero(chosen == right_classes))
-        print(f"accuracy {right / len(chosen):.2%}, {right} of {len(chosen)}{known}", file=sys.stderr)
+        say(f"accuracy {right / len(chosen):.2%}, {right} of {len(chosen)}{known}")
 
 
 def _print(lines: Iterable[Any]) -> None:
     sys.stdout.write("".join(f"{labels.printable(line)}\n" for line in lines))
     sys.stdout.flush()  # before anything is said of them
+
+
+def _table(classes: list[Any], outputs: np.ndarray) -> Iterable[str]:
+    """A .csv of probabilities, in the nine digits that tell any two numbers of float32 apart."""
+    head = io.StringIO()
+    csv.writer(head, lineterminator="").writerow(map(labels.printable, classes))
+    yield head.getvalue()
+    e = np.exp(outputs - outputs.max(axis=1, keepdims=True), dtype=np.float64)
+    for row in (e / e.sum(axis=1, keepdims=True)).tolist():
+        yield ",".join(f"{p:.9g}" for p in row)
 
 
 def _check_model(path: Path, model: Any, trained: dict[str, Any]) -> None:

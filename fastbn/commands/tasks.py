@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from fastbn import data, losses, nn, plots, training
+from fastbn.labels import printable
+
+from .common import aligned, need
 
 __all__ = ["Classification", "Regression", "kind_of", "task_of"]
+
+# Classes of a confusion matrix that fits into lines of a terminal, and of one whose picture shows anything.
+PRINTED, DRAWN = 20, 200
+COLUMNS = 100  # characters of such a line
 
 
 def task_of(args: argparse.Namespace, train: data.Dataset) -> Classification | Regression:
@@ -39,6 +46,7 @@ class Classification:
 
     def __init__(self, train: data.Dataset) -> None:
         assert train.classes is not None
+        need({"sklearn": "precision and recall need"})
         self.outputs = len(train.classes)
         self.about = f"{self.outputs} classes"
         self.metadata = {"classes": train.classes.tolist()}
@@ -56,9 +64,46 @@ class Classification:
         """What was measured, epoch by epoch; `target` and `validation` are the targets of both parts."""
         return dataclasses.asdict(history)
 
-    def draw(self, epochs: Mapping[str, dict[str, list[float]]], path: Path) -> None:
-        """The learning curves."""
-        plots.learning_curves({name: training.History(**lists) for name, lists in epochs.items()}, path)
+    def in_detail(self, model: nn.Sequential, dataset: data.Dataset) -> dict[str, Any]:
+        """Class by class; None where there is nothing to divide by, and no matrix beyond 200 classes."""
+        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+        chosen = [model(dataset.X[i : i + 1024]).argmax(axis=1) for i in range(0, len(dataset.X), 1024)]
+        compared = {"y_true": dataset.y, "y_pred": np.concatenate(chosen), "labels": np.arange(self.outputs)}
+        precision, recall, _, examples = precision_recall_fscore_support(**compared, zero_division=np.nan)
+        return {
+            "classes": self.metadata["classes"],
+            "precision": [None if math.isnan(value) else value for value in precision.tolist()],
+            "recall": [None if math.isnan(value) else value for value in recall.tolist()],
+            "examples": examples.tolist(),
+            "confusion": confusion_matrix(**compared).tolist() if self.outputs <= DRAWN else None,
+        }
+
+    def tables(self, title: str, detail: dict[str, Any]) -> Iterator[str]:
+        """Precision and recall; and the confusion matrix, or the sentence that stands for a large one."""
+        names = [printable(label) for label in detail["classes"]]
+        rates = [["-" if p is None else f"{p:.2%}" for p in detail[key]] for key in ("precision", "recall")]
+        yield aligned(
+            [(title, "precision", "recall", "examples"), *zip(names, *rates, map(str, detail["examples"]), strict=True)]
+        )
+        if len(names) > DRAWN:
+            yield f"no confusion matrix, which is for {DRAWN} classes at most"
+        elif len(names) > PRINTED:
+            yield f"the confusion matrix of {len(names)} classes is in confusion.png and metrics.json"
+        else:
+            rows = [name[:PRINTED] for name in names]
+            width = (COLUMNS - max(map(len, rows))) // len(rows) - 2
+            cells = [["", *(name[:width] for name in names)]]
+            cells += [[name, *map(str, row)] for name, row in zip(rows, detail["confusion"], strict=True)]
+            yield f"confusion matrix: a row for each label, a column for each prediction\n{aligned(cells)}"
+
+    def draw(self, epochs: Mapping[str, dict[str, list[float]]], detail: dict[str, Any], *paths: Path) -> None:
+        """The learning curves, and the confusion matrix."""
+        plots.learning_curves({name: training.History(**lists) for name, lists in epochs.items()}, paths[0])
+        if detail["confusion"] is None:
+            paths[1].unlink(missing_ok=True)  # of an earlier training
+        else:
+            plots.confusion(detail["confusion"], [printable(label) for label in detail["classes"]], paths[1])
 
 
 class Regression:
@@ -106,13 +151,22 @@ class Regression:
             found[f"{prefix}r2"] = [r2 for loss in part_losses if (r2 := _r2(loss, part)) is not None]
         return found | {"lr": history.lr, "seconds": history.seconds}
 
-    def draw(self, epochs: Mapping[str, dict[str, list[float]]], path: Path) -> None:
+    def in_detail(self, model: nn.Sequential, dataset: data.Dataset) -> dict[str, Any]:
+        """Nothing beside the scores."""
+        return {}
+
+    def tables(self, title: str, detail: dict[str, Any]) -> Iterator[str]:
+        """None."""
+        return iter(())
+
+    def draw(self, epochs: Mapping[str, dict[str, list[float]]], detail: dict[str, Any], *paths: Path) -> None:
         """The learning curves."""
         curves = {
             name: training.History(lists["rmse"], lists["r2"], lists["val_rmse"], lists["val_r2"])
             for name, lists in epochs.items()
         }
-        plots.learning_curves(curves, path, ("RMSE", "R2"))
+        plots.learning_curves(curves, paths[0], ("RMSE", "R2"))
+        paths[1].unlink(missing_ok=True)  # an earlier training's confusion matrix
 
     def _rmse(self, loss: float) -> float:
         return math.sqrt(loss) * self._std

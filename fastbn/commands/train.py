@@ -7,7 +7,8 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ import numpy as np
 import fastbn
 from fastbn import checkpoint, data, nn, optim, schedules, training
 from fastbn.files import write_whole
-from fastbn.labels import printable
 
-from .common import add_data, folder, load, making, naming, need, real_number, whole_number
+from .common import add_data, aligned, folder, load, making, naming, need, real_number, say, whole_number
 from .resume import same_options
 from .tasks import Classification, Regression, kind_of, task_of
 
@@ -45,10 +45,10 @@ def add_to(commands: Any) -> None:
         "train",
         help="train a network with batch normalization and its twin without",
         description="Train a network with batch normalization, and its twin without from the same seed and "
-        "mini-batches; report both on held-out data; write model, picture and figures.",
+        "mini-batches; report both on held-out data; write model, pictures and figures.",
     )
     add_data(parser)
-    add = parser.add_argument
+    add: Any = parser.add_argument
     rates = ", ".join(f"{rate} for {name}" for name, rate in RATES.items())
     positive = real_number("a number above 0", lambda value: value > 0)
     fraction = real_number("a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -59,7 +59,8 @@ def add_to(commands: Any) -> None:
     add("--no-standardize", dest="standardize", action="store_false",
         help="leave inputs, and the targets of a regression, as they are: by default every column gets mean 0 and "
         "variance 1; pixels of images have mean 0 each, and variance 1 all together")  # fmt: skip
-    add("--out", type=folder, default="fastbn-run", help="the folder to write into (default: %(default)s)")
+    out = add("--out", type=folder, default="fastbn-run", help="the folder to write into (default: %(default)s)")
+    out.complete = "directory"
     add("--hidden", type=hidden_widths, default="100,100", help="widths of the hidden layers (default: %(default)s)")
     add("--activation", choices=ACTIVATIONS, default="relu", help="of the hidden layers (default: %(default)s)")
     add("--optimizer", choices=RATES, default="adam", help="how steps are taken (default: %(default)s)")
@@ -100,13 +101,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, write, print."""
     need({"safetensors": "saving the model needs", "matplotlib": "learning curves need"})
-    files = [args.out / name for name in ("model.safetensors", "learning-curves.png", "metrics.json")]
+    files = [args.out / name for name in ("model.safetensors", "metrics.json", "learning-curves.png", "confusion.png")]
     unfinished = {name: args.out / f"unfinished-{name.split()[0]}.safetensors" for name in (WITH, WITHOUT)}
     begun_with = args.out / "unfinished.json"
     with making(args.out, files):
-        if not args.resume and (found := next((path for path in unfinished.values() if path.exists()), None)):
+        if not args.resume and (found := [str(path) for path in unfinished.values() if path.exists()]):
             raise ValueError(
-                f"{found}: an interrupted training, give --resume to go on with it or delete it to begin anew"
+                f"{' and '.join(found)}: left by an interrupted training: the same command with --resume goes on with "
+                f"it; to begin anew, delete {'them' if found[1:] else 'it'} or give another --out"
             )
         dataset = load(args, task=args.task)
         if dataset.y is None:
@@ -115,32 +117,33 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.data}: no labels to learn{columns}")
         train, held_out = data.split(dataset, seed=args.seed)
         task = task_of(args, train)
-        print(f"{printable(dataset.name)}: {len(train.X)} training examples, {len(held_out.X)} held out, "
-              f"{train.X.shape[1]} features, {task.about}")  # fmt: skip
+        say(f"{dataset.name}: {len(train.X)} training examples, {len(held_out.X)} held out, "
+            f"{train.X.shape[1]} features, {task.about}")  # fmt: skip
         for note in (*dataset.notes, *[f"--task auto: {kind_of(dataset)}"] * (args.task == "auto")):
-            print(printable(note))
+            say(note)
         inputs = _inputs(args, train)
-        print(_said_of(inputs, train), flush=True)
+        say(_said_of(inputs, train))
 
         with (
             _resumable([*unfinished.values(), begun_with]),
             same_options(args, begun_with, unfinished.values()),
         ):
             epochs, results, saved = _train_networks(args, task, train, held_out, inputs, unfinished)
+            detail = task.in_detail(saved[0], held_out)
             alone = _one_at_a_time(saved[0], held_out.X, task)
             metadata = {"fastbn": fastbn.__version__, "data": dataset.name, "inputs": train.X.shape[1],
                         "columns": dataset.features, **task.metadata}  # fmt: skip
             options = {key: value for key, value in vars(args).items() if key not in ("run", "check", "out", "resume")}
             metrics = {"fastbn": fastbn.__version__, "data": dataset.name, "training_examples": len(train.X),
                        "held_out_examples": len(held_out.X), "options": options, "held_out": results,
-                       "one_at_a_time": alone, "epochs": epochs}  # fmt: skip
+                       **detail, "one_at_a_time": alone, "epochs": epochs}  # fmt: skip
             # Before anything is printed: whoever has stopped to read the lines still gets the files.
             with naming(args.out):
                 checkpoint.save(files[0], *saved, metadata=metadata)
-                task.draw(epochs, files[1])
-                write_whole(files[2], f"{json.dumps(metrics, indent=2)}\n".encode())
-    _print_results(results, alone, task)
-    print("wrote", ", ".join(map(printable, files)))
+                write_whole(files[1], f"{json.dumps(metrics, indent=2)}\n".encode())
+                task.draw(epochs, detail, *files[2:])
+    _print_results(results, detail, alone, task)
+    say(f"wrote {', '.join(str(path) for path in files if path.exists())}")
 
 
 def _inputs(args: argparse.Namespace, train: data.Dataset) -> nn.Standardize | None:
@@ -212,9 +215,15 @@ def _train_networks(
     results: dict[str, dict[str, Any]] = {}
     epochs: dict[str, Any] = {}
     saved = None
-    for name in (WITHOUT,) if args.no_batchnorm else (WITH, WITHOUT):
-        print(f"training {name}", flush=True)
-        trained = _network([X.shape[1], *args.hidden, task.outputs], args, batchnorm=name == WITH)
+    widths = [X.shape[1], *args.hidden, task.outputs]
+    names = (WITHOUT,) if args.no_batchnorm else (WITH, WITHOUT)
+    networks = {name: _network(widths, args, batchnorm=name == WITH) for name in names}
+    first = [] if inputs is None else [inputs]
+    tables = [_summary(name, [*first, *trained]) + "\n\n" for name, trained in networks.items()]
+    sys.stdout.write("".join(tables))  # at once, before the training: a reader that has seen enough does not end it
+    sys.stdout.flush()
+    for name, trained in networks.items():
+        say(f"training {name}")
         model = trained if inputs is None else nn.Sequential(inputs, *trained)
         optimizer = _optimizer(model, args)
         try:
@@ -254,6 +263,19 @@ def _network(widths: list[int], args: argparse.Namespace, *, batchnorm: bool) ->
     return nn.Sequential(*layers, nn.Dense(widths[-2], widths[-1], seed=seeds[-1]))
 
 
+def _summary(name: str, layers: Iterable[Any]) -> str:
+    """A table of layers, the shapes of their outputs, and how many numbers each one learns."""
+    rows, width, total = [(name, "output", "parameters")], 0, 0
+    for layer in layers:
+        width = layer.n_out if isinstance(layer, nn.Dense) else width or layer.num_features
+        config = layer.config() if isinstance(layer, fastbn.BatchNorm) else {}
+        more = "no bias" if isinstance(layer, nn.Dense) and not layer.bias else config.get("activation")
+        learned = sum(array.size for array in layer.params.values())
+        total += learned
+        rows.append((type(layer).__name__ + f" ({more})" * bool(more), f"(N, {width})", f"{learned:,}"))
+    return aligned([*rows, ("total", "", f"{total:,}")])
+
+
 def _optimizer(model: nn.Sequential, args: argparse.Namespace) -> optim.SGD | optim.RMSprop | optim.Adam:
     lr = RATES[args.optimizer] if args.lr is None else args.lr
     if args.optimizer == "sgd":
@@ -273,20 +295,24 @@ def _one_at_a_time(model: Any, X: np.ndarray, task: Task) -> dict[str, Any]:
     return found
 
 
-def _print_results(results: dict[str, dict[str, Any]], alone: dict[str, Any], task: Task) -> None:
-    print(f"\n{'held-out data, running averages':<31}", *(f"{name:>9}" for name in (*task.formats, "seconds")))
+def _print_results(
+    results: dict[str, dict[str, Any]], detail: dict[str, Any], alone: dict[str, Any], task: Task
+) -> None:
+    print(f"{'held-out data, running averages':<31}", *(f"{name:>9}" for name in (*task.formats, "seconds")))
     for name, row in results.items():
         if "diverged" in row:
             print(f"{name:<32}diverged: {row['diverged']}")
             continue
         cells = ["-" if row[key] is None else _short(row[key], form) for key, form in task.formats.items()]
         print(f"{name:<31}", *(f"{cell:>9}" for cell in (*cells, f"{row['seconds']:.1f}")))
+    for table in task.tables(f"{next(iter(results))}, class by class", detail):
+        print(f"\n{table}")
     agrees = alone["largest_difference"] <= AGREES * alone["largest_output"]
     other = alone.get("other_predictions")
     predictions = "" if other is None else f", {f'{other} other' if other else 'same'} predictions"
     print(f"\none example at a time {'agrees with' if agrees else 'DIFFERS from'} the batch: {alone['examples']} "
           f"examples, largest difference of an output {alone['largest_difference']:.1e}, largest output "
-          f"{alone['largest_output']:.1e}{predictions}")  # fmt: skip
+          f"{alone['largest_output']:.1e}{predictions}", flush=True)  # fmt: skip
 
 
 def _short(value: float, form: str) -> str:
