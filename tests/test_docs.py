@@ -36,7 +36,7 @@ def name_of(page):
 
 
 def blocks(page):
-    """Each block's first line, its code, compiled as what stands there in the page, and what it shall print, or None."""
+    """Each block's first line, its code, compiled as if at that line, and what it shall print, or None."""
     text = page.read_text(encoding="utf-8")
     for match in BLOCK.finditer(text):
         above = text.count("\n", 0, match.start(1))

@@ -25,7 +25,7 @@ SOURCE = (
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """--data, and what is read of it."""
-    add: Any = parser.add_argument
+    add: Any = parser.add_argument  # Any: what it returns is given `complete`, which shtab reads
     add("--data", default="digits", help=SOURCE + " (default: digits)").complete = "file"
     add_columns(parser, "the column of labels in a table")
 

@@ -272,6 +272,7 @@ def get_pool_limit():
     1048576
     >>> _ = fastbn.set_pool_limit(before)
     """
+    cdef size_t now
     PyThread_acquire_lock(lock, WAIT_LOCK)
     now = limit
     PyThread_release_lock(lock)
@@ -306,15 +307,18 @@ def set_pool_limit(nbytes):
     """
     global limit
     cdef Block *chain
+    cdef size_t before
+    cdef size_t new
     try:
         bound = operator.index(nbytes)
     except TypeError:
         raise TypeError(f"expected the limit in bytes as an integer, got {type(nbytes).__name__}") from None
     if not 0 <= bound <= sys.maxsize:
         raise ValueError(f"expected the limit in bytes to be at least 0 and at most {sys.maxsize}, got {bound}")
+    new = bound  # and no Python object is made while the lock is held: memory for it may be missing
     PyThread_acquire_lock(lock, WAIT_LOCK)
     before = limit
-    limit = bound
+    limit = new
     chain = surplus(limit)
     PyThread_release_lock(lock)
     discard(chain)
