@@ -92,7 +92,7 @@ def need(uses: dict[str, str], extra: str = "train") -> None:
 
 
 def say(message: str) -> None:
-    """What is no result goes to standard error."""
+    """Print on standard error: standard output has results alone, which another program may read."""
     print(printable(message), file=sys.stderr, flush=True)
 
 

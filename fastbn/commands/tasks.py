@@ -158,7 +158,7 @@ class Regression:
         return {}
 
     def tables(self, title: str, detail: dict[str, Any]) -> Iterator[str]:
-        """None."""
+        """There are none."""
         return iter(())
 
     def draw(
