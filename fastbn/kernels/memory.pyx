@@ -35,9 +35,11 @@ cdef extern from "numpy/arrayobject.h":
 cdef extern from *:
     """
     /* Memory that goes back to the system when it is freed. What malloc has given it may keep, between other pieces that are still in use: under
-       changing shapes that came to 150 MB above the pool's limit. */
+       changing shapes that came to 150 MB above the pool's limit. FASTBN_POOL_FROM_MALLOC is for sanitizers, which watch malloc alone. */
     #if defined(__unix__) || defined(__APPLE__)
     #include <sys/mman.h>
+    #endif
+    #if (defined(__unix__) || defined(__APPLE__)) && !defined(FASTBN_POOL_FROM_MALLOC)
     #ifndef MAP_ANONYMOUS
     #define MAP_ANONYMOUS MAP_ANON
     #endif
