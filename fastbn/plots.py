@@ -121,10 +121,11 @@ def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path: str 
     Parameters
     ----------
     counts : K sequences of K int
-        Number of examples of each label (row) for which each label (column) was predicted. Those above 0 are written
-        into the cells of 20 classes or fewer; a cell's colour is its part of the row.
+        Number of examples of each label (row) for which each label (column) was predicted. With 20 classes or fewer,
+        those above 0 are written into the cells. The colour of a cell shows its share of the row.
     labels : sequence of K str
-        Names of rows and columns; every second one and so on, where there are more than 20.
+        Names of rows and columns. If there are more than 20, only every second one is shown, or every third, and so
+        on.
     path : path
         Written, or overwritten, as PNG whatever its suffix.
 

@@ -95,7 +95,8 @@ class Arrays(dict[str, Array]):
     """
 
     def __setitem__(self, key: str, value: ArrayLike) -> None:
-        if value is not self.get(key):
+        # layer.params[name] *= 2 has changed the array already, and hands it back.
+        if key not in self or value is not self[key]:
             self.update({key: value})
 
     def update(self, other: Any = (), /, **more: ArrayLike) -> None:

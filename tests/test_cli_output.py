@@ -239,6 +239,7 @@ def test_the_picture_of_a_matrix(tmp_path, monkeypatch):
         plots.confusion([[1]], ["a"], "c.png")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the bash that Windows finds may be that of a Linux beside it")
 def test_completion_in_bash(capsys, tmp_path, monkeypatch):
     pytest.importorskip("shtab")
     if not (bash := shutil.which("bash")):

@@ -36,11 +36,11 @@ def name_of(page):
 
 
 def blocks(page):
-    """Each block's code, compiled as what stands in those lines of the page, and what it shall print, or None."""
+    """Each block's first line, its code, compiled as if at that line, and what it shall print, or None."""
     text = page.read_text(encoding="utf-8")
     for match in BLOCK.finditer(text):
-        above = "\n" * text.count("\n", 0, match.start(1))
-        yield compile(above + match[1], str(page), "exec"), match[2]
+        above = text.count("\n", 0, match.start(1))
+        yield above + 1, compile("\n" * above + match[1], str(page), "exec"), match[2]
 
 
 PROGRAMS = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
@@ -60,11 +60,10 @@ def test_the_programs_run(page, tmp_path, monkeypatch):
     limit, names = fastbn.get_pool_limit(), {"__name__": "__main__"}
     try:
         with fastbn.threads(fastbn.get_num_threads()):  # what a page sets is over when it ends
-            for code, expected in blocks(page):
+            for line, code, expected in blocks(page):
                 with contextlib.redirect_stdout(io.StringIO()) as printed:
                     exec(code, names)
                 if expected is not None and not doctest.OutputChecker().check_output(expected, printed.getvalue(), HOW):
-                    line = code.co_firstlineno
                     pytest.fail(
                         f"{name_of(page)}: the block of line {line} printed\n{printed.getvalue()}not\n{expected}"
                     )

@@ -368,7 +368,7 @@ def living(group):
     return sum(int(pgid) == group and "Z" not in stat for pgid, stat in map(str.split, listed.splitlines()))
 
 
-@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+@pytest.mark.skipif(os.name == "nt" or not shutil.which("ps"), reason="needs ps, and signals to a group of processes")
 def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
     command = [sys.executable, "-m", "fastbn", "experiment", "speed", "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, start_new_session=True, stdout=-1, stderr=-1, text=True) as process:

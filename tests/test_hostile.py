@@ -116,6 +116,13 @@ def test_an_update_of_parameters_is_whole_or_not_at_all(wrong, error):
     assert (bn.weight == 1).all()
 
 
+def test_a_parameter_that_is_not_there_cannot_be_set_to_none():
+    bn = BatchNorm(3)
+    with pytest.raises(KeyError, match="got 'other'"):
+        bn.params["other"] = None
+    assert list(bn.params) == ["weight", "bias"]
+
+
 def test_an_update_may_swap_parameters():
     bn = BatchNorm(3)
     bn.params.update(weight=bn.bias, bias=bn.weight)

@@ -1,6 +1,6 @@
 """Formulas as MathML, made when the site is built: no page needs a script from elsewhere to show them.
 
-In conf.py: this folder on sys.path, "mathml" among the extensions, and html_math_renderer = "mathml".
+conf.py puts this folder on sys.path, has "mathml" among the extensions, and sets html_math_renderer to "mathml".
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ def inline(page: Any, formula: Element) -> None:
 
 
 def displayed(page: Any, formula: Element) -> None:
-    """Wider than a telephone, it scrolls by itself."""
+    """On a page that is too narrow, a telephone's, the formula scrolls by itself."""
     page.body.append('<div class="formula" style="overflow-x: auto; overflow-y: hidden; padding: 0.4em 0">')
     page.body.append(convert(formula.astext(), display="block"))
     page.body.append("</div>\n")

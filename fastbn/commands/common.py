@@ -25,7 +25,7 @@ SOURCE = (
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """--data, and what is read of it."""
-    add: Any = parser.add_argument
+    add: Any = parser.add_argument  # Any: what it returns is given `complete`, which shtab reads
     add("--data", default="digits", help=SOURCE + " (default: digits)").complete = "file"
     add_columns(parser, "the column of labels in a table")
 
@@ -92,7 +92,7 @@ def need(uses: dict[str, str], extra: str = "train") -> None:
 
 
 def say(message: str) -> None:
-    """What is no result goes to standard error."""
+    """Print on standard error: standard output has results alone, which another program may read."""
     print(printable(message), file=sys.stderr, flush=True)
 
 

@@ -97,13 +97,15 @@ class Classification:
             cells += [[name, *map(str, row)] for name, row in zip(rows, detail["confusion"], strict=True)]
             yield f"confusion matrix: a row for each label, a column for each prediction\n{aligned(cells)}"
 
-    def draw(self, epochs: Mapping[str, dict[str, list[float]]], detail: dict[str, Any], *paths: Path) -> None:
+    def draw(
+        self, epochs: Mapping[str, dict[str, list[float]]], detail: dict[str, Any], curves: Path, matrix: Path
+    ) -> None:
         """The learning curves, and the confusion matrix."""
-        plots.learning_curves({name: training.History(**lists) for name, lists in epochs.items()}, paths[0])
+        plots.learning_curves({name: training.History(**lists) for name, lists in epochs.items()}, curves)
         if detail["confusion"] is None:
-            paths[1].unlink(missing_ok=True)  # of an earlier training
+            matrix.unlink(missing_ok=True)  # of an earlier training
         else:
-            plots.confusion(detail["confusion"], [printable(label) for label in detail["classes"]], paths[1])
+            plots.confusion(detail["confusion"], [printable(label) for label in detail["classes"]], matrix)
 
 
 class Regression:
@@ -156,17 +158,19 @@ class Regression:
         return {}
 
     def tables(self, title: str, detail: dict[str, Any]) -> Iterator[str]:
-        """None."""
+        """There are none."""
         return iter(())
 
-    def draw(self, epochs: Mapping[str, dict[str, list[float]]], detail: dict[str, Any], *paths: Path) -> None:
+    def draw(
+        self, epochs: Mapping[str, dict[str, list[float]]], detail: dict[str, Any], curves: Path, matrix: Path
+    ) -> None:
         """The learning curves."""
-        curves = {
+        histories = {
             name: training.History(lists["rmse"], lists["r2"], lists["val_rmse"], lists["val_r2"])
             for name, lists in epochs.items()
         }
-        plots.learning_curves(curves, paths[0], ("RMSE", "R2"))
-        paths[1].unlink(missing_ok=True)  # an earlier training's confusion matrix
+        plots.learning_curves(histories, curves, ("RMSE", "R2"))
+        matrix.unlink(missing_ok=True)  # an earlier training's confusion matrix
 
     def _rmse(self, loss: float) -> float:
         return math.sqrt(loss) * self._std

@@ -35,9 +35,11 @@ cdef extern from "numpy/arrayobject.h":
 cdef extern from *:
     """
     /* Memory that goes back to the system when it is freed. What malloc has given it may keep, between other pieces that are still in use: under
-       changing shapes that came to 150 MB above the pool's limit. */
+       changing shapes that came to 150 MB above the pool's limit. FASTBN_POOL_FROM_MALLOC is for sanitizers, which watch malloc alone. */
     #if defined(__unix__) || defined(__APPLE__)
     #include <sys/mman.h>
+    #endif
+    #if (defined(__unix__) || defined(__APPLE__)) && !defined(FASTBN_POOL_FROM_MALLOC)
     #ifndef MAP_ANONYMOUS
     #define MAP_ANONYMOUS MAP_ANON
     #endif
@@ -272,6 +274,7 @@ def get_pool_limit():
     1048576
     >>> _ = fastbn.set_pool_limit(before)
     """
+    cdef size_t now
     PyThread_acquire_lock(lock, WAIT_LOCK)
     now = limit
     PyThread_release_lock(lock)
@@ -306,15 +309,18 @@ def set_pool_limit(nbytes):
     """
     global limit
     cdef Block *chain
+    cdef size_t before
+    cdef size_t new
     try:
         bound = operator.index(nbytes)
     except TypeError:
         raise TypeError(f"expected the limit in bytes as an integer, got {type(nbytes).__name__}") from None
     if not 0 <= bound <= sys.maxsize:
         raise ValueError(f"expected the limit in bytes to be at least 0 and at most {sys.maxsize}, got {bound}")
+    new = bound  # and no Python object is made while the lock is held: memory for it may be missing
     PyThread_acquire_lock(lock, WAIT_LOCK)
     before = limit
-    limit = bound
+    limit = new
     chain = surplus(limit)
     PyThread_release_lock(lock)
     discard(chain)
