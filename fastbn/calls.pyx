@@ -501,25 +501,28 @@ cdef class Callable:
 
     def __call__(self, x, out=None, *, mask=None):
         cdef Call c
+        cdef Constants constants
         cdef tuple saved = None
         cdef double factor = 0
-        if self._constants is None:
+        with cython.critical_section(self):  # another thread may set an attribute that makes them anew
+            constants = self._constants
+        if constants is None:
             raise AttributeError(UNMADE)
         # Without running statistics, inference computes the batch's for want of others, as PyTorch's does.
-        cdef bint training = (self.training and not self.frozen) or self._constants.mean is None
+        cdef bint training = (self.training and not self.frozen) or constants.mean is None
         if mask is not None or self._ghost_size is not None:
             return self._forward_in_batches(x, out, mask, training)
         if training:
-            c = normalized(self._constants, x, out)
+            c = normalized(constants, x, out)
         else:
-            c = inferred(self._constants, x, out)
+            c = inferred(constants, x, out)
         if c.x_kept:
             saved = (backward_into, x, c.stats, training)
-        if training and self._constants.mean is not None and c.stats.count:
+        if training and constants.mean is not None and c.stats.count:
             with cython.critical_section(self):
                 tracked = self.num_batches_tracked + 1
                 factor = 1 / tracked if self._momentum is None else self._momentum
-                average(self._constants, c, factor)
+                average(constants, c, factor)
                 self.num_batches_tracked = tracked
         # Inference is called from several threads at once, which must not let go of what was saved before twice.
         with cython.critical_section(self):
@@ -557,17 +560,18 @@ cdef class Callable:
         ValueError, TypeError
             An array does not fit.
         """
+        cdef Constants constants
         with cython.critical_section(self):
-            saved = self._saved
-        if self._constants is None:
+            constants, saved = self._constants, self._saved
+        if constants is None:
             raise AttributeError(UNMADE)
         if saved is None:
             raise RuntimeError("expected a forward before backward, and one that did not overwrite x")
         back, x, stats, training = saved
         dweight = dbias = None
-        if self._constants.weight is not None:
+        if constants.weight is not None:
             dweight, dbias = self.grads["weight"], self.grads["bias"]
-        return back(self._constants, dy, x, stats, training, out, dweight, dbias)
+        return back(constants, dy, x, stats, training, out, dweight, dbias)
 
 
 # --- halves of a call, for statistics and gradients that are summed over more than one array (as over processes) ------------
