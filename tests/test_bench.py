@@ -507,6 +507,8 @@ def test_the_page_of_exactness_is_of_these_libraries(monkeypatch):
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| far")]
     assert len(rows) == 2
     assert all(float(row[1]) < 5 < float(row[2].rstrip(" |")) for row in rows)
+    if not exactness.PAGE.exists():
+        return  # tests beside an installed wheel have no pages
     committed = exactness.PAGE.read_text(encoding="utf-8")
     assert [line for line in committed.splitlines() if line.startswith("##")] == [
         line for line in page.splitlines() if line.startswith("##")
