@@ -91,7 +91,7 @@ def fit(
         running averages of BatchNorm are then taken anew from X, as by `recalibrate`; those of a layer that is frozen
         or in inference mode stay. The history, validation included, is of the weights that are trained: `evaluate`
         tells what the average is worth. It cannot be combined with `patience`, which restores other weights.
-    average_from : int
+    average_from : int, optional
         For average="swa", the first epoch, counted from 1, whose weights are averaged. The model keeps its last weights
         where training stops before the end of that epoch.
     on_step : callable, optional
