@@ -21,10 +21,10 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "experiment",
         help="try four claims about batch normalization on data",
-        description="Try a claim about batch normalization on data, with several seeds: print a table, write NAME.json "
-        "and NAME.png. speed: steps to an accuracy, with and without; shift: how much a hidden layer's inputs move, and "
-        "a shifted domain; noise: the gap between training and test against mini-batch size, beside dropout; "
-        "testtime: one example at a time, and the running averages beside the exact statistics.",
+        description="Try a claim about batch normalization on data, with several seeds: print a table, write "
+        "NAME.json and NAME.png. speed: steps to an accuracy, with and without; shift: how much a hidden layer's "
+        "inputs move, and a shifted domain; noise: the gap between training and test against mini-batch size, beside "
+        "dropout; testtime: one example at a time, and the running averages beside the exact statistics.",
     )
     add: Any = parser.add_argument
     add("name", metavar="NAME", choices=(*EXPERIMENTS, "all"), help=f"{', '.join(EXPERIMENTS)} or all")
