@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastbn", description="Batch normalization for NumPy on CPUs.")
     parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     parser.add_argument("--print-completion", action=_Completion, metavar="SHELL",
-        help="print a script for bash or zsh that completes commands, options and files (needs shtab)")  # fmt: skip
+        help="print a script for bash, zsh or more that completes commands, options, files (needs shtab)")  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (train, predict, experiment):
         command.add_to(commands)

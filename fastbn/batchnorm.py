@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Self
@@ -14,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import batches, calls
 from .atomic import change
 from .kernels import machine
-from .state import FLOATS, Array, Arrays, Held, check_state
+from .state import FLOATS, Array, Arrays, Held, check_state, whole
 
 
 class BatchNorm(calls.Callable):
@@ -132,7 +131,7 @@ class BatchNorm(calls.Callable):
         ghost_size: int | None = None,
         renorm: tuple[float, float] | None = None,
     ) -> None:
-        self._num_features = operator.index(num_features)
+        self._num_features = whole(num_features, "num_features")
         if self._num_features < 1:
             raise ValueError(f"expected num_features to be at least 1, got {num_features}")
         if momentum is not None and not math.isfinite(momentum):
@@ -142,11 +141,11 @@ class BatchNorm(calls.Callable):
             raise TypeError(f"expected dtype float32 or float64, got {self._dtype}")
         self._eps = float(eps)
         self._momentum = None if momentum is None else float(momentum)
-        self._axis = operator.index(axis)
+        self._axis = whole(axis, "axis")
         self._activation = activation
         self._unbiased = bool(unbiased)
         self._num_threads = num_threads
-        self._ghost_size = None if ghost_size is None else operator.index(ghost_size)
+        self._ghost_size = None if ghost_size is None else whole(ghost_size, "ghost_size")
         if self._ghost_size is not None and self._ghost_size < 1:
             raise ValueError(f"expected ghost_size to be at least 1 or None, got {ghost_size}")
         self.training = True

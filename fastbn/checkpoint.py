@@ -99,7 +99,10 @@ def contents(
     if not isinstance(metadata, dict | None):
         raise TypeError(f"expected metadata to be a dict, got {type(metadata).__name__}")
     texts = {"format": "fastbn", MODEL: to_json(describe(model), default=float)}
-    texts["fastbn.metadata"] = to_json({} if metadata is None else metadata)
+    try:
+        texts["fastbn.metadata"] = to_json({} if metadata is None else metadata)
+    except TypeError as error:
+        raise TypeError(f"metadata: {error} (tolist() makes lists and numbers of NumPy's)") from None
     tensors = model.state_dict()
     if optimizer is not None:
         tensors |= {OPTIMIZER + key: array for key, array in optimizer.state_dict().items()}
@@ -282,6 +285,8 @@ def read(path: _Path) -> tuple[dict[str, Array], dict[str, str]]:
     safetensors = _safetensors()
     if not Path(path).exists():
         raise FileNotFoundError(f"no such file: {path}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"expected a file, such as model.safetensors, got a folder: {path}")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             keys = file.keys()

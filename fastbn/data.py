@@ -144,6 +144,8 @@ def load(
         raise ValueError("expected a path, got ''")
     source = None if path is None else Path(path)
     chosen = target is not None or columns is not None or ignore or header is not None
+    if source is not None and source.exists() and not (source.is_dir() or is_table(source) or _is_npz(source)):
+        raise ValueError(f"{source}: expected a folder of idx files, an .npz file or a table: {', '.join(SUFFIXES)}")
     if chosen and (source is None or not is_table(source)):
         given = "a target column" if target is not None else "a choice of columns" if columns or ignore else "a header"
         raise ValueError(f"{given} is for tables such as .csv files, got {source or 'the digits'}")
@@ -165,9 +167,11 @@ def load(
 
         y, classes = (None, None) if table.labels is None else _targets(table.labels, where, task)
         return Dataset(table.X, y, classes, source.name, table.features, notes=table.notes)
-    if source.suffix.lower() == ".npz":
-        return _of_parts(source.name, *read_npz(source), task)
-    raise ValueError(f"{source}: expected a folder of idx files, an .npz file or a table: {', '.join(SUFFIXES)}")
+    return _of_parts(source.name, *read_npz(source), task)
+
+
+def _is_npz(source: Path) -> bool:
+    return source.suffix.lower() == ".npz"
 
 
 def split(dataset: Dataset, *, fraction: float = 0.2, seed: int = 0) -> tuple[Labelled, Labelled]:

@@ -44,6 +44,8 @@ class Optimizer:
     """State and its check; a subclass brings `step`."""
 
     def __init__(self, model: Trainable, lr: float, buffers: tuple[str, ...], exclude: Collection[str]) -> None:
+        if not hasattr(model, "params"):
+            raise TypeError(f"expected a model first, with params and grads, got {type(model).__name__}")
         if not model.params:
             raise ValueError("expected a model with parameters, got none")
         if isinstance(exclude, str):
@@ -335,6 +337,8 @@ class Adam(Optimizer):
 def _not_negative(**argument: float) -> float:
     """The one argument's value, once it is a finite number and not below 0."""
     ((name, value),) = argument.items()
+    if isinstance(value, str) or value is None:
+        raise TypeError(f"expected {name} as a number, got {type(value).__name__}")
     if not 0 <= value <= sys.float_info.max:  # not only infinity: an int or a long double may be more
         raise ValueError(f"expected a finite {name} of at least 0, got {value}")
     return float(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from .batchnorm import BatchNorm
 from .functional import moments
 from .nn import Sequential, leaves, walk
 from .running import RunningStats
-from .state import Array, as_float
+from .state import Array, as_float, whole
 
 __all__ = ["recalibrate", "retake", "tracking"]
 
@@ -64,7 +63,7 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
     >>> bn.running_mean, bn.running_var, bn.num_batches_tracked
     (array([3.]), array([7.]), 2)
     """
-    if operator.index(batch_size) < 1:
+    if whole(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     X = as_float(X)
     if X.ndim == 0 or len(X) == 0:

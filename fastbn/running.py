@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Self
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from .atomic import change
 from .batchstats import BatchStats
+from .state import whole
 
 Array = NDArray[np.float64]
 Part = tuple[Array, Array, Array]  # a mean's high and low part, and the sum of weighted squared deviations from it
@@ -95,7 +95,7 @@ class RunningStats:
     def __init__(
         self, num_features: int, momentum: float | None = 0.1, *, unbiased: bool = True, debias: bool = False
     ) -> None:
-        self.num_features = operator.index(num_features)
+        self.num_features = whole(num_features, "num_features")
         if self.num_features < 1:
             raise ValueError(f"expected num_features to be at least 1, got {num_features}")
         if momentum is not None and not math.isfinite(momentum):

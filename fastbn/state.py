@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -13,10 +14,18 @@ from .atomic import change
 
 Array = NDArray[Any]
 Float = TypeVar("Float", bound=np.floating[Any])  # of a function whose result has the dtype of what it is given
-__all__ = ["FLOATS", "Array", "Arrays", "Float", "Held", "as_float", "assign", "check_state", "refuse_masked"]
+__all__ = ["FLOATS", "Array", "Arrays", "Float", "Held", "as_float", "assign", "check_state", "refuse_masked", "whole"]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _MOST = 2**53  # a count that training does not take out of int64, and float64 holds
+
+
+def whole(value: Any, name: str) -> int:
+    """The value as an int; TypeError with its name where it is no integer, Python's or NumPy's."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"expected {name} as an integer, got {type(value).__name__}") from None
 
 
 def assign(array: Array, value: ArrayLike, name: str) -> None:

@@ -250,8 +250,10 @@ class _Reading:
             return f"cells are {self.parted}; decimals are written with a point, thousands without a mark"
         if is_missing(cell):
             return f"fill in what is missing, or {leave_out}"
+        if cell.lower().lstrip("+-") in ("inf", "infinity"):
+            return leave_out
         if self.without_target:
-            return f"a column of labels must be named as the target; {leave_out}"
+            return f"{_taking(self.names[column])} takes the column as labels, {leave_out}"
         return f"{leave_out}; text becomes numbers with scikit-learn's OneHotEncoder"
 
 
@@ -264,6 +266,11 @@ def _are_row_names(cells: list[str]) -> bool:
 def _counts(x: np.ndarray) -> bool:
     """Whether each value is one more than the one before."""
     return len(x) > 2 and bool((np.diff(x[:3]) == 1).all() and (np.diff(x) == 1).all())
+
+
+def _taking(name: str) -> str:
+    """What makes a column the target: the argument of `data.load`, and the option as a shell takes it."""
+    return "target (--target)" if len(name) >= _LONG else f"target={name!r} (--target {shlex.quote(name)})"
 
 
 def _ignoring(name: str) -> str:

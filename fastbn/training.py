@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import operator
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from .pairs import Loss, check_finite, inference, pair, with_validation
 from .recalibration import recalibrate, retake, tracking
 from .runstate import RunFile, RunState
 from .schedules import Schedule
-from .state import Array
+from .state import Array, whole
 from .terminal import CtrlC, epoch_line, progress_bar
 
 __all__ = ["History", "Loss", "evaluate", "fit", "recalibrate"]
@@ -92,7 +91,7 @@ def fit(
         running averages of BatchNorm are then taken anew from X, as by `recalibrate`; those of a layer that is frozen
         or in inference mode stay. The history, validation included, is of the weights that are trained: `evaluate`
         tells what the average is worth. It cannot be combined with `patience`, which restores other weights.
-    average_from : int
+    average_from : int, optional
         For average="swa", the first epoch, counted from 1, whose weights are averaged. The model keeps its last weights
         where training stops before the end of that epoch.
     on_step : callable, optional
@@ -151,14 +150,14 @@ def fit(
     >>> history.accuracy[-1] > 0.9
     True
     """
-    epochs, batch_size, seed = operator.index(epochs), operator.index(batch_size), operator.index(seed)
+    epochs, batch_size, seed = whole(epochs, "epochs"), whole(batch_size, "batch_size"), whole(seed, "seed")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2 (one example has no variance), got {batch_size}")
     if seed < 0:
         raise ValueError(f"seed must be non-negative, got {seed}")
-    if patience is not None and operator.index(patience) < 1:
+    if patience is not None and whole(patience, "patience") < 1:
         raise ValueError(f"patience must be at least 1, got {patience}")
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data")
@@ -168,6 +167,12 @@ def fit(
         raise ValueError(f"clip_norm must be above 0, got {clip_norm}")
     if resume and checkpoint is None:
         raise ValueError("resume needs the checkpoint to go on from")
+    _check_functions(loss, schedule, on_step, on_epoch)
+    if isinstance(optimizer, type):
+        made = f"{optimizer.__name__}(model, ...)"
+        raise TypeError(f"expected an optimizer that was made for this model, as {made}, got the class itself")
+    if not callable(getattr(optimizer, "step", None)):
+        raise TypeError(f"expected an object with a step method as optimizer, got {optimizer!r}")
     changed = getattr(getattr(optimizer, "model", None), "params", {}).values()
     if changed and {*map(id, changed)}.isdisjoint(map(id, model.params.values())):
         raise ValueError("expected an optimizer that was made for this model, got one that changes no parameter of it")
@@ -246,6 +251,17 @@ def fit(
     return state.history
 
 
+def _check_functions(loss: Any, schedule: Any, on_step: Any, on_epoch: Any) -> None:
+    """TypeError for what `fit` could not call."""
+    if not callable(loss):
+        raise TypeError(f"expected loss to be a function, as those of fastbn.losses, got {loss!r}")
+    if schedule is not None and not callable(schedule):
+        raise TypeError(f"expected schedule to be a function, as those of fastbn.schedules, got {schedule!r}")
+    for name, function in (("on_step", on_step), ("on_epoch", on_epoch)):
+        if function is not None and not callable(function):
+            raise TypeError(f"expected {name} to be a function, got {function!r}")
+
+
 def _stops(answer: Any) -> bool:
     """Whether a callback's answer is True itself; a comparison of NumPy's numbers gives NumPy's."""
     return answer is True or (isinstance(answer, np.bool_) and bool(answer))
@@ -263,7 +279,7 @@ def _average(
         raise ValueError(f'average must be a number between 0 and 1 or "swa", got {average!r}')
     if average == "swa" and average_from is None:
         raise ValueError('average="swa" needs average_from, the first epoch whose weights are averaged')
-    if average_from is not None and not 1 <= operator.index(average_from) <= epochs:
+    if average_from is not None and not 1 <= whole(average_from, "average_from") <= epochs:
         raise ValueError(f"average_from must be an epoch from 1 to {epochs}, got {average_from}")
     if not isinstance(average, str) and not 0 < average < 1:
         raise ValueError(f'average must be a number between 0 and 1 or "swa", got {average!r}')
@@ -366,7 +382,7 @@ def evaluate(
     ValueError, TypeError
         No examples, or arguments that do not fit together.
     """
-    if operator.index(batch_size) < 1:
+    if whole(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     X, y = pair(data, "data")
     total, right, decisions = 0.0, 0, 0

@@ -158,7 +158,7 @@ def test_missing_files_and_folders(tmp_path):
     for read in (checkpoint.load, checkpoint.read_metadata, lambda path: checkpoint.restore(path, network())):
         with pytest.raises(FileNotFoundError, match=r"no such file: .*none\.safetensors"):
             read(tmp_path / "none.safetensors")
-        with pytest.raises(ValueError, match="not a safetensors file"):
+        with pytest.raises(IsADirectoryError, match=r"expected a file, such as model\.safetensors, got a folder: "):
             read(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere"):
         checkpoint.save(tmp_path / "nowhere" / "m", network())
@@ -359,7 +359,7 @@ def test_only_known_layers_are_saved_and_a_failed_save_leaves_the_old_file(tmp_p
 
     with pytest.raises(TypeError, match="cannot save a ReLU"):
         checkpoint.save(path, nn.Sequential(ReLU()))
-    with pytest.raises(TypeError, match="JSON"):
+    with pytest.raises(TypeError, match=r"metadata: .*ndarray is not JSON serializable .*tolist\(\)"):
         checkpoint.save(path, network(), metadata={"array": np.ones(1)})
     with pytest.raises(TypeError, match="expected metadata to be a dict, got list"):
         checkpoint.save(path, network(), metadata=[])

@@ -232,7 +232,7 @@ def test_predict_refuses(flowers, model, capsys, tmp_path):
         (["--data", "none.npz"], "no such file or folder: none.npz"),
         (
             ["--data", "flowers.csv"],
-            "got 'rose' (a column of labels must be named as the target; ignore=['kind'] (--ignore kind) leaves",
+            "got 'rose' (target='kind' (--target kind) takes the column as labels, ignore=['kind'] (--ignore kind) le",
         ),
         (["--data", "plain.csv"], "no labels to learn: name their column with --target, one of a, b, c, d"),
         (["--data", "flowers.csv", "--target", "x"], "expected one column called 'x'"),

@@ -413,6 +413,8 @@ def test_paths(tmp_path):
     (tmp_path / "a.xls").write_text("a\n1\n")
     with pytest.raises(ValueError, match=r"a\.xls: expected a folder of idx files, an \.npz file or a table: \.csv"):
         data.load(tmp_path / "a.xls")
+    with pytest.raises(ValueError, match=r"a\.xls: expected a folder of idx files, an \.npz file or a table: \.csv"):
+        data.load(tmp_path / "a.xls", target="a")
     for path in (None, tmp_path, tmp_path / "a.npz"):
         with pytest.raises(ValueError, match=r"a target column is for tables such as \.csv files"):
             data.load(path, target="t")

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from fastbn import BatchNorm, nn
+from fastbn import BatchNorm, RunningStats, nn
 
 LD = np.longdouble
 ELEMENTWISE = [nn.ReLU(), nn.LeakyReLU(), nn.LeakyReLU(0.3), nn.Sigmoid(), nn.Tanh(), nn.Dropout(0.4, seed=3)]
@@ -261,8 +261,16 @@ def test_argument_errors():
     for n_in, n_out in [(0, 2), (2, 0), (-1, 2)]:
         with pytest.raises(ValueError, match="at least 1"):
             nn.Dense(n_in, n_out)
-    with pytest.raises(TypeError, match="integer"):
-        nn.Dense(2.5, 3)
+    for name, make in [
+        ("n_in", lambda x: nn.Dense(x, 3)), ("n_out", lambda x: nn.Dense(3, x)),
+        ("seed", lambda x: nn.Dense(2, 3, seed=x)), ("seed", lambda x: nn.Dropout(0.5, seed=x)),
+        ("num_features", nn.Standardize), ("axis", lambda x: nn.Standardize(3, axis=x)),
+        ("num_features", BatchNorm), ("num_features", RunningStats),
+        ("axis", lambda x: BatchNorm(3, axis=x)), ("ghost_size", lambda x: BatchNorm(3, ghost_size=x)),
+    ]:  # fmt: skip
+        for x in (2.5, "2", (0, 1)):
+            with pytest.raises(TypeError, match=f"^expected {name} as an integer, got {type(x).__name__}$"):
+                make(x)
     with pytest.raises(TypeError, match="float16"):
         nn.Dense(2, 3, dtype="float16")
     for p in (-0.1, 1.1, np.nan):

@@ -291,6 +291,16 @@ def test_argument_errors(cls, kwargs, message):
         cls(model("float32"), **{"lr": 0.1, **kwargs})
 
 
+@pytest.mark.parametrize("cls", [optim.SGD, optim.RMSprop, optim.Adam])
+def test_what_is_no_model_and_no_number(cls):
+    with pytest.raises(TypeError, match="expected a model first, with params and grads, got float"):
+        cls(0.1, model("float32"))
+    with pytest.raises(TypeError, match="expected a model first, with params and grads, got dict_values"):
+        cls(model("float32").params.values(), 0.1)
+    with pytest.raises(TypeError, match="expected lr as a number, got str"):
+        cls(model("float32"), "0.1")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("excluded", [["0"], ["1", "2"], ["0", "1", "2", "3"]])
 @pytest.mark.parametrize(("cls", "kwargs"), [c for c in CASES if "weight_decay" in c[1]])

@@ -119,6 +119,13 @@ def test_a_missing_number_is_refused_with_the_way_on(tmp_path, missing):
         read(tmp_path, f"a b,t\n1,x\n{missing},x\n", "t")
 
 
+@pytest.mark.parametrize("cell", ["inf", "-inf", "Infinity", "1e999"])
+def test_an_infinity_is_refused_as_a_number(tmp_path, cell):
+    with pytest.raises(ValueError, match=r"line 2, column 'a': expected .*, got ") as refusal:
+        read(tmp_path, f"a,t\n{cell},x\n", "t")
+    assert "OneHotEncoder" not in str(refusal.value)
+
+
 def test_booleans_are_numbers(tmp_path):
     assert read(tmp_path, "a,b\nTrue,false\nFALSE,TRUE\n").X.tolist() == [[1, 0], [0, 1]]
 

@@ -193,6 +193,16 @@ def test_modes_are_restored_even_after_an_error():
         ({"patience": 0, "validation": 0.5}, ValueError, "patience must be at least 1"),
         ({"seed": -1}, ValueError, "non-negative"),
         ({"optimizer": optim.Adam(network())}, ValueError, "optimizer that was made for this model"),
+        ({"optimizer": optim.Adam}, TypeError, r"made for this model, as Adam\(model, \.\.\.\), got the class"),
+        ({"optimizer": "adam"}, TypeError, "expected an object with a step method as optimizer, got 'adam'"),
+        ({"loss": "mse"}, TypeError, "expected loss to be a function, as those of fastbn.losses, got 'mse'"),
+        ({"schedule": "cosine"}, TypeError, "schedule to be a function, as those of fastbn.schedules, got 'cosine'"),
+        ({"on_step": 3}, TypeError, "expected on_step to be a function, got 3"),
+        ({"on_epoch": []}, TypeError, r"expected on_epoch to be a function, got \[\]"),
+        ({"epochs": 2.0}, TypeError, "expected epochs as an integer, got float"),
+        ({"batch_size": "8"}, TypeError, "expected batch_size as an integer, got str"),
+        ({"seed": None}, TypeError, "expected seed as an integer, got NoneType"),
+        ({"patience": 1.5, "validation": 0.5}, TypeError, "expected patience as an integer, got float"),
     ],
 )
 def test_bad_arguments_change_nothing(change, error, message):

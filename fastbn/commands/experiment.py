@@ -20,11 +20,11 @@ def add_to(commands: Any) -> None:
     """The command and its options."""
     parser = commands.add_parser(
         "experiment",
-        help="try what the lectures claim about batch normalization",
-        description="Try a claim of the lectures on data, with several seeds: print a table, write NAME.json and "
-        "NAME.png. speed: steps to an accuracy, with and without; shift: how much a hidden layer's inputs move, and "
-        "a shifted domain; noise: the gap between training and test against mini-batch size, beside dropout; "
-        "testtime: one example at a time, and the running averages beside the exact statistics.",
+        help="try four claims about batch normalization on data",
+        description="Try a claim about batch normalization on data, with several seeds: print a table, write "
+        "NAME.json and NAME.png. speed: steps to an accuracy, with and without; shift: how much a hidden layer's "
+        "inputs move, and a shifted domain; noise: the gap between training and test against mini-batch size, beside "
+        "dropout; testtime: one example at a time, and the running averages beside the exact statistics.",
     )
     add: Any = parser.add_argument
     add("name", metavar="NAME", choices=(*EXPERIMENTS, "all"), help=f"{', '.join(EXPERIMENTS)} or all")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..state import Array, as_float
+from ..state import Array, as_float, whole
 from .layer import Elementwise
 
 __all__ = ["Dropout", "LeakyReLU", "ReLU", "Sigmoid", "Tanh", "relu_gradient", "slopes"]
@@ -156,7 +154,7 @@ class Dropout(Elementwise):
     def __init__(self, p: float, *, seed: int | None = None) -> None:
         if not 0 <= p <= 1:
             raise ValueError(f"expected p within [0, 1], got {p}")
-        self.p, self.seed = float(p), None if seed is None else operator.index(seed)
+        self.p, self.seed = float(p), None if seed is None else whole(seed, "seed")
         self.rng = np.random.default_rng(self.seed)
         super().__init__()
 

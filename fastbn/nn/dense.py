@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .. import calls
-from ..state import FLOATS, Array, Arrays, as_float
+from ..state import FLOATS, Array, Arrays, as_float, whole
 from .activations import relu_gradient, slopes
 from .layer import Layer
 
@@ -61,13 +60,13 @@ class Dense(Layer):
         dtype: DTypeLike = "float32",
         seed: int | None = None,
     ) -> None:
-        self.n_in, self.n_out = operator.index(n_in), operator.index(n_out)
+        self.n_in, self.n_out = whole(n_in, "n_in"), whole(n_out, "n_out")
         if self.n_in < 1 or self.n_out < 1:
             raise ValueError(f"expected n_in and n_out of at least 1, got {n_in} and {n_out}")
         self.bias, self.activation, self.dtype = bool(bias), activation, np.dtype(dtype)
         if self.dtype not in FLOATS:
             raise TypeError(f"expected dtype float32 or float64, got {self.dtype}")
-        self.seed = None if seed is None else operator.index(seed)
+        self.seed = None if seed is None else whole(seed, "seed")
         rng, bound = np.random.default_rng(self.seed), 1 / math.sqrt(self.n_in)
         params = {"weight": rng.uniform(-bound, bound, (self.n_out, self.n_in)).astype(self.dtype)}
         if self.bias:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from .. import calls
 from ..atomic import change
 from ..functional import moments
-from ..state import FLOATS, Array, as_float, check_state
+from ..state import FLOATS, Array, as_float, check_state, whole
 from .layer import Layer
 
 __all__ = ["Standardize"]
@@ -62,7 +61,7 @@ class Standardize(Layer):
     """
 
     def __init__(self, num_features: int, *, axis: int = 1, dtype: DTypeLike | None = None) -> None:
-        self.num_features, self.axis = operator.index(num_features), operator.index(axis)
+        self.num_features, self.axis = whole(num_features, "num_features"), whole(axis, "axis")
         self.dtype = None if dtype is None else np.dtype(dtype)
         if self.dtype not in (None, *FLOATS):
             raise TypeError(f"expected dtype float32 or float64, or None, got {self.dtype}")
