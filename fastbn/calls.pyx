@@ -280,8 +280,9 @@ cdef void average(Constants constants, Call c, double factor) noexcept:
     cdef Control word
     if constants.mean is None or m == 0:
         return
-    running_mean = <double *>cnp.PyArray_DATA(constants.mean)
-    running_var = <double *>cnp.PyArray_DATA(constants.var)
+    # Arrays, as `writable` has seen: a check of the type here could raise.
+    running_mean = <double *>cnp.PyArray_DATA(<cnp.ndarray>constants.mean)
+    running_var = <double *>cnp.PyArray_DATA(<cnp.ndarray>constants.var)
     word = ieee()
     correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
     for i in range(job.C):
