@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,15 @@ __all__ = ["Curve", "Panel", "confusion", "learning_curves", "panels"]
 # Two hues that stay apart for colour-blind eyes and in grey, then three more (Okabe and Ito's palette).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 _LEGIBLE = 20  # labels beside a matrix, and characters of each
+
+
+@contextlib.contextmanager
+def _matplotlib_for(use: str) -> Iterator[None]:
+    """Imports of matplotlib stand within: if it is missing, the error says what needs it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f'{use} need matplotlib: pip install "fastbn[train]"') from error
 
 
 class Curves(Protocol):
@@ -64,12 +74,10 @@ def learning_curves(
     ImportError
         matplotlib is not installed.
     """
-    try:
+    with _matplotlib_for("learning curves"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, PercentFormatter
-    except ImportError as error:
-        raise ImportError('learning curves need matplotlib: pip install "fastbn[train]"') from error
     losses = [loss for history in histories.values() for loss in (*history.loss, *history.val_loss)]
     log = min(losses, default=0) > 0  # a likelihood's can be negative
     quantities = [("loss", f"{labels[0]} (log scale)" if log else labels[0])]
@@ -134,12 +142,10 @@ def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path: str 
     ImportError
         matplotlib is not installed.
     """
-    try:
+    with _matplotlib_for("pictures"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "fastbn[train]"') from error
     matrix = np.asarray(counts)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.4 + 0.4 * max(min(len(labels), _LEGIBLE), 6)
@@ -223,13 +229,11 @@ def _write(canvas: Any, path: str | os.PathLike[str], **options: Any) -> None:
 
 def _canvas(drawn: Sequence[Panel]) -> Any:
     """The panels on a canvas."""
-    try:
+    with _matplotlib_for("pictures"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.ticker import PercentFormatter
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "fastbn[train]"') from error
     own = {curve.name: curve.colour for panel in drawn for curve in panel.curves}
     colours = {name: colour or _COLOURS[i % len(_COLOURS)] for i, (name, colour) in enumerate(own.items())}
     handles: dict[str, Any] = {}
