@@ -33,10 +33,13 @@ _CLASSES = {
         BatchNorm,
         nn.Dense,
         nn.Dropout,
+        nn.Flatten,
         nn.FoldedDense,
+        nn.Identity,
         nn.LeakyReLU,
         nn.ReLU,
         nn.Sigmoid,
+        nn.Softmax,
         nn.Standardize,
         nn.Tanh,
     )

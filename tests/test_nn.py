@@ -11,7 +11,15 @@ import pytest
 from fastbn import BatchNorm, RunningStats, nn
 
 LD = np.longdouble
-ELEMENTWISE = [nn.ReLU(), nn.LeakyReLU(), nn.LeakyReLU(0.3), nn.Sigmoid(), nn.Tanh(), nn.Dropout(0.4, seed=3)]
+ELEMENTWISE = [
+    nn.ReLU(),
+    nn.LeakyReLU(),
+    nn.LeakyReLU(0.3),
+    nn.Sigmoid(),
+    nn.Tanh(),
+    nn.Dropout(0.4, seed=3),
+    nn.Identity(),
+]
 TWINS = {  # y and dy/dx
     "ReLU": (lambda x: np.where(x > 0, x, 0), lambda x: np.where(x > 0, LD(1), 0)),
     "LeakyReLU": (lambda x: np.where(x > 0, x, LD(0.3) * x), lambda x: np.where(x > 0, LD(1), LD(0.3))),
@@ -63,6 +71,10 @@ def central_differences(f, a):
         (nn.LeakyReLU(0.3), (5, 3)),
         (nn.Sigmoid(), (5, 3)),
         (nn.Tanh(), (5, 3)),
+        (nn.Softmax(), (5, 3)),
+        (nn.Softmax(axis=1), (2, 3, 4)),
+        (nn.Identity(), (5, 3)),
+        (nn.Flatten(), (5, 3, 2)),
         (network(), (6, 5)),
         (nn.Sequential(network(), nn.Sequential(nn.Dense(4, 2, dtype="float64", seed=8), nn.Tanh())), (6, 5)),
     ],
@@ -185,6 +197,50 @@ def test_activations_take_any_number_without_a_warning(dtype):
             assert not np.isnan(dx[:-1]).any()
         assert (nn.Sigmoid()(x)[4:7] == 1).all()
         assert nn.Sigmoid()(np.array(-50, dtype)) == pytest.approx(np.exp(-50.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("axis", "shape"), [(-1, (40, 10)), (1, (5, 7, 3)), (0, (9,))])
+def test_softmax_is_its_twin(axis, shape, dtype):
+    layer = nn.Softmax(axis)
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(shape) * 8).astype(dtype), rng.standard_normal(shape).astype(dtype)
+    kept = x.copy(), dy.copy()
+    y, dx = layer(x), layer.backward(dy)
+    assert (x == kept[0]).all()
+    assert (dy == kept[1]).all()
+    e = np.exp(x.astype(LD) - x.max(axis, keepdims=True))
+    p = e / e.sum(axis, keepdims=True)
+    units = 8 + float((x.max(axis, keepdims=True) - x).max())  # a rounding of exp's argument
+    close(y, p, units)
+    close(dx, p * (dy - (p * dy).sum(axis, keepdims=True)), 2 * units, floor=1)
+    assert y.dtype == dx.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_softmax_takes_any_number_without_a_warning(dtype):
+    top = np.finfo(dtype).max
+    with np.errstate(all="raise"):
+        y = nn.Softmax()(np.array([[-top, 0, top], [-np.inf, 0, 0], [np.nan, 0, 0], [np.inf, 0, 0]], dtype))
+        assert nn.Softmax()(np.empty((3, 0), dtype)).shape == (3, 0)
+        assert nn.Softmax()(np.empty((0, 3), dtype)).shape == (0, 3)
+    assert y[:2].tolist() == [[0, 0, 1], [0, 0.5, 0.5]]
+    assert np.isnan(y[2:]).all()
+    with pytest.raises(np.exceptions.AxisError):
+        nn.Softmax(axis=2)(np.ones((2, 2), dtype))
+
+
+def test_flatten_keeps_the_order_of_indices():
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    layer = nn.Flatten()
+    assert (layer(x) == x.reshape(2, 12)).all()
+    assert layer(x.transpose(0, 2, 1)).tolist() == x.transpose(0, 2, 1).reshape(2, 12).tolist()
+    assert layer(np.ones((0, 3, 4))).shape == (0, 12)
+    assert layer(np.ones(5)).shape == (5, 1)
+    dx = layer.backward(np.ones((5, 1)))
+    assert dx.shape == (5,)
+    with pytest.raises(ValueError, match="single number"):
+        layer(3.0)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (7,), (2, 3, 4, 5)])

@@ -51,7 +51,8 @@ def test_the_layer_keeps_the_dtype_of_x() -> None:
 
 
 def test_layers() -> None:
-    for layer in (nn.Dense(3, 3), nn.Dropout(0.5), nn.LeakyReLU(), nn.ReLU(), nn.Sigmoid(), nn.Tanh()):
+    elementwise = nn.Dropout(0.5), nn.Identity(), nn.LeakyReLU(), nn.ReLU(), nn.Sigmoid(), nn.Softmax(), nn.Tanh()
+    for layer in (nn.Dense(3, 3), *elementwise):
         y32, y64 = layer(X32), layer(X64)
         assert_type(y32, Float32)
         assert_type(y64, Float64)

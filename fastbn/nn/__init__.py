@@ -1,4 +1,4 @@
-"""Layers for training networks around BatchNorm: Dense, activations, Dropout, Standardize, Sequential, FoldedDense.
+"""Layers for networks around BatchNorm: Dense, activations, Dropout, Flatten, Standardize, Sequential, FoldedDense.
 
 # Design: a layer is any object with forward (= call), backward, params, grads, train, eval, state_dict and
 # load_state_dict. It keeps what its backward needs from the last forward; there is no graph. BatchNorm is a
@@ -6,12 +6,26 @@
 # in place ever after, so that optimizers and Sequential may hold on to them. Matrix products are NumPy's.
 """
 
-from .activations import Dropout, LeakyReLU, ReLU, Sigmoid, Tanh
+from .activations import Dropout, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
 from .dense import Dense
 from .folding import FoldedDense
+from .reshaping import Flatten, Identity
 from .sequential import Sequential
 from .sequential import leaves as leaves
 from .sequential import walk as walk
 from .standardize import Standardize
 
-__all__ = ["Dense", "Dropout", "FoldedDense", "LeakyReLU", "ReLU", "Sequential", "Sigmoid", "Standardize", "Tanh"]
+__all__ = [
+    "Dense",
+    "Dropout",
+    "Flatten",
+    "FoldedDense",
+    "Identity",
+    "LeakyReLU",
+    "ReLU",
+    "Sequential",
+    "Sigmoid",
+    "Softmax",
+    "Standardize",
+    "Tanh",
+]

@@ -1,4 +1,4 @@
-"""Functions of each value: ReLU, leaky ReLU, sigmoid, tanh; and dropout, which is one in training."""
+"""ReLU, leaky ReLU, sigmoid, tanh, softmax; and dropout, which is a function of each value in training."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..state import Array, as_float, whole
-from .layer import Elementwise
+from .layer import Activation
 
-__all__ = ["Dropout", "LeakyReLU", "ReLU", "Sigmoid", "Tanh", "relu_gradient", "slopes"]
+__all__ = ["Dropout", "LeakyReLU", "ReLU", "Sigmoid", "Softmax", "Tanh", "relu_gradient", "slopes"]
 
 
 def relu_gradient(y: Array, dy: Array, dx: Array) -> Array:
@@ -28,7 +28,7 @@ def slopes(y: Array, negative_slope: float) -> Array:
     return np.maximum(slope, negative_slope, out=slope)
 
 
-class ReLU(Elementwise):
+class ReLU(Activation):
     """The rectifier, ``y = max(x, 0)``. dx is dy where y is above 0, and 0 elsewhere.
 
     If you change y before backward, the gradients are wrong.
@@ -47,7 +47,7 @@ class ReLU(Elementwise):
         relu_gradient(saved, dy, dx)
 
 
-class LeakyReLU(Elementwise):
+class LeakyReLU(Activation):
     """The leaky rectifier: y is x where x is above 0, and ``negative_slope*x`` elsewhere.
 
     Parameters
@@ -77,7 +77,7 @@ class LeakyReLU(Elementwise):
         np.multiply(dy, saved, out=dx)
 
 
-class Sigmoid(Elementwise):
+class Sigmoid(Activation):
     """The sigmoid, ``y = 1/(1 + exp(-x))``, for x of any size; ``dx = dy*y*(1 - y)``.
 
     The relative error is small in both tails. If you change y before backward, the gradients are wrong.
@@ -103,7 +103,7 @@ class Sigmoid(Elementwise):
         dx *= dy
 
 
-class Tanh(Elementwise):
+class Tanh(Activation):
     """The hyperbolic tangent, ``y = tanh(x)``; ``dx = dy*(1 - y**2)``.
 
     If you change y before backward, the gradients are wrong.
@@ -124,7 +124,44 @@ class Tanh(Elementwise):
         dx *= dy
 
 
-class Dropout(Elementwise):
+class Softmax(Activation):
+    """The softmax, ``y = exp(x)/sum(exp(x))`` along an axis, for x of any size; ``dx = y*(dy - sum(dy*y))``.
+
+    A network that ends with it gives probabilities. Train ``model[:-1]`` with `fastbn.losses.softmax_cross_entropy`,
+    which has a softmax of its own. If you change y before backward, the gradients are wrong.
+
+    Parameters
+    ----------
+    axis : int
+        Axis along which y sums to 1.
+
+    Examples
+    --------
+    >>> from fastbn import nn
+    >>> nn.Softmax()([0.0, 1e4, 1e4])
+    array([0. , 0.5, 0.5])
+    """
+
+    def __init__(self, axis: int = -1) -> None:
+        self.axis = whole(axis, "axis")
+        super().__init__()
+
+    def _forward(self, x: Array, y: Array) -> Array:
+        with np.errstate(all="ignore"):  # numbers that are far apart; infinity and NaN make their own sum NaN
+            if x.size:  # nothing has no largest
+                np.subtract(x, x.max(axis=self.axis, keepdims=True), out=y)
+            np.exp(y, out=y)
+            y /= y.sum(axis=self.axis, keepdims=True)
+        return y
+
+    def _backward(self, saved: Array, dy: Array, dx: Array) -> None:
+        np.multiply(dy, saved, out=dx)
+        mean = dx.sum(axis=self.axis, keepdims=True)
+        np.subtract(dy, mean, out=dx)
+        dx *= saved
+
+
+class Dropout(Activation):
     """Dropout: in training, each value becomes 0 with probability p, and the rest is divided by ``1 - p``.
 
     In inference, x is handed on. This is the inverted form of dropout (Srivastava et al., JMLR 15, 2014), as in

@@ -20,6 +20,7 @@ from ..batchnorm import BatchNorm
 from ..state import Array, as_float, check_state
 from .activations import Dropout, LeakyReLU, ReLU
 from .dense import Dense
+from .reshaping import Identity
 
 __all__ = ["FoldedDense", "folded"]
 
@@ -109,7 +110,7 @@ def folded(layers: Iterable[Any]) -> list[Any]:
     result: list[Any] = []
     whole = False  # the last Dense holds a BatchNorm already: a second one would round its weights again
     for layer in layers:
-        if type(layer) is Dropout:
+        if type(layer) in (Dropout, Identity):
             continue
         last = result[-1] if result else None
         if last is not None and type(last) in (Dense, FoldedDense) and last.activation is None:

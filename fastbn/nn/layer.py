@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..atomic import change
 from ..state import Array, Arrays, Float, as_float, check_state
 
-__all__ = ["Elementwise", "Layer"]
+__all__ = ["Activation", "Layer"]
 
 
 class Layer:
@@ -82,8 +82,8 @@ class Layer:
         return {**self.__dict__, "_saved": None}
 
 
-class Elementwise(Layer):
-    """A function of each value of x, of any shape; a subclass fills y, tells what to save, and fills dx."""
+class Activation(Layer):
+    """A function whose y has the shape of x; a subclass fills y, tells what to save, and fills dx."""
 
     _forward: Callable[..., Array]  # (x, y) -> saved
     _backward: Callable[..., None]  # (saved, dy, dx)

@@ -101,8 +101,8 @@ class Sequential:
         Returns
         -------
         Sequential
-            Network in inference mode, without Dropout, nested networks flattened. It shares no array with this one,
-            which stays as it is. A BatchNorm of axis -1 makes a plain Dense. A BatchNorm of axis 1 makes a
+            Network in inference mode, without Dropout and Identity, nested networks flattened. It shares no array with
+            this one, which stays as it is. A BatchNorm of axis -1 makes a plain Dense. A BatchNorm of axis 1 makes a
             `fastbn.nn.FoldedDense`, since axis 1 is the last axis of (N, C) alone; it keeps the layers that it stands
             for, and sends x of other shapes through these.
 
