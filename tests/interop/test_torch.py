@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from bench import replace as measured
 from fastbn import BatchNorm, losses, nn, optim
 from fastbn.interop.torch import (
     FastBatchNorm1d,
@@ -591,7 +592,7 @@ def test_training_a_cnn_goes_torchs_way():
     torch.manual_seed(0)
     t = torch.nn
     plain = t.Sequential(
-        t.Conv2d(1, 8, 3, bias=False), t.BatchNorm2d(8), t.ReLU(), t.Conv2d(8, 16, 3, stride=2, bias=False),
+        t.Conv2d(1, 8, 3, bias=False), t.BatchNorm2d(8), t.ReLU(inplace=True), t.Conv2d(8, 16, 3, stride=2, bias=False),
         t.BatchNorm2d(16), t.ReLU(), t.Flatten(), t.Linear(400, 10),
     ).double()  # fmt: skip
     fast = replace(copy.deepcopy(plain))
@@ -606,6 +607,11 @@ def test_training_a_cnn_goes_torchs_way():
             optimizer.step()
             shown.append(loss.item())
         assert abs(shown[0] - shown[1]) < 1e-10
+
+
+def test_a_training_step_is_measured():
+    with fastbn.threads(1):
+        assert min(measured.compare("MLP", 8, torch.get_num_threads(), 2)) > 0
 
 
 def test_the_same_bits_for_every_number_of_threads():
