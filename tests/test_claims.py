@@ -21,6 +21,7 @@ def end_to_end(name, folder, capsys):
 # --- shift
 
 
+@pytest.mark.long
 def test_shift_end_to_end(tmp_path, capsys):
     found = end_to_end("shift", tmp_path, capsys)
     rows = {name: cells for name, *cells in found["rows"]}
@@ -78,6 +79,7 @@ def test_the_jitter_is_gone_at_test_time_and_its_gradient_is_right():
 # --- noise
 
 
+@pytest.mark.long
 @pytest.mark.long
 def test_noise_end_to_end(tmp_path, capsys):
     found = end_to_end("noise", tmp_path, capsys)

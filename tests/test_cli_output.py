@@ -191,6 +191,7 @@ def test_labels_that_standard_output_cannot_encode_are_escaped(monkeypatch):
         assert expected in written.getvalue().decode("ascii")
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_early_stops_no_training(python):
     """As `fastbn train | head -n 1` does: the training ends with its files, and leaves none of an unfinished one."""
     mixed("abc")

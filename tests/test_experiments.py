@@ -153,6 +153,7 @@ def test_nothing_in_a_picture_touches():
         assert colours[:-1] == [common.COLOURS[name] for name in names]
 
 
+@pytest.mark.long
 def test_speed_end_to_end(tmp_path, capsys):
     status, out, err = run(capsys, "speed", "--quick", "--seeds", 2, "--out", tmp_path / "out")
     assert status == 0

@@ -159,7 +159,9 @@ def test_the_share_of_the_last_level():
     assert share(12 * MIB, 0, 0, 8) == 12 * MIB  # without a third level the second is the last
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if i % 4 else []) for i, name in enumerate(families.FAMILIES)]
+)
 def test_a_forced_family_is_the_one_in_force(name, python):
     program = """
 import json, fastbn

@@ -212,7 +212,7 @@ FEW_VALUES = {
 }
 
 
-@pytest.mark.parametrize("n", [8, 16, 64, 200])
+@pytest.mark.parametrize("n", [8, 16, 64, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", FEW_VALUES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_contract_on_few_values_in_many_features(dtype, name, n):

@@ -202,7 +202,7 @@ def test_every_build_gives_the_same_bits(build, threads, offset, cache, family, 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", PAST, ids=str)
-@pytest.mark.parametrize("batched", [0, HUGE])
+@pytest.mark.parametrize("batched", [0, pytest.param(HUGE, marks=pytest.mark.long)])
 def test_the_size_of_the_cache_changes_no_bit(shape, dtype, batched):
     """Outputs that do not fit are written past it, by other instructions."""
     with cache_of(HUGE):
@@ -288,7 +288,8 @@ def mixtures():
     rng = np.random.default_rng(0)
     for k in range(8):
         numbers = {name: int(rng.choice([*EXTREMES, 100, 4096, 60_000])) for name in ALL_ON}
-        yield pytest.param(numbers | {"rows_at_once": (1, 4)[k % 2]}, id=f"mixture {k}")
+        marks = [pytest.mark.long] if k > 2 else []
+        yield pytest.param(numbers | {"rows_at_once": (1, 4)[k % 2]}, id=f"mixture {k}", marks=marks)
 
 
 def small_results(threads, offset):
@@ -308,7 +309,7 @@ def small_here():
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2)), 3])
 def test_no_familys_settings_change_a_bit(family, threads, small_here):
     caches = ("l2_bytes", "l3_bytes", "l3_sharers")
     numbers = families.FAMILIES[family].settings(*(machine.caches()[name] for name in caches), 2)

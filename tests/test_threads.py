@@ -189,7 +189,7 @@ for word in (*others, plain_word):
     (sys.platform, platform.libc_ver()[0]) != ("linux", "glibc") or platform.machine() not in ("x86_64", "aarch64"),
     reason="fenv_t as glibc has it on x86-64 and arm64",
 )
-@pytest.mark.parametrize("first", ["threads first", "word first"])
+@pytest.mark.parametrize("first", [pytest.param("threads first", marks=pytest.mark.long), "word first"])
 def test_bits_do_not_depend_on_the_control_word(printed, first):
     """Flushed denormals and directed rounding, set before OpenMP's threads begin, which inherit it, or after."""
     assert printed(ANOTHER_CONTROL_WORD, arguments=[first]) == ["True", "True", "1"] * 3
