@@ -80,7 +80,6 @@ def test_the_jitter_is_gone_at_test_time_and_its_gradient_is_right():
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_noise_end_to_end(tmp_path, capsys):
     found = end_to_end("noise", tmp_path, capsys)
     assert len(found["rows"]) == len(noise.NETWORKS) * len(noise.SIZES) + len(noise.SIZES) - 1
