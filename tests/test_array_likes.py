@@ -278,9 +278,10 @@ def test_a_masked_array_is_refused_behind_every_wrapper_that_shows_it():
 
 
 @pytest.mark.parametrize("wrap", [Array, DLPack])
-@pytest.mark.parametrize("layer", [BatchNorm(3), BatchNorm(3, ghost_size=4), nn.Dense(3, 3)], ids=repr)
-def test_memory_that_is_saved_for_backward_outlives_its_owner(layer, wrap):
+@pytest.mark.parametrize("make", [lambda: BatchNorm(3), lambda: BatchNorm(3, ghost_size=4), lambda: nn.Dense(3, 3)])
+def test_memory_that_is_saved_for_backward_outlives_its_owner(make, wrap):
     """And no longer than that."""
+    layer = make()
     owner = X.copy()
     watched, expected = weakref.ref(owner), around(layer)
     layer(wrap(owner))
