@@ -2,6 +2,8 @@ cimport numpy as cnp
 
 from fastbn.kernels.job cimport RELU, Activation
 
+cpdef cnp.ndarray as_array(object a, str name)
+cpdef bint is_masked(object a) except -1
 cpdef cnp.ndarray floating(object a, str name=*)
 cdef int feature_axis(cnp.ndarray x, object axis) except -1
 cpdef cnp.ndarray checked_mask(object mask, cnp.ndarray x, int axis)

@@ -3,9 +3,10 @@
 
 Design: written against NumPy's C interface, because a call through its Python one costs as much as a small batch's arithmetic.
 """
+import sys
+
 import numpy as np
 from numpy.exceptions import AxisError
-from numpy.ma import MaskedArray
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_Malloc
@@ -20,6 +21,42 @@ cnp.import_array()
 cdef extern from "Python.h":
     const Py_ssize_t PY_SSIZE_T_MAX
 
+# DLPack's numbers of memory that the CPU reads: its own, what CUDA and ROCm have pinned, what CUDA manages. NumPy takes the same.
+cdef tuple HOST = (1, 3, 11, 13)
+
+
+cpdef cnp.ndarray as_array(object a, str name):
+    """a as an array of NumPy's own type, which shares the memory of a where the library that a comes from allows it.
+
+    Nothing is fetched from another device: some libraries would do that without a word, and others refuse.
+    """
+    if cnp.PyArray_CheckExact(a):
+        return a
+    kind = type(a)
+    other = not cnp.PyArray_Check(a) and hasattr(kind, "__dlpack_device__")
+    if other:
+        try:
+            device, number = a.__dlpack_device__()
+        except Exception:  # a device that DLPack has no number for, or several of them: what follows knows more
+            device = HOST[0]
+        if device not in HOST:
+            where = getattr(a, "device", f"{number} of DLPack's kind {int(device)}")
+            raise TypeError(f"expected {name} in the memory of the CPU, got a {kind.__name__} on device {where}: copy it to the CPU first")
+    # __array__ comes first: its errors say what to do, and it reads more (several devices' memory, missing values).
+    only_dlpack = other and not hasattr(kind, "__array__")
+    try:
+        return np.from_dlpack(a) if only_dlpack else np.asarray(a)
+    except (TypeError, BufferError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not only_dlpack:  # a sentence of the library's own: of NumPy's, it is that of a dtype
+            raise
+        raise TypeError(f"expected {name} as an array that NumPy can read, got a {kind.__name__}: {error}") from error
+
+
+cpdef bint is_masked(object a) except -1:
+    """Whether a is a masked array. Nobody has one who has not imported numpy.ma, which takes time."""
+    masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
+    return masked is not None and isinstance(a, masked)
+
 
 cpdef cnp.ndarray floating(object a, str name="x"):
     """a as a float32 or float64 array in native byte order; integers and bool become float64."""
@@ -28,9 +65,9 @@ cpdef cnp.ndarray floating(object a, str name="x"):
     if cnp.PyArray_CheckExact(a):
         array = a
     else:
-        if isinstance(a, MaskedArray):
+        if is_masked(a):
             raise TypeError(f"expected {name} without a mask, got a masked array: its mask would be lost (moments takes mask=)")
-        array = np.asarray(a)
+        array = as_array(a, name)
     kind = cnp.PyArray_TYPE(array)
     if kind == cnp.NPY_FLOAT32 or kind == cnp.NPY_FLOAT64:
         if cnp.PyArray_ISNOTSWAPPED(array):
@@ -52,9 +89,9 @@ cdef int feature_axis(cnp.ndarray x, object axis) except -1:
 
 cpdef cnp.ndarray checked_mask(object mask, cnp.ndarray x, int axis):
     """mask as an array, of x's shape without the feature axis (which counts from 0)."""
-    if isinstance(mask, MaskedArray):
+    if is_masked(mask):
         raise TypeError("expected mask to be a plain array, got a masked array: its own mask would be lost")
-    cdef cnp.ndarray array = np.asarray(mask)
+    cdef cnp.ndarray array = as_array(mask, "mask")
     rest = shape_of(x)[:axis] + shape_of(x)[axis + 1:]
     if array.dtype != np.bool_:
         raise TypeError(f"expected mask of dtype bool, got {array.dtype}")
@@ -153,7 +190,7 @@ cdef bint identical(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 cdef bint is_plain(object a) except -1:
     """Whether a is an array whose memory is all of it: of NumPy's own type or of a subclass, as a memmap is, but not masked."""
-    return cnp.PyArray_CheckExact(a) or cnp.PyArray_Check(a) and not isinstance(a, MaskedArray)
+    return cnp.PyArray_CheckExact(a) or cnp.PyArray_Check(a) and not is_masked(a)
 
 
 cdef cnp.ndarray checked_out(object out, cnp.ndarray x):
@@ -248,7 +285,7 @@ cdef cnp.ndarray updatable(object a, str name):
         return None
     if not isinstance(a, np.ndarray) or a.dtype.kind != "f" or a.itemsize not in (4, 8):
         raise TypeError(f"expected {name} to be a float32 or float64 NumPy array, which training updates in place, "
-                        f"got {getattr(a, 'dtype', type(a).__name__)}")
+                        f"got {a.dtype if isinstance(a, np.ndarray) else type(a).__name__}")
     if not a.flags.writeable:
         raise ValueError(f"expected {name} to be writeable, got a read-only array")
     return a if type(a) is np.ndarray and a.dtype == np.float64 and a.flags.carray else np.array(a, dtype=np.float64)

@@ -9,7 +9,7 @@ cimport numpy as cnp
 from cpython.mem cimport PyMem_Free
 from libc.string cimport memcpy
 
-from fastbn.arguments cimport load, new_doubles
+from fastbn.arguments cimport as_array, load, new_doubles
 
 cnp.import_array()
 
@@ -35,9 +35,9 @@ cdef class BatchStats:
     (array([ 2., 10.]), array([1., 0.]), 2)
     """
     def __init__(self, mean, var, count, mean_low=None):
-        mean = np.asarray(mean, dtype=np.float64)
-        var = np.asarray(var, dtype=np.float64)
-        low = np.zeros_like(mean) if mean_low is None else np.asarray(mean_low, dtype=np.float64)
+        mean = np.asarray(as_array(mean, "mean"), dtype=np.float64)
+        var = np.asarray(as_array(var, "var"), dtype=np.float64)
+        low = np.zeros_like(mean) if mean_low is None else np.asarray(as_array(mean_low, "mean_low"), dtype=np.float64)
         if mean.ndim != 1 or var.shape != mean.shape or low.shape != mean.shape:
             raise ValueError(f"expected mean, var and mean_low of one shape (C,), got {mean.shape}, {var.shape} and {low.shape}")
         m = operator.index(count)

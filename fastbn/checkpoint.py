@@ -253,7 +253,9 @@ def _build(description: Any, shapes: dict[str, tuple[int, ...]], prefix: str = "
             _check_sizes(name, config, shapes, prefix)
             if isinstance(config.get("num_threads"), int):  # of the machine that it was saved on
                 config = config | {"num_threads": min(config["num_threads"], machine.most_threads())}
-            layer = _CLASSES[name](**config).train(training)
+            made: Any = _CLASSES[name]
+            # A Dense without start values, which would be drawn only to be overwritten.
+            layer = getattr(made, "_zeros", made)(**config).train(training)
             if isinstance(layer, nn.FoldedDense):
                 parts = enumerate(description["layers"])
                 layer.layers = [_build(part, shapes, f"{prefix}layers.{i}.") for i, part in parts]

@@ -1,8 +1,6 @@
 """What is installed, and what it uses here."""
 
 import os
-import platform
-from importlib.metadata import version
 
 import numpy as np
 
@@ -19,6 +17,9 @@ def show_config() -> None:
     >>> fastbn.show_config()  # doctest: +ELLIPSIS
     fastbn ...
     """
+    import platform  # what takes time, and inference does without
+    from importlib.metadata import version
+
     openmp = machine.openmp_version()
     rows = {
         "fastbn": version("fastbn"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from pathlib import Path
 
@@ -20,7 +19,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     is written to as it stands. OSError names the path.
     """
     place = Path(os.path.realpath(path))
-    beside = place.with_name(f".{secrets.token_hex(8)}.fastbn.tmp")  # which nobody can know before
+    beside = place.with_name(f".{os.urandom(8).hex()}.fastbn.tmp")  # which nobody can know before
     made = False
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # the real path of a pipe could not be opened

@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .state import Array, Float, as_float
+from .state import Array, Float, as_array, as_float
 
 __all__ = ["mse", "sigmoid_cross_entropy", "softmax_cross_entropy"]
 
@@ -73,7 +73,7 @@ def softmax_cross_entropy(
     array([[ 0.25, -0.25],
            [ 0.  ,  0.  ]])
     """
-    logits, labels = as_float(prediction), np.asarray(target)
+    logits, labels = as_float(prediction, "prediction"), as_array(target, "target")
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"expected prediction (N, K) and labels (N,), got {logits.shape} and {labels.shape}")
     n, k = logits.shape
@@ -226,7 +226,7 @@ def sigmoid_cross_entropy(
 
 
 def _pair(prediction: ArrayLike, target: ArrayLike) -> tuple[Array, Array]:
-    y, t = as_float(prediction), as_float(target)
+    y, t = as_float(prediction, "prediction"), as_float(target, "target")
     if y.shape != t.shape:
         raise ValueError(f"expected a target of the prediction's shape {y.shape}, got {t.shape}")
     if y.size == 0:

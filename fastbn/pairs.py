@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from . import losses
 from .data import held_out_rows
 from .nn import walk
-from .state import Array, as_float, refuse_masked
+from .state import Array, as_array, as_float, refuse_masked
 
 __all__ = ["Loss", "Pair", "check_finite", "checked", "inference", "pair", "with_validation"]
 
@@ -29,7 +29,7 @@ def pair(data: Pair, name: str) -> tuple[Array, Array]:
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise TypeError(f"{name} must be a pair (X, y), got {type(data).__name__}")
     refuse_masked(data[1], f"{name}: y")
-    X, y = as_float(data[0], f"{name}: X"), np.asarray(data[1])
+    X, y = as_float(data[0], f"{name}: X"), as_array(data[1], f"{name}: y")
     if X.ndim == 0 or y.ndim == 0 or len(X) != len(y):
         raise ValueError(f"{name}: X and y must be equally long, got shapes {X.shape} and {y.shape}")
     if len(X) == 0:

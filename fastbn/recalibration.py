@@ -65,7 +65,7 @@ def recalibrate(model: Any, X: ArrayLike, batch_size: int = 1024) -> Any:
     """
     if whole(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    X = as_float(X)
+    X = as_float(X, "X")
     if X.ndim == 0 or len(X) == 0:
         raise ValueError(f"expected X with at least 1 example, got shape {X.shape}")
     found = tracking(model)

@@ -9,12 +9,26 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .arguments import as_array, is_masked
 from .arguments import floating as as_float
 from .atomic import change
 
 Array = NDArray[Any]
 Float = TypeVar("Float", bound=np.floating[Any])  # of a function whose result has the dtype of what it is given
-__all__ = ["FLOATS", "Array", "Arrays", "Float", "Held", "as_float", "assign", "check_state", "refuse_masked", "whole"]
+__all__ = [
+    "FLOATS",
+    "Array",
+    "Arrays",
+    "Float",
+    "Held",
+    "as_array",
+    "as_float",
+    "assign",
+    "check_state",
+    "checked_seed",
+    "refuse_masked",
+    "whole",
+]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _MOST = 2**53  # a count that training does not take out of int64, and float64 holds
@@ -26,6 +40,14 @@ def whole(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"expected {name} as an integer, got {type(value).__name__}") from None
+
+
+def checked_seed(value: Any) -> int | None:
+    """The value as NumPy's generators take it, before one is made: importing numpy.random takes time."""
+    seed = None if value is None else whole(value, "seed")
+    if seed is not None and seed < 0:
+        raise ValueError(f"expected seed to be at least 0 or None, got {seed}")
+    return seed
 
 
 def assign(array: Array, value: ArrayLike, name: str) -> None:
@@ -51,7 +73,7 @@ def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -
     given = dict(given)
     for key, value in given.items():
         refuse_masked(value, repr(key))
-    arrays = {key: np.asarray(value) for key, value in given.items()}
+    arrays = {key: as_array(value, repr(key)) for key, value in given.items()}
     for key in expected.keys() - arrays.keys():
         if key.rpartition(".")[2] == "num_batches_tracked":
             arrays[key] = np.zeros((), np.int64)
@@ -73,7 +95,7 @@ def check_state(given: Mapping[str, ArrayLike], expected: Mapping[str, Array]) -
 
 def refuse_masked(a: Any, name: str) -> None:
     """TypeError for a masked array, as everywhere in fastbn: NumPy would hand on the values behind its mask."""
-    if isinstance(a, np.ma.MaskedArray):
+    if is_masked(a):
         raise TypeError(f"expected {name} without a mask, got a masked array: its mask would be lost")
 
 

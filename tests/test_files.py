@@ -97,12 +97,12 @@ def test_what_is_no_file_is_written_to(tmp_path):
 def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
     """Not even by somebody who knew the name."""
     (tmp_path / "target").write_bytes(b"precious")
-    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "known")
-    (tmp_path / ".known.fastbn.tmp").symlink_to(tmp_path / "target")
+    monkeypatch.setattr(files.os, "urandom", lambda n: b"known")
+    (tmp_path / ".6b6e6f776e.fastbn.tmp").symlink_to(tmp_path / "target")
     with pytest.raises(FileExistsError):
         files.write_whole(tmp_path / "f", b"new")
     assert (tmp_path / "target").read_bytes() == b"precious"
-    assert there(tmp_path) == [".known.fastbn.tmp", "target"]
+    assert there(tmp_path) == [".6b6e6f776e.fastbn.tmp", "target"]
 
 
 def test_a_parent_that_is_a_file_is_the_error_that_is_told(tmp_path):

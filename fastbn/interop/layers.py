@@ -25,7 +25,7 @@ def library(name: str, extra: str) -> Any:
 def dense(weight: Array, bias: Array | None = None, *, dtype: DTypeLike | None = None) -> nn.Dense:
     """A Dense of these arrays, (n_out, n_in) and (n_out,)."""
     n_out, n_in = weight.shape
-    layer = nn.Dense(n_in, n_out, bias is not None, dtype=weight.dtype if dtype is None else dtype)
+    layer = nn.Dense._zeros(n_in, n_out, bias is not None, dtype=weight.dtype if dtype is None else dtype)
     layer.params.update({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return layer
 

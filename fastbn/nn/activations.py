@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..state import Array, as_float, whole
+from ..state import Array, as_float, checked_seed, whole
 from .layer import Activation
 
 __all__ = ["Dropout", "LeakyReLU", "ReLU", "Sigmoid", "Softmax", "Tanh", "relu_gradient", "slopes"]
@@ -191,9 +194,15 @@ class Dropout(Activation):
     def __init__(self, p: float, *, seed: int | None = None) -> None:
         if not 0 <= p <= 1:
             raise ValueError(f"expected p within [0, 1], got {p}")
-        self.p, self.seed = float(p), None if seed is None else whole(seed, "seed")
-        self.rng = np.random.default_rng(self.seed)
+        self.p, self.seed = float(p), checked_seed(seed)
         super().__init__()
+
+    @cached_property
+    def rng(self) -> np.random.Generator:  # made when it is asked for: inference does without
+        return np.random.default_rng(self.seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rng": self.rng}  # a copy draws the same numbers
 
     def forward(self, x: ArrayLike) -> Array:
         """Return y, of the shape and dtype of x; in inference x itself."""

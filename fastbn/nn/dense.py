@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .. import calls
-from ..state import FLOATS, Array, Arrays, as_float, whole
+from ..state import FLOATS, Array, Arrays, as_float, checked_seed, whole
 from .activations import relu_gradient, slopes
 from .layer import Layer
 
@@ -60,20 +60,41 @@ class Dense(Layer):
         dtype: DTypeLike = "float32",
         seed: int | None = None,
     ) -> None:
+        self._make(n_in, n_out, bias, activation, dtype, seed)
+        rng, bound = np.random.default_rng(self.seed), 1 / math.sqrt(self.n_in)
+        for p in self.params.values():
+            p[...] = rng.uniform(-bound, bound, p.shape)
+
+    @classmethod
+    def _zeros(
+        cls,
+        n_in: int,
+        n_out: int,
+        bias: bool = True,
+        *,
+        activation: str | None = None,
+        dtype: DTypeLike = "float32",
+        seed: int | None = None,
+    ) -> Self:
+        """A layer of zeros, for values that are there already. It needs no numpy.random, whose import takes time."""
+        layer = cls.__new__(cls)
+        layer._make(n_in, n_out, bias, activation, dtype, seed)
+        return layer
+
+    def _make(
+        self, n_in: int, n_out: int, bias: bool, activation: str | None, dtype: DTypeLike, seed: int | None
+    ) -> None:
         self.n_in, self.n_out = whole(n_in, "n_in"), whole(n_out, "n_out")
         if self.n_in < 1 or self.n_out < 1:
             raise ValueError(f"expected n_in and n_out of at least 1, got {n_in} and {n_out}")
         self.bias, self.activation, self.dtype = bool(bias), activation, np.dtype(dtype)
         if self.dtype not in FLOATS:
             raise TypeError(f"expected dtype float32 or float64, got {self.dtype}")
-        self.seed = None if seed is None else whole(seed, "seed")
-        rng, bound = np.random.default_rng(self.seed), 1 / math.sqrt(self.n_in)
-        params = {"weight": rng.uniform(-bound, bound, (self.n_out, self.n_in)).astype(self.dtype)}
-        if self.bias:
-            params["bias"] = rng.uniform(-bound, bound, self.n_out).astype(self.dtype)
+        self.seed = checked_seed(seed)
         super().__init__()
-        self.params = Arrays(params)
-        self.grads = Arrays({name: np.zeros_like(p) for name, p in params.items()})
+        shapes = {"weight": (self.n_out, self.n_in)} | ({"bias": (self.n_out,)} if self.bias else {})
+        self.params = Arrays({name: np.zeros(shape, self.dtype) for name, shape in shapes.items()})
+        self.grads = Arrays({name: np.zeros(shape, self.dtype) for name, shape in shapes.items()})
         self._connect()
 
     def _connect(self) -> None:

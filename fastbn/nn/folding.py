@@ -152,7 +152,7 @@ def _merged(dense: Dense, norm: BatchNorm) -> Dense | None:
 
 def _dense(weight: Array, bias: Array | None, activation: str | None, dtype: Any, parts: list[Any]) -> Dense:
     n_out, n_in = weight.shape
-    dense = (FoldedDense if parts else Dense)(n_in, n_out, bias is not None, activation=activation, dtype=dtype)
+    dense = (FoldedDense if parts else Dense)._zeros(n_in, n_out, bias is not None, activation=activation, dtype=dtype)
     if isinstance(dense, FoldedDense):
         dense.layers = [copy.deepcopy(part).eval() for part in parts]
     dense.params.update({"weight": weight} | ({} if bias is None else {"bias": bias}))

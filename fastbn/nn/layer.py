@@ -43,7 +43,7 @@ class Layer:
         if self._saved is None:
             raise RuntimeError(f"{type(self).__name__}.backward needs a forward call before it")
         saved, shape = self._saved[:2]
-        grad = as_float(dy)
+        grad = as_float(dy, "dy")
         if grad.shape != shape:
             raise ValueError(f"{type(self).__name__}.backward expected dy of shape {shape}, got {grad.shape}")
         return saved, grad if grad.dtype == saved.dtype else grad.astype(saved.dtype)

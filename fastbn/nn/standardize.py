@@ -88,7 +88,7 @@ class Standardize(Layer):
         numpy.exceptions.AxisError
             X has no such axis.
         """
-        a = as_float(X)
+        a = as_float(X, "X")
         stats = moments(a, self.axis)
         if stats.mean.shape != self.mean.shape:
             raise ValueError(f"expected X with {self.num_features} features along axis {self.axis}, got {a.shape}")
