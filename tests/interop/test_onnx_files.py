@@ -1,0 +1,244 @@
+"""fastbn.interop.onnx.load: hostile files, damaged ones, and models of other people's making.
+
+FASTBN_MUTANTS is the number of damaged copies of each file, 200 by default.
+"""
+
+import contextlib
+import importlib
+import os
+import pkgutil
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx_graphs import FLOAT, W, changed, graph, node, op, refused, value, written
+
+from fastbn import nn
+from fastbn.interop import onnx as interop
+
+MUTANTS = int(os.environ.get("FASTBN_MUTANTS", "200"))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.onnx"
+
+
+@contextlib.contextmanager
+def at_most(nbytes):
+    """No more than this is allocated within."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < nbytes, peak
+
+
+@pytest.mark.parametrize("dims", [[2**31, 2**31], [2**62, 2], [-3, -2], [-1], [3, 3], [0, 2**62], [1] * 60, []])
+@pytest.mark.parametrize("where", ["raw", "floats"])
+def test_sizes_are_those_of_the_bytes(path, dims, where):
+    model = graph(op("MatMul", "w"), {"w": W})
+    tensor = model.graph.initializer[0]
+    if where == "floats":
+        tensor.ClearField("raw_data")
+        tensor.float_data.extend([0.5] * 6)
+    del tensor.dims[:]
+    tensor.dims.extend(dims)
+    with at_most(10**6):
+        refused(path, model)
+
+
+def test_declared_shapes_take_no_memory(path):
+    for node in (op("Mul", "c"), op("Scaler", domain="ai.onnx.ml", offset=[0.0], scale=[1.0])):
+        with at_most(10**6):
+            refused(path, graph(node, {"c": np.float32(2)}, shape=("N", 2**40)), "claims sizes that nothing in it has")
+
+
+def test_a_weight_used_again_and_again_is_refused(path):
+    size, times = 300, 2000
+    nodes = [op("MatMul", "w") for _ in range(times)]
+    model = graph(nodes, {"w": np.ones((size, size), np.float32)}, shape=("N", size))
+    assert model.ByteSize() < 10**6
+    with at_most(200 * 10**6):
+        refused(path, model, "uses one array many times")
+
+
+def test_long_chains_of_constants_are_refused(path):
+    nodes = [node("Identity", [f"w{i}"], [f"w{i + 1}"]) for i in range(20_000)]
+    refused(path, graph([*nodes, op("MatMul", "w20000")], {"w0": W}))
+    joins = [node("Concat", [f"n{i}"] * 2, [f"n{i + 1}"], axis=0) for i in range(200)]
+    gather = [node("Shape", ["x"], ["s"]), node("Gather", ["s", "zero"], ["n0"])]
+    reshape = node("Reshape", ["x", "n200"], ["y"])
+    refused(path, graph([*gather, *joins, reshape], {"zero": np.array([0])}))
+
+
+def test_names_of_any_length(path):
+    message = refused(path, graph(op("A" * 10**5, name="n" * 10**6)))
+    assert len(message) < 1000 + len(str(path))
+    refused(path, graph(op("Relu"), inputs=[value("z" * 10**5, "float32", None)] * 50))
+
+
+def external(path, location, offset=None, length=None, array=W):
+    model = graph(op("MatMul", "w"), {"w": array})
+    onnx.external_data_helper.set_external_data(model.graph.initializer[0], location, offset, length)
+    model.graph.initializer[0].ClearField("raw_data")
+    return written(path, model)
+
+
+@pytest.mark.parametrize("place", ["weights.bin", "inner/weights.bin", "./weights.bin"])
+@pytest.mark.parametrize(("offset", "length"), [(None, None), (0, 24), (8, 24), (8, None), (None, 24)])
+def test_weights_in_files_of_their_own(path, monkeypatch, place, offset, length):
+    file = path.parent / place
+    file.parent.mkdir(exist_ok=True)
+    extra = b"" if length is None else b"more"
+    file.write_bytes(b"\0" * (offset or 0) + W.tobytes() + extra)
+    external(path, place, offset, length)
+    assert (interop.load(path)[0].params["weight"] == W.T).all()
+    monkeypatch.chdir(path.parent)
+    assert (interop.load("model.onnx")[0].params["weight"] == W.T).all()
+
+
+def test_external_weights_of_exporters(path):
+    """As onnx itself splits them off."""
+    interop.save(nn.Sequential(nn.Dense(3, 40, seed=0), nn.Dense(40, 2, seed=1)), path)
+    expected = interop.load(path)
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="all.data", size_threshold=0)
+    loaded = interop.load(path)
+    assert all((loaded.params[k] == p).all() for k, p in expected.params.items())
+    (path.parent / "all.data").unlink()
+    refused(path, None, "in a file beside the model, got 'all.data', which is none")
+
+
+@pytest.mark.parametrize("location", [
+    "../secret.bin", "/etc/hostname", "inner/../../secret.bin", "C:\\secret.bin", "..\\secret.bin", "", ".", "inner",
+    "link.bin", "linked/secret.bin", "pipe", "no.bin", "a" * 5000, "a\0b", "\\\\server\\secret.bin", "/dev/zero",
+])  # fmt: skip
+def test_nothing_is_read_outside_the_folder(tmp_path, location):
+    (tmp_path / "secret.bin").write_bytes(W.tobytes())
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (folder / "linked").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe")
+    refused(external(folder / "model.onnx", location), None, "tensor 'w'" if "\0" not in location else "")
+
+
+@pytest.mark.parametrize(("offset", "length"), [
+    (0, 23), (0, 25), (1, 24), (2**63, 24), (0, 2**63), (0, 0), (-1, 24), (0, -24), ("x", 24), (0, "x"), ("", 24),
+    ("9" * 5000, 24), (" 0", 24), (25, None), (4, None), (10**18, None), ("\u0663", 24),
+])  # fmt: skip
+def test_sizes_of_external_weights_are_checked(path, offset, length):
+    (path.parent / "w.bin").write_bytes(W.tobytes())
+    external(path, "w.bin")
+    model = onnx.load(path, load_external_data=False)
+    for key, number in (("offset", offset), ("length", length)):
+        if number not in (None, ""):
+            model.graph.initializer[0].external_data.add(key=key, value=str(number))
+    if (offset, length) == ("", 24):
+        assert len(interop.load(written(path, model))) == 1
+        return
+    with at_most(10**6):
+        refused(path, model, "tensor 'w' to have 24 bytes in 'w.bin', got offset")
+
+
+def test_one_file_read_again_and_again_is_refused(path):
+    """Many tensors that are one piece of a file."""
+    big = np.ones((1000, 250), np.float32)
+    (path.parent / "w.bin").write_bytes(big.tobytes())
+    nodes, model = [], graph(op("Relu"))
+    for i in range(400):
+        tensor = model.graph.initializer.add(name=f"w{i}", data_type=FLOAT, dims=[250, 1000] if i % 2 else [1000, 250])
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="w.bin")
+        nodes.append(node("MatMul", [f"t{i}" if i else "x", f"w{i}"], [f"t{i + 1}" if i < 399 else "y"]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    with at_most(300 * 10**6):
+        refused(path, changed(model, lambda m: m.graph.input[0].CopyFrom(value("x", "float32", ("N", 1000)))))
+
+
+# --- models of other people's making
+
+
+def recorded(folder):
+    for data in sorted(Path(folder).glob("test_data_set_*")):
+        yield [
+            [onnx.numpy_helper.to_array(onnx.TensorProto.FromString(file.read_bytes())) for file in files]
+            for files in (sorted(data.glob("input_*.pb")), sorted(data.glob("output_*.pb")))
+        ]
+
+
+def loads_or_names(path):
+    """The network, or None where it is refused in one sentence."""
+    try:
+        return interop.load(path)
+    except ValueError as error:
+        message = str(error)
+        assert message.startswith(f"{path}: cannot be loaded: ")
+        assert "\n" not in message
+        assert "expected" in message, message
+        return None
+
+
+def agrees(network, inputs, outputs):
+    x = inputs[0]
+    dropout = any(isinstance(layer, nn.Dropout) and layer.training for layer in network)
+    if dropout:
+        return
+    y = network(x)
+    assert y.shape == outputs[0].shape
+    np.testing.assert_allclose(y, outputs[0], rtol=1e-3, atol=1e-7)  # onnx.backend.test's own
+    if network.training:
+        np.testing.assert_allclose(network[0].running_mean, outputs[1], rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(network[0].running_var, outputs[2], rtol=1e-3, atol=1e-7)
+
+
+def test_models_in_the_onnx_package(capsys):
+    files = sorted((Path(onnx.__file__).parent / "backend/test/data").rglob("*.onnx"))
+    assert len(files) > 140
+    loaded = {}
+    for file in files:
+        if (network := loads_or_names(file)) is not None:
+            loaded[file.parent.name] = sum(1 for data in recorded(file.parent) if agrees(network, *data) or True)
+    assert min(loaded.values()) == 1
+    assert {f"test_BatchNorm{n}_eval" for n in ("1d_3d_input", "2d", "2d_momentum", "3d", "3d_momentum")} < set(loaded)
+    assert {"test_Linear", "test_Linear_no_bias", "test_LeakyReLU", "test_Softmax", "test_operator_view"} < set(loaded)
+    with capsys.disabled():
+        print(f"\nmodels in the onnx package: {len(loaded)} load, {len(files) - len(loaded)} are refused in a sentence")
+
+
+def as_weights(model, data):
+    """A case whose other inputs are constants of the graph."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    for described, array in list(zip(model.graph.input, data, strict=False))[1:]:
+        if isinstance(array, np.ndarray) and described.type.WhichOneof("value") == "tensor_type":
+            with contextlib.suppress(TypeError, ValueError, KeyError):
+                model.graph.initializer.append(onnx.numpy_helper.from_array(array, described.name))
+    return model
+
+
+def test_cases_of_every_operator(path, capsys):
+    cases = importlib.import_module("onnx.backend.test.case.node")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in pkgutil.iter_modules(cases.__path__):
+            importlib.import_module(f"{cases.__name__}.{module.name}")
+    assert len(cases._NodeTestCases) > 1000
+    loaded = {}
+    for case in cases._NodeTestCases:
+        for inputs, outputs in case.data_sets or []:
+            network = loads_or_names(written(path, as_weights(case.model, inputs)))
+            if network is not None:
+                loaded[case.name] = network
+                with np.errstate(all="ignore"):
+                    agrees(network, inputs, outputs)
+    ends = ("example", "epsilon", "example_training_mode", "epsilon_training_mode")
+    assert {f"test_batchnorm_{end}" for end in ends} < set(loaded)
+    with capsys.disabled():
+        n = len(cases._NodeTestCases)
+        print(f"\ncases of onnx's operators: {len(loaded)} load, {n - len(loaded)} are refused in a sentence")
