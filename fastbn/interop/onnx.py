@@ -87,8 +87,13 @@ def save(model: Any, path: str | os.PathLike[str], folded: bool = False) -> None
     """
     library("onnx", "onnx")
     place = check_place(path)
+    writer = _written(model)  # as it is, so that what is wrong has its position in the model
     if folded:
-        model = (model if isinstance(model, nn.Sequential) else nn.Sequential(model)).folded()
+        writer = _written((model if isinstance(model, nn.Sequential) else nn.Sequential(model)).folded())
+    write_whole(place, writer.content())
+
+
+def _written(model: Any) -> _Writer:
     writer = _Writer(_input_type(layer for _, layer in _placed(model)))
     for name, layer in _placed(model):
         said = f"layer {name!r}" if name else "the layer"
@@ -101,7 +106,7 @@ def save(model: Any, path: str | os.PathLike[str], folded: bool = False) -> None
             write(writer, layer)
         except ValueError as error:
             raise ValueError(f"cannot write {said} ({type(layer).__name__}): {error}") from error
-    write_whole(place, writer.content())
+    return writer
 
 
 def _placed(model: Any, place: str = "") -> Iterator[tuple[str, Any]]:

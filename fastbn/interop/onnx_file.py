@@ -60,8 +60,8 @@ class Node:
     def take(self, name: str, field: str, default: Any = None) -> Any:
         """The value of an attribute, of a field of ONNX's AttributeProto."""
         attribute = self.attributes.pop(name, None)
-        if attribute is None:
-            return default
+        if attribute is None:  # a default is of float32, as a value
+            return float(np.float32(default)) if field == "f" and default is not None else default
         if attribute.type != _ATTRIBUTES[field] or attribute.ref_attr_name:
             raise ValueError(f"expected attribute {name} to be of the kind {field!r}, got another one")
         value = getattr(attribute, field)

@@ -138,7 +138,7 @@ class _Builder:
         deviation = values.get("deviation")
         zeros, ones = np.zeros(count), np.ones(count)
         # The root of a square is the number itself, in any arithmetic of base 2, unless the square leaves its range.
-        if deviation is not None and not (np.sqrt(deviation**2) == deviation).all():
+        if deviation is not None and not ((np.sqrt(deviation**2) == deviation) & (deviation > 0)).all():
             values["weight"] = values.get("weight", ones) / values.pop("deviation")
             deviation = None
         mean, low = values.get("mean", zeros), values.get("mean_low", zeros)

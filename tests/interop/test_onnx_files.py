@@ -54,9 +54,11 @@ def test_sizes_are_those_of_the_bytes(path, dims, where):
 
 
 def test_declared_shapes_take_no_memory(path):
-    for node in (op("Mul", "c"), op("Scaler", domain="ai.onnx.ml", offset=[0.0], scale=[1.0])):
+    for scaling in (op("Mul", "c"), op("Scaler", domain="ai.onnx.ml", offset=[0.0], scale=[1.0])):
         with at_most(10**6):
-            refused(path, graph(node, {"c": np.float32(2)}, shape=("N", 2**40)), "claims sizes that nothing in it has")
+            refused(
+                path, graph(scaling, {"c": np.float32(2)}, shape=("N", 2**40)), "claims sizes that nothing in it has"
+            )
 
 
 def test_a_weight_used_again_and_again_is_refused(path):
