@@ -35,7 +35,15 @@ _SPARE_BYTES = 2**26  # what layers may take beyond a multiple of their file
 _ATTRIBUTES = {"i": 2, "f": 1, "s": 3, "t": 4, "ints": 7, "floats": 6}  # fields, and ONNX's numbers of their types
 
 
-def _domain(name: str) -> str:
+def _text(value: Any) -> str:
+    """A string of the file: protobuf hands on as bytes what is no UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError("not an ONNX file, or a damaged one: a name in it is no text")
+    return value
+
+
+def _domain(value: Any) -> str:
+    name = _text(value)
     return "" if name == "ai.onnx" else name  # two names of the same
 
 
@@ -50,12 +58,11 @@ class Node:
     def __init__(self, graph: Graph, index: int, proto: Any) -> None:
         domain = _domain(proto.domain)
         self.graph, self.opset = graph, graph.opsets.get(domain, 1)
-        self.kind = f"{domain}.{proto.op_type}" if domain else proto.op_type
+        self.kind = f"{domain}.{_text(proto.op_type)}" if domain else _text(proto.op_type)
         kind = self.kind if len(self.kind) <= 100 else self.kind[:100] + "..."
-        self.said = f"node {short(proto.name) if proto.name else index} ({kind})"
-        self.inputs: list[str] = list(proto.input)
-        self.outputs: list[str] = list(proto.output)
-        self.attributes = {a.name: a for a in proto.attribute}
+        self.said = f"node {short(_text(proto.name)) if proto.name else index} ({kind})"
+        self.inputs, self.outputs = [_text(n) for n in proto.input], [_text(n) for n in proto.output]
+        self.attributes = {_text(a.name): a for a in proto.attribute}
 
     def take(self, name: str, field: str, default: Any = None) -> Any:
         """The value of an attribute, of a field of ONNX's AttributeProto."""
@@ -108,14 +115,14 @@ class Graph:
         newest = library("onnx.defs", "onnx").onnx_opset_version()
         if self.opsets.get("", 1) > newest:
             raise ValueError(f"it has opset {self.opsets['']}, and the onnx installed here knows them up to {newest}")
-        self._own = {(_domain(f.domain), f.name) for f in model.functions}
-        self._tensors = {t.name: t for t in self._graph.initializer}
+        self._own = {(_domain(f.domain), _text(f.name)) for f in model.functions}
+        self._tensors = {_text(t.name): t for t in self._graph.initializer}
         self._arrays: dict[str, Array] = {}
         self._read_input()
         self._read_nodes()
 
     def _read_input(self) -> None:
-        inputs = [i for i in self._graph.input if i.name not in self._tensors]
+        inputs = [i for i in self._graph.input if _text(i.name) not in self._tensors]
         if len(inputs) != 1 or not inputs[0].name:
             raise ValueError(f"expected a graph with one input, got {_listed([i.name for i in inputs])}")
         self.input, described = inputs[0].name, inputs[0].type.tensor_type
@@ -134,7 +141,7 @@ class Graph:
         self._nodes = [Node(self, i, proto) for i, proto in enumerate(self._graph.node)]
         self._writers: dict[str, Node] = {}
         self.varying = {self.input}
-        known = {self.input, *self._tensors, *(t.values.name for t in self._graph.sparse_initializer)}
+        known = {self.input, *self._tensors, *(_text(t.values.name) for t in self._graph.sparse_initializer)}
         for node, proto in zip(self._nodes, self._graph.node, strict=True):
             for name in filter(None, node.inputs):
                 if name not in known:
@@ -153,6 +160,7 @@ class Graph:
     def output(self) -> str:
         """Name of the output that is asked for: the one of floating numbers, or of a ZipMap, that no mask is."""
         found: list[str] = []
+        names = [_text(output.name) for output in self._graph.output]
         for output in self._graph.output:
             number = output.type.tensor_type.elem_type
             labels = output.type.WhichOneof("value") == "tensor_type" and number != 0 and number not in FLOATS
@@ -161,8 +169,7 @@ class Graph:
             if first and (not labels or len(self._graph.output) == 1):
                 found.append(output.name)
         if len(found) != 1:
-            names = _listed([output.name for output in self._graph.output])
-            raise ValueError(f"expected a graph with one output of floating numbers, got {names}")
+            raise ValueError(f"expected a graph with one output of floating numbers, got {_listed(names)}")
         return found[0]
 
     def way(self, kinds: Iterable[str]) -> list[Node]:
@@ -170,7 +177,7 @@ class Graph:
         name, nodes, self.trunk = self.output(), list[Node](), {self.input}
         while name != self.input:
             if name not in self.varying:
-                raise ValueError(f"the output {short(name)} does not depend on the input {short(self.input)}")
+                raise ValueError(f"expected the output {short(name)} to depend on the input {short(self.input)}")
             node = self._writers[name]
             if node.kind not in kinds:
                 raise ValueError(f"{node.said}: expected one of {', '.join(kinds)}")
@@ -220,11 +227,10 @@ class Graph:
                 return np.array(attribute.f if attribute.type == 1 else attribute.floats, np.float32)
             if attribute.name in ("value_int", "value_ints") and attribute.type in (2, 7):
                 return np.array(attribute.i if attribute.type == 2 else attribute.ints, np.int64)
-        if node.kind == "Identity":
-            return self.constant(node.inputs[0])
-        if node.kind == "Transpose":
-            array, axes = self.constant(node.inputs[0]), [*node.attributes.values()]
-            return array.transpose(axes[0].ints if axes else None)
+        array: Array | None = node.constant(0) if node.kind in ("Identity", "Transpose") else None
+        if array is not None:
+            axes = [list(a.ints) for a in node.attributes.values()]
+            return array.transpose(axes[0] if axes else None) if node.kind == "Transpose" else array
         raise ValueError(f"{node.said} computes a constant: expected a Constant, Identity or Transpose")
 
     def shape(self, name: str) -> list[int | None]:
@@ -236,7 +242,7 @@ class Graph:
             return [int(n) for n in array.flat]
         node = self._writers.get(name)
         kind = "" if node is None else node.kind
-        if node is not None and kind in ("Unsqueeze", "Squeeze", "Identity", "Cast"):
+        if node is not None and kind in ("Unsqueeze", "Squeeze", "Identity", "Cast") and node.varies(0):
             return self.shape(node.inputs[0])
         if node is not None and kind == "Concat":
             parts = [self.shape(part) for part in node.inputs]
@@ -267,7 +273,7 @@ class Graph:
         return str(self._enum.Name(number)).lower() if number in self._enum.values() else f"type {number}"
 
     def _array(self, tensor: Any) -> Array:
-        said, dims = f"tensor {short(tensor.name)}", tuple(tensor.dims)
+        said, dims = f"tensor {short(_text(tensor.name))}", tuple(tensor.dims)
         if tensor.data_type not in _TYPES:
             raise ValueError(f"expected {said} to be of float32 or float64, got {self._type_name(tensor.data_type)}")
         name, field = _TYPES[tensor.data_type]
@@ -290,7 +296,7 @@ class Graph:
 
     def _external(self, tensor: Any, said: str, nbytes: int) -> bytes:
         """Bytes of a file in the model's folder, or in one below it."""
-        entries = {entry.key: entry.value for entry in tensor.external_data}
+        entries = {_text(entry.key): _text(entry.value) for entry in tensor.external_data}
         location = entries.get("location", "")
         ways = PurePosixPath(location), PureWindowsPath(location)  # a file may come from either
         place = Path(os.path.realpath(os.path.join(self._folder, location)))

@@ -31,6 +31,7 @@ def layers_of(graph: Graph) -> list[Any]:
             _HANDLERS[node.kind](builder, node)
             node.finish()
         builder.end_of_affine()
+        builder.of_dtype()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{builder.said}: {error}") from error
     return builder.layers

@@ -51,9 +51,10 @@ def op(kind, *arrays, x="x", y="y", domain="", name="", **attributes):
 
 
 def graph(nodes, arrays=None, *, shape=("N", 3), dtype="float32", opset=17, output=None, inputs=(), outputs=(), ml=3):
-    """A model of these nodes, each of which reads what the one before it has written, if it is not named."""
-    nodes = [nodes] if isinstance(nodes, onnx.NodeProto) else list(nodes)
-    for i, (before, after) in enumerate(itertools.pairwise(nodes)):
+    """A model of these nodes. One that reads "x" is given what the one before it has written to "y"."""
+    nodes = [nodes] if isinstance(nodes, onnx.NodeProto) else nodes
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    for i, (before, after) in enumerate(itertools.pairwise(n for n in nodes if "x" in n.input)):
         if before.output[0] == "y":
             before.output[0] = f"t{i}"
             after.input[list(after.input).index("x")] = f"t{i}"
