@@ -59,8 +59,7 @@ class Node:
         domain = _domain(proto.domain)
         self.graph, self.opset = graph, graph.opsets.get(domain, 1)
         self.kind = f"{domain}.{_text(proto.op_type)}" if domain else _text(proto.op_type)
-        kind = self.kind if len(self.kind) <= 100 else self.kind[:100] + "..."
-        self.said = f"node {short(_text(proto.name)) if proto.name else index} ({kind})"
+        self.said = f"node {short(_text(proto.name)) if proto.name else index} ({short(self.kind)[1:-1]})"
         self.inputs, self.outputs = [_text(n) for n in proto.input], [_text(n) for n in proto.output]
         self.attributes = {_text(a.name): a for a in proto.attribute}
 
