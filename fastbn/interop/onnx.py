@@ -332,9 +332,9 @@ def load(path: str | os.PathLike[str]) -> nn.Sequential:
     Behind a classifier, the output of probabilities is taken, from before a ZipMap. Where two columns come of one
     sigmoid, as 1 - p and p, they become those of a Softmax. For several labels they become those of a Sigmoid.
 
-    A Cast may stand before and behind a Standardize, and between two types at the start. An attribute of float32, such
-    as epsilon, is read as the shortest number that float32 rounds to it, if the graph is of float32. Integers at the
-    input become float64.
+    A Cast to float64 may stand before the constants of a Standardize, and one to float32 behind them. Integers at the
+    input are computed in float64. An attribute of float32, such as epsilon, is read as the shortest number that float32
+    rounds to it, if the graph is of float32.
 
     Examples
     --------

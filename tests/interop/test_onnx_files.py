@@ -5,6 +5,7 @@ FASTBN_MUTANTS is the number of damaged copies of each file, 200 by default.
 
 import contextlib
 import importlib
+import math
 import os
 import pkgutil
 import tracemalloc
@@ -52,7 +53,7 @@ def test_sizes_are_those_of_the_bytes(path, dims, where):
     del tensor.dims[:]
     tensor.dims.extend(dims)
     with at_most(10**6):
-        refused(path, model)
+        refused(path, model, "tensor 'w'" if math.prod(dims) != 6 else "")
 
 
 def test_declared_shapes_take_no_memory(path):
@@ -120,7 +121,8 @@ def test_external_weights_of_exporters(path):
 
 @pytest.mark.parametrize("location", [
     "../secret.bin", "/etc/hostname", "inner/../../secret.bin", "C:\\secret.bin", "..\\secret.bin", "", ".", "inner",
-    "link.bin", "linked/secret.bin", "pipe", "no.bin", "a" * 5000, "a\0b", "\\\\server\\secret.bin", "/dev/zero",
+    "FOLDER/weights.bin", "inner/../weights.bin", "link.bin", "linked/secret.bin", "pipe", "no.bin", "a" * 5000,
+    "a\0b", "\\\\server\\secret.bin", "/dev/zero",
 ])  # fmt: skip
 def test_nothing_is_read_outside_the_folder(tmp_path, location):
     (tmp_path / "secret.bin").write_bytes(W.tobytes())
@@ -128,7 +130,9 @@ def test_nothing_is_read_outside_the_folder(tmp_path, location):
     (folder / "inner").mkdir(parents=True)
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
     (folder / "linked").symlink_to(tmp_path)
+    (folder / "weights.bin").write_bytes(W.tobytes())
     os.mkfifo(folder / "pipe")
+    location = location.replace("FOLDER", str(folder))
     refused(external(folder / "model.onnx", location), None, "tensor 'w'" if "\0" not in location else "")
 
 

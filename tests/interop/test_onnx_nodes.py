@@ -493,6 +493,12 @@ REFUSALS = {
             node("Concat", ["p", "q"], ["y"], axis=1)], {"one": np.float32(1)}),
         "(Concat): expected a chain",
     ),
+    "2 - p and p": (
+        lambda: graph([
+            op("Gemm", "w"), op("Sigmoid", y="p"), node("Sub", ["two", "p"], ["q"]),
+            node("Concat", ["q", "p"], ["y"], axis=1)], {"w": W, "two": np.float32(2)}),
+        "(Concat): expected a chain",
+    ),
     "1 - p and p of no Dense": (
         lambda: graph([
             op("Sigmoid", y="p"), node("Sub", ["one", "p"], ["q"]),
