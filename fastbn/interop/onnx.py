@@ -161,25 +161,27 @@ class _Writer:
         self._nodes.append((kind, f"{self.place}.{name}" if self.place else name, list(arrays), attributes))
 
     def content(self) -> bytes:
-        onnx = library("onnx", "onnx")
         helper, types = library("onnx.helper", "onnx"), {name: number for number, name in FLOATS.items()}
         if not self._nodes:
             self.place = ""
             self.node("Identity")
-        nodes, last = [], "x"
+        model = library("onnx", "onnx").ModelProto(
+            ir_version=_IR, producer_name="fastbn", producer_version=version("fastbn")
+        )
+        model.opset_import.add(domain="", version=_OPSET)
+        graph, last = model.graph, "x"
+        graph.name = "fastbn"
         for i, (kind, name, arrays, attributes) in enumerate(self._nodes):
             out = "y" if i == len(self._nodes) - 1 else f"{name}:y"
-            nodes.append(helper.make_node(kind, [last, *arrays], [out], name=name, **attributes))
+            graph.node.append(helper.make_node(kind, [last, *arrays], [out], name=name, **attributes))
             last = out
-        described = [
-            helper.make_tensor_value_info(name, types[dtype], ["N", width or "C"])
-            for name, dtype, width in [("x", self.input_dtype, self.input_width), ("y", self.dtype, self.width)]
-        ]
-        arrays_of = [library("onnx.numpy_helper", "onnx").from_array(a, name) for name, a in self._arrays.items()]
-        graph = helper.make_graph(nodes, "fastbn", described[:1], described[1:], arrays_of)
-        model: Any = onnx.ModelProto(ir_version=_IR, producer_name="fastbn", producer_version=version("fastbn"))
-        model.opset_import.add(domain="", version=_OPSET)
-        model.graph.CopyFrom(graph)
+        ends = [("x", self.input_dtype, self.input_width), ("y", self.dtype, self.width)]
+        x, y = (helper.make_tensor_value_info(name, types[dtype], ["N", width or "C"]) for name, dtype, width in ends)
+        graph.input.append(x)
+        graph.output.append(y)
+        for name, array in self._arrays.items():
+            raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+            graph.initializer.add(name=name, data_type=types[array.dtype.name], dims=array.shape, raw_data=raw)
         content: bytes = model.SerializeToString(deterministic=True)
         return content
 

@@ -55,6 +55,8 @@ def short(name: str) -> str:
 class Node:
     """One node: its inputs and outputs, and its attributes, each taken once."""
 
+    __slots__ = ("attributes", "graph", "inputs", "kind", "opset", "outputs", "said")
+
     def __init__(self, graph: Graph, index: int, proto: Any) -> None:
         domain = _domain(proto.domain)
         self.graph, self.opset = graph, graph.opsets.get(domain, 1)
@@ -137,11 +139,13 @@ class Graph:
 
     def _read_nodes(self) -> None:
         """Who writes what, once every node reads only what stands before it."""
-        self._nodes = [Node(self, i, proto) for i, proto in enumerate(self._graph.node)]
         self._writers: dict[str, Node] = {}
         self.varying = {self.input}
         known = {self.input, *self._tensors, *(_text(t.values.name) for t in self._graph.sparse_initializer)}
-        for node, proto in zip(self._nodes, self._graph.node, strict=True):
+        for index, proto in enumerate(self._graph.node):
+            node = Node(self, index, proto)
+            if not any(node.outputs):
+                raise ValueError(f"expected {node.said} to have an output, got none")
             for name in filter(None, node.inputs):
                 if name not in known:
                     raise ValueError(f"{node.said} reads {short(name)}, which nothing before it writes")

@@ -61,7 +61,7 @@ class _Builder:
         self.dims = graph.dims
         self.dtype = self.own_dtype = graph.dtype
         self.affine = _Affine()
-        self.said = ""  # the node at work
+        self.said = "the input"  # and then the node at work
         self.widened = False  # whether the last layer, a Standardize, was given float32
 
     def add(self, layer: Any, training: bool = False) -> None:
@@ -253,6 +253,7 @@ def _operand(builder: _Builder, node: Node) -> Array:
     node.take("consumed_inputs", "ints")
     if value is None:
         raise ValueError("expected two inputs")
+    builder.of_dtype(value)
     if node.opset < 7 and broadcast and axis is not None:
         if builder.dims is None or not 0 <= axis <= len(builder.dims) - value.ndim:
             raise ValueError(f"expected an axis of x, got axis={axis}")

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from fastbn.interop import onnx as interop
 
+onnxruntime = pytest.importorskip("onnxruntime")
 onnxruntime.set_default_logger_severity(4)  # its warnings would drown the tests' own lines
 
 FLOAT, DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE

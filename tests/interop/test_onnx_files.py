@@ -82,6 +82,17 @@ def test_long_chains_of_constants_are_refused(path):
     refused(path, graph([*gather, *joins, reshape], {"zero": np.array([0])}))
 
 
+def test_a_million_empty_nodes_are_refused(path):
+    empty = b"\x0a\x00" * 10**6
+    path.write_bytes(graph(op("Relu")).SerializeToString() + b"\x3a" + varint(len(empty)) + empty)  # they are merged
+    with at_most(10**7):
+        refused(path, None, "expected node 1 () to have an output, got none")
+
+
+def varint(n):
+    return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
+
+
 def test_names_of_any_length(path):
     message = refused(path, graph(op("A" * 10**5, name="n" * 10**6)))
     assert len(message) < 1000 + len(str(path))

@@ -396,6 +396,7 @@ REFUSALS = {
     "half input": (lambda: graph(op("Relu"), dtype=onnx.TensorProto.FLOAT16), "got float16"),
     "bfloat16 input": (lambda: graph(op("Relu"), dtype=onnx.TensorProto.BFLOAT16), "got bfloat16"),
     "integers": (lambda: graph(op("Relu"), dtype="int64"), "node 0 (Relu): expected floating numbers, got int64"),
+    "integers and nothing": (lambda: graph(op("Identity"), dtype="int64"), "expected floating numbers, got int64"),
     "integers and constants": (lambda: graph(op("Sub", "c"), {"c": np.array([1, 2, 3])}, dtype="int64"), "got int64"),
     "half weights": (
         lambda: graph(op("BatchNormalization", *BN), {k: v.astype("f2") for k, v in STATS.items()}), "got float16",
