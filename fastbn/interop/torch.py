@@ -104,18 +104,11 @@ def _layer(torch: Any, module: Any, place: str) -> Any:
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(f"{_said(module, place)} has hooks, whose effect cannot be converted: remove them first")
     if make is None:
-        inner = (
-            _layer(torch, m, f"{place}.{name}" if place else name) for name, m in module._modules.items()
-        )  # named_children() leaves out what is there twice
+        # named_children() leaves out what is there twice.
+        inner = (_layer(torch, m, f"{place}.{name}" if place else name) for name, m in module._modules.items())
         model = nn.Sequential(*inner)
         model.training = module.training
         return model
-    make = _converters(torch).get(type(module))
-    if make is None:
-        names = (
-            "Sequential, Linear, BatchNorm1d to 3d, ReLU, LeakyReLU, Sigmoid, Tanh, Softmax, Dropout, Flatten, Identity"
-        )
-        raise TypeError(f"cannot convert {_said(module, place)}: expected one of {names}")
     try:
         return make(module).train(module.training)
     except (TypeError, ValueError) as error:
