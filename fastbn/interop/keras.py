@@ -406,7 +406,7 @@ class _Reader:
             else:
                 _give(layer, self._variables(inner))
         for name in sorted(unused):
-            if self._variables(self.group(box, name)):
+            if re.sub(r"_[0-9]+$", "", name) in seen or self._variables(self.group(box, name)):
                 raise ValueError(f"it has weights of {name!r} in {box.name}, and there is no such layer")
 
     def assign_in_order(self, layers: list[_Layer], group: Any) -> None:
