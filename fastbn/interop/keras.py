@@ -39,7 +39,7 @@ _EPSILON = 1e-7  # keras.backend.epsilon(), the least deviation that Normalizati
 _MOST_TEXT = 1 << 24  # bytes of an architecture; of a thousand layers it has one million
 _MOST_NAMES = 1 << 28
 _MOST_LAYERS, _DEEPEST = 10_000, 50
-_DAMAGE = (OSError, RuntimeError, EOFError, IndexError, struct.error, zlib.error, zipfile.BadZipFile)
+_DAMAGE = (OSError, RuntimeError, EOFError, LookupError, struct.error, zlib.error, zipfile.BadZipFile)
 
 
 def load(path: str | os.PathLike[str], model: nn.Sequential | None = None) -> nn.Sequential:
@@ -51,7 +51,9 @@ def load(path: str | os.PathLike[str], model: nn.Sequential | None = None) -> nn
         A ``.keras`` file of Keras 3 or of TensorFlow 2.12 to 2.15, or a whole model in ``.h5``. Without an
         architecture, which ``.weights.h5`` has not, the file's weights go into ``model``.
     model : nn.Sequential, optional
-        Network with the layers whose weights the file holds, nested alike. Layers without weights do not matter.
+        Network with the layers whose weights the file holds, nested alike. Layers without weights do not matter. A
+        BatchNorm stands for a BatchNormalization with both center and scale, or without them, and a Standardize for a
+        Normalization that was adapted.
 
     Returns
     -------
@@ -216,6 +218,7 @@ def _parsed(entry: Any, place: str) -> _Layer:
             raise ValueError(f"expected layer {place!r} with its class_name and config, got {str(entry)[:100]}")
     if isinstance(config, list):  # a Sequential of Keras before 2.3
         config = {"layers": config}
+    config = {argument: _plain(value) for argument, value in config.items()}
     name = str(config.get("name"))[:100]
     layer = _Layer(place, kind, f"layer {place} {name!r} ({kind})" if place else f"{name!r} ({kind})", config)
     if not _is_keras(entry) or kind not in ("Sequential", "InputLayer", *_MAKERS):
@@ -241,6 +244,14 @@ def _parsed(entry: Any, place: str) -> _Layer:
         part.input_shape, shape = part.input_shape or shape, None
         layer.layers.append(part)
     return layer
+
+
+def _plain(value: Any) -> Any:
+    """A number or a list where an argument was an array."""
+    match value:
+        case {"class_name": "__numpy__" | "__tensor__", "config": {"value": plain}}:
+            return plain
+    return value
 
 
 def _is_keras(entry: dict[str, Any]) -> bool:
@@ -506,24 +517,18 @@ def _normalization(layer: _Layer, reader: _Reader) -> list[Any]:
     axis, config = _axis(layer.config), layer.config
     if layer.shapes:
         state = _state(layer, reader)
+        given = np.stack([state["mean"], state["var"]])
     else:
-        state = {ours: _numbers(config[name], _dtype(config)) for name, ours in [("mean", "mean"), ("variance", "var")]}
-    mean, var = (state[name].reshape(-1) for name in ("mean", "var"))
+        given = np.asarray([config["mean"], config["variance"]], np.float64).astype(_dtype(config))
+    mean, var = given.reshape(2, -1)
     axis = -1 if axis is None else axis
-    if len(mean) == len(var) == 1 and layer.input_shape:  # one number for all features
+    if len(mean) == 1 and layer.input_shape:  # one number for all features
         n = layer.input_shape[axis]
         reader.spend(8 * n)
         mean, var = np.repeat(mean, n), np.repeat(var, n)
-    elif layer.shapes.get("mean") == ():
+    elif given.ndim == 1:
         raise ValueError("expected the shape of its input in the file, got one mean for all features")
     return [standardize(mean, _deviating(var), axis=axis)]
-
-
-def _numbers(value: Any, dtype: str) -> Array:
-    """An argument that may be an array, as numbers of the layer's dtype."""
-    if isinstance(value, dict) and value.get("class_name") in ("__numpy__", "__tensor__"):
-        value = value["config"]["value"]
-    return np.asarray(value, np.float64).astype(dtype)
 
 
 def _deviating(var: Array) -> Array:

@@ -357,26 +357,23 @@ def test_numbers_with_gaps(tmp_path):
 
 
 def test_configs_of_keras_2(tmp_path):
-    """Lists of axes, slopes named alpha, names of dtypes, no modules."""
-    model = sequential([L.Dense(5), L.BatchNormalization(axis=1), L.LeakyReLU(0.4), L.Normalization(), L.ReLU()])
+    """Lists of axes, slopes named alpha, numbers as arrays, nothing of dtypes and modules."""
+    layers = [L.Dense(5), L.BatchNormalization(axis=1), L.LeakyReLU(0.4), L.Normalization(), L.ReLU()]
+    model = sequential([*layers, keras.Sequential([L.Dense(3)])])
 
     def old(entry):
-        config = entry["config"]
-        if "slope" in str(config):
+        config = {name: value for name, value in entry["config"].items() if name not in ("dtype", "module")}
+        if entry["class_name"] == "LeakyReLU":
             config["alpha"] = config.pop("negative_slope")
-        if "axis" in config:
-            config["axis"] = [config["axis"]] if isinstance(config["axis"], int) else config["axis"]
-        config.pop("dtype", None)
-        config["layers"] = [old(inner) for inner in config.get("layers", ())]
+        if entry["class_name"] == "ReLU":
+            config["threshold"] = {"class_name": "__numpy__", "config": {"value": 0.0, "dtype": "float32"}}
+        if entry["class_name"] == "BatchNormalization":
+            config["axis"] = [config["axis"]]
+        if entry["class_name"] == "Sequential":  # before 2.3
+            config = [old(inner) for inner in config["layers"]]
         return {"class_name": entry["class_name"], "config": config}
 
-    def config(entry):
-        entry["config"]["layers"] = [
-            old(inner) if inner["class_name"] != "ReLU" else inner for inner in entry["config"]["layers"]
-        ]
-        return entry
-
-    path = rewritten(saved(model, tmp_path / "model.keras"), lambda file: None, config=config)
+    path = rewritten(saved(model, tmp_path / "model.keras"), lambda file: None, config=old)
     np.testing.assert_allclose(load(path)(inputs(model)), outputs(model, inputs(model)), rtol=1e-5, atol=1e-5)
 
 
@@ -680,7 +677,7 @@ def test_mutants_of_an_architecture(tmp_path):
         text, weights = archive.read("config.json").decode(), archive.read("model.weights.h5")
     mutations = [(place, value) for place in places(json.loads(text)) for value in VALUES if place]
     refusals = 0
-    for i in np.random.default_rng(0).permutation(len(mutations))[:800]:
+    for i in np.random.default_rng(0).permutation(len(mutations))[:500]:
         (*above, last), value = mutations[i]
         config = inner = json.loads(text)
         for key in above:
@@ -690,7 +687,7 @@ def test_mutants_of_an_architecture(tmp_path):
             archive.writestr("config.json", json.dumps(config))
             archive.writestr("model.weights.h5", weights)
         refusals += not loads(path)
-    assert refusals > 100
+    assert refusals > 60
 
 
 @pytest.mark.parametrize("name", ["model.keras", "model.h5", "model.weights.h5", "inner"])
