@@ -37,7 +37,6 @@ __all__ = ["load"]
 
 _EPSILON = 1e-7  # keras.backend.epsilon(), the least deviation that Normalization divides by
 _MOST_TEXT = 1 << 24  # bytes of an architecture; of a thousand layers it has one million
-_MOST_NAMES = 1 << 28
 _MOST_LAYERS, _DEEPEST = 10_000, 50
 _DAMAGE = (OSError, RuntimeError, EOFError, LookupError, struct.error, zlib.error, zipfile.BadZipFile)
 
@@ -313,11 +312,8 @@ class _Reader:
     """Reads what stands in an HDF5 file itself, and no more than the file holds."""
 
     def __init__(self, h5py: Any, data: bytes) -> None:
-        self._h5py = h5py
+        self._h5py, self._data = h5py, data
         self._left = len(data) + (1 << 20)  # a mean that stands for all features is repeated
-        # Texts lie in heaps, and any number of names may be the same long text: the largest heap bounds them.
-        heaps = re.finditer(rb"GCOL\x01\0\0\0(.{8})", data, re.DOTALL)
-        self._longest = max((int.from_bytes(heap[1], "little") for heap in heaps), default=0)
 
     def spend(self, size: int) -> None:
         self._left -= size
@@ -330,16 +326,62 @@ class _Reader:
             return []
         numbered = (f"{name}{i}" for i in itertools.count())
         names = [name] if name in group.attrs else itertools.takewhile(lambda part: part in group.attrs, numbered)
-        texts = []
-        for part in names:
-            attribute = group.attrs.get_id(part)
-            length = self._longest if attribute.dtype.kind == "O" else attribute.dtype.itemsize
-            if attribute.shape is None or math.prod(attribute.shape) * length > _MOST_NAMES:
-                raise ValueError(f"expected the attribute {part} as texts of at most {_MOST_NAMES} bytes")
-            for value in np.atleast_1d(group.attrs[part]):
-                texts.append(value.decode() if isinstance(value, bytes) else str(value))
-                self.spend(len(texts[-1]))
-        return texts
+        return [text.decode() for part in names for text in self._attribute(group, part)]
+
+    def _attribute(self, group: Any, name: str) -> Iterator[bytes]:
+        """The texts of an attribute, from the bytes of the file.
+
+        HDF5 itself takes as much memory as a text claims to be long, before it looks for the text. This reads what
+        Keras writes: object headers of version 1, texts of one length, and texts of any length in global heaps.
+        """
+        attribute = group.attrs.get_id(name)
+        count, kind, size = math.prod(attribute.shape), attribute.dtype.kind, attribute.dtype.itemsize
+        if count and kind not in "OS":
+            raise ValueError(f"expected the attribute {name!r} as texts")
+        at = self._value(self._h5py.h5o.get_info(group.id).addr, name.encode()) if count else 0
+        for _ in range(count):
+            if kind == "S":
+                text = self._data[at : at + size].rstrip(b"\0")
+                at += size
+            else:
+                length, heap, index = struct.unpack_from("<IQI", self._data, at)
+                text = self._heap_object(heap, index)[:length]
+                at += 16
+            self.spend(len(text) + 16)
+            yield text
+
+    def _value(self, header: int, name: bytes) -> int:
+        """Where the value of an attribute begins: it is one of the messages of its group's header."""
+        version, size = struct.unpack_from("<B7xI", self._data, header)
+        blocks = [(header + 16, size)]
+        for at, size in blocks:
+            end = at + size
+            while version == 1 and at + 8 <= end:
+                kind, length = struct.unpack_from("<HH", self._data, at)
+                self.spend(8)  # a block may lead back to itself
+                if kind == 16:  # the header goes on elsewhere
+                    blocks.append(struct.unpack_from("<QQ", self._data, at + 8))
+                elif kind == 12:
+                    which, *sizes = struct.unpack_from("<BxHHH", self._data, at + 8)
+                    sizes = [n + -n % 8 for n in sizes] if which == 1 else sizes
+                    start = at + 16 + (which == 3)
+                    if self._data[start : start + sizes[0]].rstrip(b"\0") == name:
+                        return int(start + sum(sizes))
+                at += 8 + length
+        raise ValueError(f"expected the attribute {name.decode()!r} as Keras writes it")
+
+    def _heap_object(self, heap: int, index: int) -> bytes:
+        """An object of a global heap."""
+        at, end = heap + 16, heap + struct.unpack_from("<8xQ", self._data, heap)[0]
+        while self._data[heap : heap + 4] == b"GCOL" and at + 16 <= end:
+            number, size = struct.unpack_from("<H6xQ", self._data, at)
+            if number == index:
+                return self._data[at + 16 : at + 16 + size]
+            if number == 0:  # what is free
+                break
+            self.spend(1)
+            at += 16 + size + -size % 8
+        raise ValueError("expected a text in a heap of the file")
 
     def _item(self, group: Any, name: str) -> Any:
         """What has this name, or None. Links that lead elsewhere, to other files too, are not followed."""

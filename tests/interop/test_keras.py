@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,6 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 h5py = pytest.importorskip("h5py")
 keras = pytest.importorskip("keras")
 L = keras.layers
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
 
 BOUND = 1e-5  # in float64 too, of which Keras computes much in float32
 KINDS = (".keras", ".h5")
@@ -631,11 +631,32 @@ def test_one_array_for_many_layers_is_no_more_than_the_file(tmp_path):
     refused(rewritten(path, change, config=config), "claims more data than it holds")
 
 
-def test_names_that_are_all_one_long_text(tmp_path):
+def test_many_names_that_are_one_long_text(tmp_path):
     path = saved(sequential([L.Dense(5)]), tmp_path / "model.h5")
     with h5py.File(path, "r+") as file:
-        file["model_weights"].attrs["layer_names"] = ["x" * 400_000] + ["y"] * 1000
-    refused(path, "layer_names as texts of at most")
+        file["model_weights"].attrs["layer_names"] = ["x" * 400_000, *["y"] * 1000]
+    content = path.read_bytes()
+    at = content.index((400_000).to_bytes(4, "little"))
+    reference = content[at : at + 16]
+    assert content[at + 16 : at + 20] == (1).to_bytes(4, "little")
+    path.write_bytes(content[:at] + reference * 1001 + content[at + 16 * 1001 :])
+    refused(path, "claims more data than it holds")
+
+
+def test_texts_are_not_as_long_as_they_claim(tmp_path):
+    """HDF5 would take four gigabytes for each."""
+    path = saved(sequential([L.Dense(5)]), tmp_path / "model.h5")
+    content = path.read_bytes()
+    with h5py.File(path) as file:
+        texts = [file.attrs["model_config"], *file["model_weights"].attrs["layer_names"]]
+    for text in texts:
+        length = len(text).to_bytes(4, "little")
+        at = content.find(length)
+        while at >= 0:
+            path.write_bytes(content[:at] + b"\xff" * 4 + content[at + 4 :])
+            loads(path)
+            at = content.find(length, at + 1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 << 20
 
 
 def test_big_endian_numbers_are_read(tmp_path):
