@@ -2,6 +2,7 @@
 
 The ```python blocks of a page are one program, from top to bottom, in an empty folder. A ```text block right behind one
 is what it prints, where `...` stands for anything. By default: README and the short pages; FASTBN_DOCS=1: every page.
+What a page needs beside the extra `train` stands in a comment of its own, <!-- needs: torch -->.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import pydoc
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,8 +55,10 @@ def wanted(page):
 @whole
 @pytest.mark.parametrize("page", [page for page in PROGRAMS if wanted(page)], ids=name_of)
 def test_the_programs_run(page, tmp_path, monkeypatch):
-    for package in ("sklearn", "matplotlib", "safetensors", "tqdm", "joblib"):
-        pytest.importorskip(package)
+    needed = re.search(r"^<!-- needs: (.*) -->$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for package in ("sklearn", "matplotlib", "safetensors", "tqdm", "joblib", *(needed[1].split() if needed else ())):
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     limit, names = fastbn.get_pool_limit(), {"__name__": "__main__"}
