@@ -12,6 +12,7 @@ import os
 import pydoc
 import re
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,7 +64,10 @@ def test_the_programs_run(page, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     limit, names = fastbn.get_pool_limit(), {"__name__": "__main__"}
     try:
-        with fastbn.threads(fastbn.get_num_threads()):  # what a page sets is over when it ends
+        # What a page sets is over when it ends.
+        with warnings.catch_warnings(), fastbn.threads(fastbn.get_num_threads()):
+            if needed:
+                warnings.simplefilter("ignore")  # those that other libraries give about themselves
             for line, code, expected in blocks(page):
                 with contextlib.redirect_stdout(io.StringIO()) as printed:
                     exec(code, names)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any, Literal, Self, overload
 
 from numpy.typing import ArrayLike
@@ -58,7 +60,7 @@ class Sequential:
         layers = self._layers
         self.params = Arrays({f"{i}.{k}": p for i, layer in enumerate(layers) for k, p in layer.params.items()})
         self.grads = Arrays({f"{i}.{k}": g for i, layer in enumerate(layers) for k, g in layer.grads.items()})
-        self._trained_before = [any(layer.params for layer in layers[:i]) for i in range(len(layers))]
+        self._trained_before = [*accumulate((bool(layer.params) for layer in layers), operator.or_, initial=False)]
 
     def forward(self, x: ArrayLike) -> Array:
         """Return x after all layers."""
