@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import batches, calls
 from .atomic import change
 from .kernels import machine
-from .state import FLOATS, Array, Arrays, Held, check_state, whole
+from .state import Array, Arrays, Held, check_state, checked_dtype, whole
 
 
 class BatchNorm(calls.Callable):
@@ -136,9 +136,7 @@ class BatchNorm(calls.Callable):
             raise ValueError(f"expected num_features to be at least 1, got {num_features}")
         if momentum is not None and not math.isfinite(momentum):
             raise ValueError(f"expected momentum to be finite or None, got {momentum!r}")
-        self._dtype = np.dtype(dtype)
-        if self._dtype not in FLOATS:
-            raise TypeError(f"expected dtype float32 or float64, got {self._dtype}")
+        self._dtype = checked_dtype(dtype)
         self._eps = float(eps)
         self._momentum = None if momentum is None else float(momentum)
         self._axis = whole(axis, "axis")

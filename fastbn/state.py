@@ -25,6 +25,7 @@ __all__ = [
     "as_float",
     "assign",
     "check_state",
+    "checked_dtype",
     "checked_seed",
     "refuse_masked",
     "whole",
@@ -40,6 +41,17 @@ def whole(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"expected {name} as an integer, got {type(value).__name__}") from None
+
+
+def checked_dtype(value: Any) -> np.dtype[Any]:
+    """The value as float32 or float64; TypeError for all others, also for texts that NumPy would parse as a program."""
+    try:
+        dtype = np.dtype(value)
+    except Exception:  # NumPy's parsers raise errors of many kinds, a SyntaxError among them
+        raise TypeError(f"expected dtype float32 or float64, got {value!r}") from None
+    if dtype not in FLOATS:
+        raise TypeError(f"expected dtype float32 or float64, got {dtype}")
+    return dtype
 
 
 def checked_seed(value: Any) -> int | None:

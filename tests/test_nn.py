@@ -274,6 +274,18 @@ def test_dropout(p, dtype):
     assert (layer.backward(y) == y).all()
 
 
+@pytest.mark.parametrize(
+    "dtype", ["float32,", ",", "2((", "(" * 1000, "f2", ">f4", int, object, 3, np.zeros(2), "nothing"]
+)
+@pytest.mark.parametrize(
+    "layer", [lambda d: nn.Dense(2, 2, dtype=d), lambda d: nn.Standardize(2, dtype=d), lambda d: BatchNorm(2, dtype=d)]
+)
+def test_a_dtype_of_any_other_kind_is_one_type_error(layer, dtype):
+    """A model file has it as a text, which NumPy parses as a program: a SyntaxError came through."""
+    with pytest.raises(TypeError, match="expected dtype float32 or float64, got "):
+        layer(dtype)
+
+
 def test_integers_and_lists_become_float64():
     for layer in [nn.Dense(2, 2, seed=0), *map(new, ELEMENTWISE)]:
         for x in ([[1, 2], [3, 4]], np.array([[1, 2], [3, 4]], np.int8), np.array([[True, False]])):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .. import calls
-from ..state import FLOATS, Array, Arrays, as_float, checked_seed, whole
+from ..state import Array, Arrays, as_float, checked_dtype, checked_seed, whole
 from .activations import relu_gradient, slopes
 from .layer import Layer
 
@@ -87,9 +87,7 @@ class Dense(Layer):
         self.n_in, self.n_out = whole(n_in, "n_in"), whole(n_out, "n_out")
         if self.n_in < 1 or self.n_out < 1:
             raise ValueError(f"expected n_in and n_out of at least 1, got {n_in} and {n_out}")
-        self.bias, self.activation, self.dtype = bool(bias), activation, np.dtype(dtype)
-        if self.dtype not in FLOATS:
-            raise TypeError(f"expected dtype float32 or float64, got {self.dtype}")
+        self.bias, self.activation, self.dtype = bool(bias), activation, checked_dtype(dtype)
         self.seed = checked_seed(seed)
         super().__init__()
         shapes = {"weight": (self.n_out, self.n_in)} | ({"bias": (self.n_out,)} if self.bias else {})

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from .. import calls
 from ..atomic import change
 from ..functional import moments
-from ..state import FLOATS, Array, as_float, check_state, whole
+from ..state import Array, as_float, check_state, checked_dtype, whole
 from .layer import Layer
 
 __all__ = ["Standardize"]
@@ -62,9 +62,7 @@ class Standardize(Layer):
 
     def __init__(self, num_features: int, *, axis: int = 1, dtype: DTypeLike | None = None) -> None:
         self.num_features, self.axis = whole(num_features, "num_features"), whole(axis, "axis")
-        self.dtype = None if dtype is None else np.dtype(dtype)
-        if self.dtype not in (None, *FLOATS):
-            raise TypeError(f"expected dtype float32 or float64, or None, got {self.dtype}")
+        self.dtype = None if dtype is None else checked_dtype(dtype)
         if self.num_features < 1:
             raise ValueError(f"expected num_features to be at least 1, got {num_features}")
         super().__init__()
