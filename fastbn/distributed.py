@@ -4,19 +4,17 @@ Processes, or *ranks*, that train one network together each hold a part of the b
 the statistics of the whole batch. mpi4py brings the processes and their messages (``pip install "fastbn[mpi]"``), or
 torch.distributed, or anything that has the four members of `Communicator`.
 
-# Design: ranks exchange float64 arrays of one size, by allgather alone, and every rank merges what it gets in the order
-# of ranks: so all have the same bits, whatever the library's own order of reduction is. Each exchange begins with a
-# header, in which a rank says what it brings, or what went wrong on it. An error on one rank is raised on all, and none
-# waits for numbers that never come.
+# Design: what ranks say to each other stands in ranks.py. The arithmetic on x is that of the kernels, in halves:
+# statistics, exchange, y; sums of the gradients, exchange, dx. What can fail on one rank alone comes before the
+# exchange, as far as that can be, so that its error reaches the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from . import batches, calls
 from .arguments import checked_mask
@@ -24,92 +22,14 @@ from .atomic import change
 from .batchnorm import BatchNorm
 from .batchstats import BatchStats
 from .nn import walk
+from .ranks import Communicator, Gloo, Group, in_pairs
 from .running import merge
-from .state import Array
+from .state import Array, Float
 
-__all__ = ["Communicator", "SyncBatchNorm", "convert"]
+__all__ = ["Communicator", "Gloo", "SyncBatchNorm", "convert"]
 
-HEADER = 64  # float64 numbers: whether all is well, facts, and the bytes of a message
-FACTS = 8
-FORWARD, BACKWARD = 1.0, 2.0
-WHERE = {FORWARD: "a forward of SyncBatchNorm", BACKWARD: "a backward of SyncBatchNorm"}
-
-
-class Communicator(Protocol):
-    """What is asked of a library for messages; a communicator of mpi4py is taken as it is."""
-
-    rank: int
-    size: int
-
-    def allgather(self, array: Array) -> Sequence[Array]:
-        """Return the arrays of all ranks, in their order."""
-
-    def abort(self, code: int) -> Any:
-        """End all ranks."""
-
-
-class _MPI:
-    """A communicator of mpi4py, whose own allgather pickles."""
-
-    def __init__(self, comm: Any) -> None:
-        self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
-
-    def allgather(self, array: Array) -> Array:
-        gathered = np.empty((self.size, *array.shape))
-        self._comm.Allgather(array, gathered)
-        return gathered
-
-    def abort(self, code: int) -> Any:
-        self._comm.Abort(code)
-
-
-class Group:
-    """The ranks, as one of them sees them. Copies share it; what is unpickled elsewhere has none."""
-
-    def __init__(self, comm: Any) -> None:
-        self.comm: Communicator = _MPI(comm) if hasattr(comm, "Allgather") else comm
-        if missing := [name for name in ("rank", "size", "allgather") if not hasattr(self.comm, name)]:
-            raise TypeError(
-                f"expected comm with rank, size and allgather, got {type(comm).__name__} without {missing[0]}"
-            )
-
-    def gather(self, facts: Sequence[float], error: BaseException | None = None) -> Array:
-        """The facts of all ranks, (size, len(facts)); the first is the place in the program.
-
-        Raises `error`, or where another rank brought one, a RuntimeError with its rank and words.
-        """
-        header = np.zeros(HEADER)
-        header[0], header[1 : 1 + len(facts)] = error is None, facts
-        if error is not None:
-            text = f"{type(error).__name__}: {error}".encode()[: 8 * (HEADER - FACTS)]
-            header[FACTS:].view(np.uint8)[: len(text)] = np.frombuffer(text, np.uint8)
-        gathered = np.stack(self.comm.allgather(header))
-        if error is not None:
-            raise error
-        for rank, there in enumerate(gathered):
-            if there[0] != 1:
-                text = bytes(there[FACTS:].view(np.uint8)).rstrip(b"\0").decode(errors="replace")
-                raise RuntimeError(f"rank {rank} of {self.comm.size} failed: {text}")
-        facts_of_all = gathered[:, 1 : 1 + len(facts)]
-        for rank, place in enumerate(facts_of_all[:, 0]):
-            if place != facts[0]:
-                here, there = WHERE[facts[0]], WHERE.get(place, "another place")
-                raise RuntimeError(f"expected all ranks in {here}, got rank {rank} in {there}")
-        return facts_of_all
-
-    def numbers(self, array: Array) -> Array:
-        """These of all ranks, (size, *shape), after `gather` found all well."""
-        return np.stack(self.comm.allgather(np.ascontiguousarray(array, np.float64)))
-
-    def __deepcopy__(self, memo: Any) -> Group:
-        return self
-
-    def __reduce__(self) -> Any:
-        return _no_group, ()
-
-
-def _no_group() -> None:
-    return None
+FORWARD, BACKWARD = "a forward of SyncBatchNorm", "a backward of SyncBatchNorm"
+GHOSTS = "a forward of SyncBatchNorm in ghost batches"
 
 
 class Shared(NamedTuple):
@@ -132,8 +52,8 @@ class SyncBatchNorm(BatchNorm):
     With ghost_size, every rank normalises ghost batches of its own examples, and the running statistics take those of
     all ranks in, in the order of ranks.
 
-    Every rank must call the layer and its backward, as often as the others and in the same order. An error on one rank
-    is raised on all.
+    Every rank must call the layer and its backward, as often as the others and in the same order. An error within the
+    layer on one rank is raised on all, and the running statistics stay as they were.
 
     Parameters
     ----------
@@ -142,6 +62,15 @@ class SyncBatchNorm(BatchNorm):
         The same as in `fastbn.BatchNorm`.
     comm : mpi4py communicator, or `Communicator`
         The ranks.
+
+    Raises
+    ------
+    ValueError
+        A training forward where num_features, or the dimensions, the feature axis or the dtype of x differ between
+        ranks, or where all ranks together have a single value of each feature. Every rank raises it. Or what
+        `fastbn.BatchNorm` raises; the other ranks then raise the next one.
+    RuntimeError
+        Another rank failed, which the message names with its error, or is at another place in the program.
 
     Notes
     -----
@@ -160,11 +89,14 @@ class SyncBatchNorm(BatchNorm):
     ...     rank, size = 0, 1
     ...     def allgather(self, array):
     ...         return [array]
+    ...     def abort(self, code):
+    ...         raise SystemExit(code)
     >>> SyncBatchNorm(1, comm=One())(np.array([[1.0], [3.0]])).round(3)
     array([[-1.],
            [ 1.]])
     """
 
+    known_as = BatchNorm  # in files and folded networks, which are for inference
     _group: Group | None
 
     def __init__(
@@ -181,36 +113,60 @@ class SyncBatchNorm(BatchNorm):
         self._group = Group(comm)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
 
-    def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array:  # type: ignore[override]
+    @property
+    def group(self) -> Group | None:
+        """The ranks; None for a layer that was unpickled."""
+        return self._group
+
+    @property
+    def has_gradients_of_all(self) -> bool:
+        """Whether the next backward's gradients are sums over all ranks. Of ghost batches, and where the layer is
+        frozen, they are this rank's own."""
+        return self._saved is not None and self._saved[0] is backward
+
+    @overload
+    def __call__(
+        self, x: NDArray[Float], out: NDArray[Float] | None = None, *, mask: ArrayLike | None = None
+    ) -> NDArray[Float]: ...
+    @overload
+    def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array: ...
+    def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array:
         if self._group is None or not self.training or self.frozen:
             return super().__call__(x, out, mask=mask)
         if self._ghost_size is not None:
             return self._forward_in_ghosts(self._group, x, out, mask)
         return self._forward_together(self._group, x, out, mask)
 
-    forward = __call__
+    def forward(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array:
+        """The same as calling the layer, see `fastbn.BatchNorm.forward`."""
+        return self(x, out, mask=mask)
 
     def _forward_together(self, group: Group, x: ArrayLike, out: Array | None, mask: ArrayLike | None) -> Array:
-        constants, error = self._constants, None
-        facts = [FORWARD, self.num_features, 0, 0, 0, 0]
+        constants = self._constants
         try:
             a, y, out, kept = calls.arrays_of_forward(constants, x, out, True)
             axis = constants.axis % a.ndim
             valid = None if mask is None else checked_mask(mask, a, axis)
+            if valid is not None and valid.all():
+                valid = None
             by = constants.like(None, None, axis if valid is None else 1)
             given = a if valid is None else batches.gather(a, axis, valid)
             local = calls.moments(by, given)
-            facts[2:] = a.ndim, axis, a.itemsize, local.count
-        except BaseException as failed:
-            error = failed
-        facts_of_all = group.gather(facts, error)
-        _check_alike(facts_of_all)
-        counts = [int(n) for n in facts_of_all[:, 5]]
+            numbers = np.stack([local.mean, local.mean_low, local.var])
+        except BaseException as error:
+            group.tell(error)
+            raise
+        alike = {
+            "num_features": self.num_features, "dimensions of x": a.ndim, "feature axis": axis,
+            "bytes of an element": a.itemsize,
+        }  # fmt: skip
+        facts, parts = group.exchange(FORWARD, alike=alike, facts=[local.count], numbers=numbers)
+        counts = [int(n) for n in facts[:, 0]]
         if sum(counts) == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got 1 on {len(counts)} ranks together"
             )
-        stats = _merged(group.numbers(np.stack([local.mean, local.mean_low, local.var])), counts)
+        stats = _merged(parts, counts)
         corrections = self._corrections(stats)
         if corrections is not None:
             by = self._corrected(by, corrections)
@@ -225,26 +181,26 @@ class SyncBatchNorm(BatchNorm):
 
     def _forward_in_ghosts(self, group: Group, x: ArrayLike, out: Array | None, mask: ArrayLike | None) -> Array:
         """Ghost batches are local; only the running statistics are those of all."""
-        error = None
-        facts = [FORWARD, self.num_features, 0.0]
         try:
             averaging = self._momentum, self.num_batches_tracked
             y, parts, kept, _, _ = batches.forward(self._constants, x, out, mask, True, self._ghost_size, averaging)
             stats = [part.stats for part in parts if part.stats.count]
-            facts[2] = len(stats)
-        except BaseException as failed:
-            error = failed
-        facts_of_all = group.gather(facts, error)
-        _check_alike(facts_of_all[:, :2])
-        most = int(facts_of_all[:, 2].max())
-        brought = np.zeros((most, 3, self.num_features))
-        for i, part in enumerate(stats):
-            brought[i, 0], brought[i, 1], brought[i, 2] = part.mean, part.var, part.count
-        of_all = group.numbers(brought)
+        except BaseException as error:
+            group.tell(error)
+            raise
+        facts = group.exchange(GHOSTS, alike={"num_features": self.num_features}, facts=[len(stats)]).facts[:, 0]
+        try:
+            numbers = np.zeros((int(facts.max()), 3, self.num_features))
+            for row, part in zip(numbers, stats, strict=False):
+                row[0], row[1], row[2] = part.mean, part.var, part.count
+        except BaseException as error:
+            group.tell(error)
+            raise
+        of_all = group.exchange(GHOSTS, numbers=numbers).numbers
         taken = [
             BatchStats(mean, var, int(count[0]))
-            for rank, n in enumerate(facts_of_all[:, 2])
-            for mean, var, count in of_all[rank, : int(n)]
+            for n, rows in zip(facts, of_all, strict=False)
+            for mean, var, count in rows[: int(n)]
         ]
         self._take(taken, (batches.backward, x, parts, True) if kept else None)
         return y
@@ -304,19 +260,19 @@ def backward(
 ) -> Array:
     """dx of this rank's part; the gradients of weight and bias are those of all ranks."""
     group, by, stats, valid, corrections = shared
-    error = None
     try:
         g, a, dx, out = calls.arrays_of_backward(constants, dy, x, out, dweight, dbias)
         axis = constants.axis % a.ndim
         if valid is not None:
             g, a = batches.gather(g, axis, valid), batches.gather(a, axis, valid)
-        sums = calls.gradients(by, g, a, stats)
-    except BaseException as failed:
-        error = failed
-    group.gather([BACKWARD], error)
-    with np.errstate(all="ignore"):
-        total = _in_pairs(list(group.numbers(np.stack(sums))))
-        done = calls.input_gradient(by, g, a, stats, *total, dx if valid is None else None)
+        sums = np.stack(calls.gradients(by, g, a, stats))
+    except BaseException as error:
+        group.tell(error)
+        raise
+    parts = group.exchange(BACKWARD, alike={"num_features": sums.shape[1]}, numbers=sums).numbers
+    with np.errstate(all="ignore"):  # as everywhere: what is not finite stays in its feature, without a word
+        dweight_of_all, dbias_of_all = in_pairs(list(parts))
+        done = calls.input_gradient(by, g, a, stats, dweight_of_all, dbias_of_all, dx if valid is None else None)
         if valid is not None:
             batches.scatter(done, dx, axis, valid)
         if dx is not out:
@@ -324,16 +280,9 @@ def backward(
         if dweight is not None and dbias is not None:
             if corrections is not None:
                 r, d = corrections
-                total = r * total[0] + d * total[1], total[1]
-            change([(dweight, total[0]), (dbias, total[1])])
+                dweight_of_all = r * dweight_of_all + d * dbias_of_all
+            change([(dweight, dweight_of_all), (dbias, dbias_of_all)])
     return out
-
-
-def _in_pairs(parts: list[Any]) -> Any:
-    """Their sum, in the order of a tree of pairs."""
-    while len(parts) > 1:
-        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
-    return parts[0]
 
 
 def _merged(parts: Array, counts: list[int]) -> BatchStats:
@@ -349,14 +298,6 @@ def _merged(parts: Array, counts: list[int]) -> BatchStats:
             merge((mean, low, spread), seen, (part_mean, part_low, part_var * n), n)
             seen += n
         return BatchStats(mean, spread / seen, seen, low)
-
-
-def _check_alike(facts: Array) -> None:
-    """ValueError, the same on every rank, where features, dimensions, axes or dtypes differ."""
-    names = "place", "num_features", "dimensions of x", "feature axis", "bytes of an element"
-    for name, column in zip(names[: facts.shape[1]], facts.T, strict=False):
-        if len({*column}) > 1:
-            raise ValueError(f"expected the same {name} on all ranks, got {[int(n) for n in column]}")
 
 
 def convert(model: Any, comm: Any) -> Any:
@@ -376,10 +317,32 @@ def convert(model: Any, comm: Any) -> Any:
     -------
     model
         The model itself.
+
+    Raises
+    ------
+    TypeError
+        comm lacks what a `Communicator` has, or a BatchNorm is of a class of your own, whose training is not known.
+        Nothing has been changed then.
+
+    Examples
+    --------
+    >>> from fastbn import BatchNorm, nn
+    >>> from fastbn.distributed import convert
+    >>> from mpi4py import MPI                                              # doctest: +SKIP
+    >>> model = nn.Sequential(nn.Dense(4, 8, bias=False), BatchNorm(8), nn.ReLU())
+    >>> convert(model, MPI.COMM_WORLD)                                      # doctest: +SKIP
+    Sequential(
+        Dense(n_in=4, n_out=8, bias=False),
+        SyncBatchNorm(8),
+        ReLU(),
+    )
     """
     group = None if comm is None else Group(comm)
-    for layer in walk([model]):
-        if type(layer) in (BatchNorm, SyncBatchNorm):
-            layer.__class__ = BatchNorm if group is None else SyncBatchNorm
-            layer._group = group
+    norms: list[Any] = [layer for layer in walk([model]) if isinstance(layer, BatchNorm)]
+    for layer in norms:
+        if type(layer) not in (BatchNorm, SyncBatchNorm):
+            raise TypeError(f"expected BatchNorm itself, got its subclass {type(layer).__name__}: {layer!r}")
+    for layer in norms:
+        layer.__class__ = BatchNorm if group is None else SyncBatchNorm
+        layer._group = group
     return model

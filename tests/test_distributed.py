@@ -342,7 +342,7 @@ def test_copies_and_pickles():
 
 
 def test_bad_communicators_are_refused():
-    with pytest.raises(TypeError, match="comm with rank, size and allgather, got int without rank"):
+    with pytest.raises(TypeError, match="comm with rank, size, allgather and abort, got int without rank"):
         SyncBatchNorm(3, comm=1)
     with pytest.raises(TypeError):
         SyncBatchNorm(3)
