@@ -1,19 +1,23 @@
 """SyncBatchNorm over ranks that are threads: every part of a batch, merged, is the batch. tests/mpi has processes."""
 
 import copy
+import gc
 import itertools
 import pickle
 import threading
+import weakref
 
 import numpy as np
 import pytest
 import twin
+from conftest import LAYOUTS
 from test_exactness import GRADIENT
 from twin import within
 
 import fastbn
-from fastbn import BatchNorm, nn
+from fastbn import BatchNorm, checkpoint, nn
 from fastbn.distributed import SyncBatchNorm, convert
+from fastbn.ranks import Group
 
 RANKS = [1, 2, 3, 4, 7]
 
@@ -38,8 +42,8 @@ class Thread:
         self._barrier.abort()
 
 
-def together(size, program, seconds=20):
-    """program(comm) on each rank; what each returned or raised."""
+def together(size, program, seconds=20, broken=False):
+    """program(comm) on each rank; what each returned or raised. Only where it may break does one wait in vain."""
     barrier, places = threading.Barrier(size, timeout=seconds), [None] * size
     results = [None] * size
 
@@ -54,7 +58,7 @@ def together(size, program, seconds=20):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not any(isinstance(result, threading.BrokenBarrierError) for result in results), results
+    assert broken or not any(isinstance(result, threading.BrokenBarrierError) for result in results), results
     return results
 
 
@@ -186,6 +190,99 @@ def test_what_is_exchanged():
     assert together(2, program) == [[512, 2400, 512, 1600]] * 2
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("out", ["fresh", "given", "strided", "in_place"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_layout_is_one_process(layout, out, masked):
+    """One rank has the batch as it is, the other one part of it in this layout."""
+    axis, lay = LAYOUTS[layout]
+    rng = np.random.default_rng(5)
+    a, dy = np.moveaxis(rng.standard_normal((2, 9, 4, 6)), 2, axis + 1 if axis >= 0 else axis)
+    n = 1 if axis == 0 else 0  # the axis of examples
+    mask = (rng.random((9, 6)) < 0.6) if masked else None
+    whole = BatchNorm(4, axis=axis, dtype="float64")
+    expected = whole(a, mask=mask), whole.backward(dy)
+
+    def program(comm):
+        rows = slice(0, 3) if comm.rank else slice(3, 9)
+        part = np.take(a, np.arange(9)[rows], n)
+        x = np.ascontiguousarray(part)
+        if comm.rank:
+            x = lay(np.ascontiguousarray(np.moveaxis(part, axis, 1)))
+        given = {"fresh": None, "in_place": x}.get(out)
+        if out in ("given", "strided"):
+            given = np.empty((*x.shape[:-1], 2 * x.shape[-1]))[..., :: 1 + (out == "strided")][..., : x.shape[-1]]
+        if out == "in_place" and layout in ("readonly", "swapped") and comm.rank:
+            given = None
+        layer = SyncBatchNorm(4, axis=axis, dtype="float64", comm=comm)
+        y = layer(x, given, mask=None if mask is None else mask[rows])
+        assert given is None or y is given
+        y = y.copy()
+        if out == "in_place":
+            if given is not None:
+                with pytest.raises(RuntimeError, match="did not overwrite x"):
+                    layer.backward(y)
+            return y, None, layer.running_var
+        gradient = np.take(dy, np.arange(9)[rows], n).copy()
+        dx = layer.backward(gradient, gradient if out == "given" else None)
+        return y, dx, layer.running_var
+
+    results = together(2, program)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    y, dx = (np.concatenate([results[1][k], results[0][k]], n) if results[0][k] is not None else None for k in (0, 1))
+    np.testing.assert_allclose(y, expected[0], rtol=1e-11, atol=1e-12)
+    if dx is not None:
+        np.testing.assert_allclose(dx, expected[1], rtol=1e-10, atol=1e-11)
+    assert results[0][2].tobytes() == results[1][2].tobytes()
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    rng = np.random.default_rng(6)
+    x = (rng.standard_normal((64, 5)) + 1e6).astype(np.float32)
+    parts = cuts(64, 4, True)
+    results = together(4, lambda comm: SyncBatchNorm(5, comm=comm)(x[slice(*parts[comm.rank])]))
+    expected, scale = twin.forward(x, twin.statistics(x), np.ones(5, np.float32), np.zeros(5, np.float32))
+    within(np.concatenate(results), expected, 5 * twin.unit("float32") * scale)
+
+
+def test_a_constant_feature_is_its_bias_on_all_ranks():
+    def program(comm):
+        layer = SyncBatchNorm(2, comm=comm)
+        layer.bias = [0.3, -7]
+        return layer(np.full((3 + comm.rank, 2), 0.1, np.float32))
+
+    for y in together(3, program):
+        assert (y == np.float32([0.3, -7])).all()
+
+
+def test_a_single_example_in_inference():
+    def program(comm):
+        layer = SyncBatchNorm(3, axis=0, comm=comm)
+        layer(np.arange(3.0) * comm.rank)  # (C,): one value of each feature on each rank
+        return layer.eval()(np.ones(3)).shape, layer.running_mean.tolist()
+
+    shape, mean = together(3, program)[0]
+    assert shape == (3,)
+    np.testing.assert_allclose(mean, [0, 0.1, 0.2])
+
+
+def test_without_running_statistics_inference_is_of_the_rank_alone():
+    def program(comm):
+        layer = SyncBatchNorm(3, track_running_stats=False, comm=comm)
+        x = np.random.default_rng(comm.rank).standard_normal((4, 3)) + comm.rank
+        y = layer(x)
+        n = len(comm.bytes)
+        alone = layer.eval()(x)
+        return y.mean(), alone.mean(), len(comm.bytes) - n
+
+    for y, alone, exchanges in together(2, program):
+        assert abs(y) > 0.1
+        assert abs(alone) < 1e-12
+        assert exchanges == 0
+
+
 # --- faults
 
 
@@ -281,6 +378,146 @@ def test_an_error_in_backward_is_raised_on_all():
     assert "rank 1 of 2 failed: ValueError: expected dy" in str(found[0])
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_ctrl_c_within_the_layer_is_told(direction, monkeypatch):
+    """As it arrives in the arithmetic, on one rank."""
+    from fastbn import calls
+
+    half = "moments" if direction == "forward" else "gradients"
+    real = getattr(calls, half)
+    pressed = threading.local()
+
+    def interrupted(*args):
+        if getattr(pressed, "now", False):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(calls, half, interrupted)
+
+    def program(comm):
+        layer = SyncBatchNorm(3, comm=comm)
+        x = np.random.default_rng(comm.rank).standard_normal((4, 3))
+        y = layer(x)
+        before = layer.state_dict(), {k: g.copy() for k, g in layer.grads.items()}
+        pressed.now = comm.rank == 1
+        try:
+            layer.backward(y) if direction == "backward" else layer(x)
+        except BaseException as error:
+            after = layer.state_dict(), layer.grads
+            assert all((one[k] == other[k]).all() for one, other in zip(before, after, strict=True) for k in one)
+            pressed.now = False
+            assert np.isfinite(layer.backward(layer(x))).all()
+            return error
+
+    found = together(3, program)
+    assert isinstance(found[1], KeyboardInterrupt)
+    assert {str(found[r]) for r in (0, 2)} == {"rank 1 of 3 failed: KeyboardInterrupt: "}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_exchange_that_is_broken_off_ends_all_ranks(number):
+    """Ctrl-C, or no memory, within one of the four exchanges of a step: the others cannot go on, and do not wait."""
+
+    def program(comm):
+        real = comm.allgather
+
+        def broken_off(array):
+            gathered = real(array)
+            if comm.rank == 1 and len(comm.bytes) == number + 1:
+                raise MemoryError
+            return gathered
+
+        comm.allgather = broken_off
+        layer = SyncBatchNorm(3, comm=comm)
+        for _ in range(2):
+            layer.backward(layer(np.random.default_rng(0).standard_normal((4, 3))))
+
+    found = together(3, program, broken=True)
+    assert isinstance(found[1], MemoryError)
+    assert all(isinstance(found[rank], threading.BrokenBarrierError) for rank in (0, 2))
+
+
+def test_an_error_keeps_no_batch():
+    def program(comm):
+        layer = SyncBatchNorm(3, comm=comm)
+        x = np.random.default_rng(0).standard_normal((4, 3 + (comm.rank == 1)))
+        seen = weakref.ref(x)
+        for call in (layer, layer.forward):
+            with pytest.raises((ValueError, RuntimeError)):
+                call(x)
+        del x
+        return seen() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert together(2, program) == [True, True]
+    finally:
+        gc.enable()
+
+
+def test_long_words_of_an_error_are_cut():
+    def program(comm):
+        if comm.rank:
+            Group(comm).tell(ValueError("ü" * 1000))
+        else:
+            Group(comm).exchange("somewhere")
+
+    found = together(2, program)
+    assert str(found[0]).startswith("rank 1 of 2 failed: ValueError: üü")
+    assert len(str(found[0])) < 250
+
+
+def test_whole_numbers_on_one_rank_are_float64_there():
+    found = errors(2, lambda comm: SyncBatchNorm(3, comm=comm)(np.ones((2, 3), np.float32 if comm.rank else int)))
+    assert {str(e) for e in found} == {"expected the same bytes of an element on all ranks, got [8, 4]"}
+
+
+def test_ghost_batches_on_some_ranks_are_told():
+    def program(comm):
+        layer = SyncBatchNorm(64, ghost_size=2 if comm.rank else None, comm=comm)
+        layer(np.random.default_rng(0).standard_normal((4, 64)))
+
+    assert all("expected all ranks in a forward" in str(e) for e in errors(2, program))
+
+
+def test_the_end_is_the_same_for_all():
+    """Whoever comes to the end of what was done together waits for the others, or hears of their errors."""
+
+    def program(comm):
+        group = Group(comm)
+        try:
+            for _ in range(3):
+                group.exchange("a step")
+                if comm.rank == 2:
+                    raise OSError("no space left")
+        except BaseException as error:
+            group.end(error)
+            raise
+        group.end(None)
+
+    found = errors(4, program)
+    assert isinstance(found[2], OSError)
+    assert {str(found[r]) for r in (0, 1, 3)} == {"rank 2 of 4 failed: OSError: no space left"}
+    assert together(3, lambda comm: Group(comm).end(None)) == [None] * 3
+    last = together(3, lambda comm: Group(comm).end(ZeroDivisionError("x") if comm.rank == 2 else None))
+    assert [str(e) for e in last] == ["rank 2 of 3 failed: ZeroDivisionError: x"] * 2 + ["None"]
+
+    def one_is_done(comm):
+        group = Group(comm)
+        try:
+            if comm.rank:
+                group.exchange("a step")
+        except BaseException as error:
+            group.end(error)
+            raise
+        group.end(None)
+
+    here, there = errors(2, one_is_done)
+    assert "expected all ranks in the end of what the ranks do together, got rank 1 in a step" in str(here)
+    assert "expected all ranks in a step, got rank 0 in the end" in str(there)
+
+
 def test_ranks_in_different_places_are_told():
     def program(comm):
         layer = SyncBatchNorm(3, comm=comm)
@@ -339,6 +576,55 @@ def test_copies_and_pickles():
         other = BatchNorm(3)
         other.load_state_dict(alone.state_dict())
         assert alone(x).tobytes() == other(x).tobytes()
+
+
+def test_a_subclass_is_not_converted():
+    class Own(BatchNorm):
+        pass
+
+    model = nn.Sequential(BatchNorm(3), Own(3))
+
+    def program(comm):
+        convert(model, comm)
+
+    (error,) = together(1, program)
+    assert isinstance(error, TypeError)
+    assert "subclass Own" in str(error)
+    assert type(model[0]) is BatchNorm
+
+
+def test_files_and_folded_networks_have_a_batch_norm(tmp_path):
+    pytest.importorskip("safetensors")
+    model = nn.Sequential(
+        nn.Dense(4, 3, seed=0), BatchNorm(3, eps=1e-3), nn.Dense(3, 3, seed=1), nn.ReLU(), BatchNorm(3)
+    )
+    x = np.random.default_rng(0).standard_normal((8, 4), np.float32)
+    model(x)
+    folded, expected = model.folded(), model.eval()(x)
+
+    def program(comm):
+        convert(model, comm)
+        checkpoint.save(tmp_path / "model.safetensors", model)
+        return model.folded()
+
+    (of_sync,) = together(1, program)
+    loaded = checkpoint.load(tmp_path / "model.safetensors")
+    assert [type(layer) for layer in loaded][1] is BatchNorm
+    assert loaded(x).tobytes() == expected.tobytes()
+    assert repr(of_sync[0]) == repr(folded[0])
+    assert of_sync(x).tobytes() == folded(x).tobytes()
+    assert model.state_dict().keys() == loaded.state_dict().keys()
+    assert model[1].config() == loaded[1].config()
+    checkpoint.save(tmp_path / "folded.safetensors", of_sync)
+    assert checkpoint.load(tmp_path / "folded.safetensors")(x).tobytes() == folded(x).tobytes()
+
+    class Own(SyncBatchNorm):
+        pass
+
+    model[1].__class__ = Own
+    with pytest.raises(TypeError, match="cannot save a Own"):
+        checkpoint.save(tmp_path / "model.safetensors", model)
+    assert type(model.folded()[1]) is Own
 
 
 def test_bad_communicators_are_refused():
