@@ -163,7 +163,7 @@ def fit_until(what, folder):
     """A long training in which something happens to the last rank; what each rank raised."""
     print(f"pid {os.getpid()}", file=sys.stderr, flush=True)
     last = RANK == SIZE - 1
-    calls = []
+    calls, steps = [], []
 
     def loss(prediction, target):
         calls.append(None)
@@ -181,9 +181,10 @@ def fit_until(what, folder):
     model = network(dropout=0.2)
     started = time.perf_counter()
     try:
-        trained(COMM, model, loss, epochs=10**6, checkpoint=Path(folder) / "run.safetensors")
+        trained(COMM, model, loss, epochs=10**6, checkpoint=Path(folder) / "run.safetensors",
+                on_step=lambda step, loss: steps.append(step))  # fmt: skip
     except BaseException as error:
-        return COMM.gather((f"{type(error).__name__}: {error}", len(calls), time.perf_counter() - started))
+        return COMM.gather((f"{type(error).__name__}: {error}", steps[-1], time.perf_counter() - started))
 
 
 def goes_on(folder, dropout):

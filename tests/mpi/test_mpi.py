@@ -103,8 +103,16 @@ def test_what_is_taken_is_taken_on_every_rank(size, what):
         assert all(math.isfinite(v) for v in var) == (what != "nan")
 
 
-def alive(pids):
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+def alive(err):
+    """Those of the ranks, which have said their numbers, that still run 5 seconds later."""
+    pids = [int(pid) for pid in re.findall(r"pid (\d+)", err)]
+    assert pids
+    ends = time.monotonic() + 5
+    while pids and time.monotonic() < ends:
+        states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+        pids = [pid for pid, stat in states.items() if stat.exists() and ") Z " not in stat.read_text()]
+        time.sleep(0.1)
+    return pids
 
 
 @pytest.mark.parametrize("what", ["kill", "error"])
@@ -112,10 +120,8 @@ def alive(pids):
 def test_a_rank_that_is_killed_or_fails_outside_the_layer_ends_all(size, what):
     _, err, status, took = mpiexec(size, "-m", "mpi4py", Path(__file__).with_name("programs.py"), "steps_until", what)
     print(size, what, took)
-    pids = [int(pid) for pid in re.findall(r"pid (\d+)", err)]
     assert status != 0
-    assert len(pids) == size
-    assert alive(pids) == []
+    assert alive(err) == []
     assert what == "kill" or "ZeroDivisionError: outside the layer" in err
     assert took < 30
 
@@ -149,10 +155,10 @@ def test_what_ends_fit_on_one_rank_ends_it_on_all(size, what, tmp_path):
         "ctrl-c": "KeyboardInterrupt: ",
         "nan": "FloatingPointError: the loss is nan at epoch ",
     }[what]
-    for rank, (said, calls, took) in enumerate(results):
+    for rank, (said, steps, took) in enumerate(results):
         assert said.startswith("ZeroDivisionError: in the loss" if (what, rank) == ("error", size - 1) else words)
         assert took < 10
-        assert calls == results[0][1]
+        assert steps == results[0][1]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -162,7 +168,7 @@ def test_a_rank_of_fit_that_is_killed_ends_all(size, tmp_path):
     _, err, status, took = mpiexec(size, where, "fit_until", "kill", tmp_path)
     print(size, "kill", took)
     assert status != 0
-    assert alive([int(pid) for pid in re.findall(r"pid (\d+)", err)]) == []
+    assert alive(err) == []
     assert took < 30
 
 
