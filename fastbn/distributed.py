@@ -22,11 +22,11 @@ from .atomic import change
 from .batchnorm import BatchNorm
 from .batchstats import BatchStats
 from .nn import walk
-from .ranks import Communicator, Gloo, Group, in_pairs
+from .ranks import Communicator, Gloo, Group, RankError, in_pairs
 from .running import merge
 from .state import Array, Float
 
-__all__ = ["Communicator", "Gloo", "SyncBatchNorm", "convert"]
+__all__ = ["Communicator", "Gloo", "RankError", "SyncBatchNorm", "convert"]
 
 FORWARD, BACKWARD = "a forward of SyncBatchNorm", "a backward of SyncBatchNorm"
 GHOSTS = "a forward of SyncBatchNorm in ghost batches"
@@ -69,7 +69,7 @@ class SyncBatchNorm(BatchNorm):
         A training forward where num_features, or the dimensions, the feature axis or the dtype of x differ between
         ranks, or where all ranks together have a single value of each feature. Every rank raises it. Or what
         `fastbn.BatchNorm` raises; the other ranks then raise the next one.
-    RuntimeError
+    RankError
         Another rank failed, which the message names with its error, or is at another place in the program.
 
     Notes

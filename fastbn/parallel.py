@@ -91,6 +91,11 @@ class Ranks:
             },
         )
 
+    def wait(self, place: str) -> None:
+        """Until all ranks are there, and no longer than all are well."""
+        if self._group is not None:
+            self._group.exchange(place)
+
     # --- a step
 
     def part(self, n: int) -> slice:

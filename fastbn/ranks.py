@@ -16,11 +16,15 @@ import numpy as np
 
 from .state import Array
 
-__all__ = ["Communicator", "Gloo", "Group", "in_pairs"]
+__all__ = ["Communicator", "Gloo", "Group", "RankError", "in_pairs"]
 
 HEADER = 64  # float64 numbers: the two below, facts, and the bytes of a text: the place in the program, or an error
 HAS_FAILED, AT_END, FACTS, TEXT = 0, 1, 2, 16
 END = "the end of what the ranks do together"
+
+
+class RankError(RuntimeError):
+    """Another rank failed, which the message names with its error, or the ranks are at different places."""
 
 
 class Communicator(Protocol):
@@ -140,8 +144,8 @@ class Group:
 
         Raises
         ------
-        RuntimeError
-            A rank told an error, which this one names, or is at another place.
+        RankError
+            A rank told an error, or is at another place.
         ValueError
             What should be alike differs. Either is raised on all ranks.
         """
@@ -167,7 +171,7 @@ class Group:
     def end(self, error: BaseException | None) -> None:
         """The end of what is done together, by success or by an error: no rank goes on before all have come here.
 
-        Raises RuntimeError where all is well here, but not on another rank.
+        Raises RankError where all is well here, but not on another rank.
         """
         wrong = None
         try:
@@ -217,10 +221,10 @@ def _what_is_wrong(headers: Array, place: str, alike: Sequence[str]) -> tuple[ty
     texts = [bytes(header[TEXT:].view(np.uint8)).rstrip(b"\0").decode(errors="ignore") for header in headers]
     for rank, text in enumerate(texts):
         if headers[rank, HAS_FAILED]:
-            return RuntimeError, f"rank {rank} of {len(headers)} failed: {text}"
+            return RankError, f"rank {rank} of {len(headers)} failed: {text}"
     for rank, text in enumerate(texts):
         if text != place:
-            return RuntimeError, f"expected all ranks in {place}, got rank {rank} in {text}"
+            return RankError, f"expected all ranks in {place}, got rank {rank} in {text}"
     for name, column in zip(alike, headers[:, FACTS:].T, strict=False):
         if len({*column.tolist()}) > 1:
             return ValueError, f"expected the same {name} on all ranks, got {[int(n) for n in column]}"

@@ -151,9 +151,9 @@ def fit(
     Each rank draws Dropout's random numbers from a stream of its own. Rank 0 alone shows progress and writes the
     checkpoint, which all ranks read; another number of ranks, or one process, may go on with it. Callbacks are called
     on every rank. Where one of them returns True, or somebody presses Ctrl-C, all ranks end after the same step. An
-    error on one rank is raised there, and on the others it is a RuntimeError with its rank and its words. ValueError
-    where data, model, optimizer or arguments differ between ranks, or where a BatchNorm would keep running averages of
-    one rank's examples.
+    error on one rank is raised there, and the others raise a `fastbn.distributed.RankError` with its words. Where data,
+    model, optimizer or arguments differ between ranks, or a BatchNorm would keep running averages of one rank's
+    examples, all raise a ValueError.
 
     Examples
     --------

@@ -172,6 +172,39 @@ def test_a_rank_of_fit_that_is_killed_ends_all(size, tmp_path):
     assert took < 30
 
 
+def command(size, *arguments):
+    return mpiexec(size, "-m", "fastbn", "train", "--mpi", "--epochs", 2, "--no-batchnorm", *arguments)
+
+
+def test_the_command_line_prints_and_writes_on_rank_0_alone(tmp_path):
+    for package in ("sklearn", "safetensors", "matplotlib"):
+        pytest.importorskip(package)
+    found = {}
+    for size in (1, 2):
+        out, err, status, _ = command(size, "--out", tmp_path / str(size))
+        assert status == 0, err
+        assert out.count("held-out data, running averages") == 1
+        assert err.count("wrote ") == 1
+        names = {path.name for path in (tmp_path / str(size)).iterdir()}
+        assert names == {"model.safetensors", "metrics.json", "learning-curves.png", "confusion.png"}
+        metrics = json.loads((tmp_path / str(size) / "metrics.json").read_text())
+        found[size] = metrics["held_out"]["without batch normalization"]["loss"]
+    np.testing.assert_allclose(found[1], found[2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [["--data", "nowhere.csv"], ["--out", os.devnull]], ids=" ".join)
+def test_an_error_of_the_command_line_is_printed_once(wrong, tmp_path):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("matplotlib")
+    out, err, status, took = command(3, "--out", tmp_path / "out", *wrong)
+    assert status == 2
+    assert out == ""
+    assert err.count("fastbn: error: ") == 1
+    assert "Traceback" not in err
+    assert took < 60
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_training_goes_on_with_the_same_and_with_another_number_of_ranks(tmp_path):
     pytest.importorskip("safetensors")
     for folder, size, dropout in (("whole", 3, 0.3), ("whole too", 2, 0), ("cut", 3, 0.3), ("other", 3, 0)):
