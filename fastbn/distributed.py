@@ -52,8 +52,9 @@ class SyncBatchNorm(BatchNorm):
     With ghost_size, every rank normalises ghost batches of its own examples, and the running statistics take those of
     all ranks in, in the order of ranks.
 
-    Every rank must call the layer and its backward, as often as the others and in the same order. An error within the
-    layer on one rank is raised on all, and the running statistics stay as they were.
+    Every rank must make the layer with the same arguments, and call it and its backward as often as the others and in
+    the same order. An error within the layer on one rank is raised on all, and the running statistics stay as they
+    were.
 
     Parameters
     ----------

@@ -153,6 +153,12 @@ class Ranks:
                 gradient[...] = flat[start : start + gradient.size].reshape(gradient.shape)
                 start += gradient.size
 
+    def check_same(self, model: Any, epoch: int) -> None:
+        """ValueError where the ranks' models have come apart, as by a callback of one rank."""
+        if self._group is not None:
+            name = f"model after epoch {epoch} (its checksum)"
+            self._group.exchange("the end of an epoch of fit", alike={name: _checksum(*model.state_dict().values())})
+
     def stops(self, here: bool, ctrl_c: CtrlC) -> bool:
         """Whether one of the ranks stops, by a callback or by Ctrl-C, which is then Ctrl-C on all of them."""
         if self._group is None:

@@ -339,6 +339,7 @@ def _after_epoch(
             check_finite(a, f"the model's {name!r}")
     except ValueError as error:
         raise FloatingPointError(f"after epoch {epoch}, {error}") from None
+    ranks.check_same(model, epoch)
     if held_out is None:
         return None
     X, y = (a[ranks.part(len(a))] for a in held_out)

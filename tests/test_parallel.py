@@ -220,6 +220,21 @@ def test_start_values_of_weights_must_be_alike():
     assert all("checksum of the model" in str(e) for e in errors(2, program))
 
 
+def test_a_callback_of_one_rank_that_changes_the_model_is_found():
+    def program(comm):
+        model = network()
+
+        def on_step(step, loss):
+            if comm.rank == 1 and step == 6:
+                model[0].params["weight"] *= 1.5
+
+        return trained(comm, model=model, on_step=on_step)
+
+    found = errors(2, program)
+    assert {type(e) for e in found} == {ValueError}
+    assert "expected the same model after epoch 2 (its checksum) on all ranks" in str(found[0])
+
+
 def test_a_checkpoint_that_not_all_can_see(tmp_path):
     pytest.importorskip("safetensors")
     for rank in (0, 1):

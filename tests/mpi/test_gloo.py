@@ -101,7 +101,7 @@ def test_two_processes_are_one(tmp_path):
 
 def test_an_error_on_one_process_ends_both(tmp_path):
     (here, _), (there, _) = processes("loss", tmp_path)
-    assert here.startswith("RuntimeError: rank 1 of 2 failed: ZeroDivisionError: ")
+    assert here.startswith("RankError: rank 1 of 2 failed: ZeroDivisionError: ")
     assert there.startswith("ZeroDivisionError: ")
 
 

@@ -77,7 +77,7 @@ REFUSED = {
     "channels": "ValueError: expected the same num_features on all ranks, got [4, 3",
     "dimensions": "ValueError: expected the same dimensions of x on all ranks, got [3, 2",
     "dtypes": "ValueError: expected the same bytes of an element on all ranks, got [4, 8",
-    "wrong x": "RuntimeError: rank 1 of {size} failed: ValueError: expected x with 3 features",
+    "wrong x": "RankError: rank 1 of {size} failed: ValueError: expected x with 3 features",
 }
 
 
@@ -151,7 +151,7 @@ def test_what_ends_fit_on_one_rank_ends_it_on_all(size, what, tmp_path):
     results = program(size, "fit_until", what, tmp_path)
     print(size, what, max(took for *_, took in results))
     words = {
-        "error": f"RuntimeError: rank {size - 1} of {size} failed: ZeroDivisionError: in the loss",
+        "error": f"RankError: rank {size - 1} of {size} failed: ZeroDivisionError: in the loss",
         "ctrl-c": "KeyboardInterrupt: ",
         "nan": "FloatingPointError: the loss is nan at epoch ",
     }[what]
