@@ -172,6 +172,17 @@ def test_a_rank_of_fit_that_is_killed_ends_all(size, tmp_path):
     assert took < 30
 
 
+def test_the_program_of_the_documentation(tmp_path):
+    for package in ("sklearn", "safetensors"):
+        pytest.importorskip(package)
+    page = (ROOT / "docs" / "how-to" / "several-processes.md").read_text(encoding="utf-8")
+    path = tmp_path / "program.py"
+    path.write_text(re.search(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1], encoding="utf-8")
+    out, err, status, _ = mpiexec(2, "-m", "mpi4py", path)
+    assert status == 0, err
+    assert re.fullmatch(r"0\.9\d\d of the held-out digits are right\n", out)
+
+
 def command(size, *arguments):
     return mpiexec(size, "-m", "fastbn", "train", "--mpi", "--epochs", 2, "--no-batchnorm", *arguments)
 
