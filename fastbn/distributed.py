@@ -80,7 +80,7 @@ class SyncBatchNorm(BatchNorm):
 
     The gradients of weight and bias are sums over all ranks already: do not add them up again.
 
-    A pickled layer has no communicator: it computes as a `BatchNorm` does, until `convert` gives it one.
+    A pickled layer has no communicator: it computes as `fastbn.BatchNorm` does, until `convert` gives it one.
 
     Examples
     --------
