@@ -4,7 +4,9 @@ import copy
 import gc
 import itertools
 import pickle
+import re
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -17,7 +19,7 @@ from twin import within
 import fastbn
 from fastbn import BatchNorm, checkpoint, nn
 from fastbn.distributed import SyncBatchNorm, convert
-from fastbn.ranks import Group
+from fastbn.ranks import Group, in_pairs
 
 RANKS = [1, 2, 3, 4, 7]
 
@@ -190,6 +192,13 @@ def test_inference_and_frozen_layers_exchange_nothing(mode):
         return comm.bytes
 
     assert together(2, program) == [[], []]
+
+
+@pytest.mark.parametrize(("size", "order"), [(1, "0"), (3, "(01)2"), (4, "(01)(23)"), (7, "((01)(23))((45)6)")])
+def test_sums_over_ranks_are_trees_of_pairs(size, order):
+    parts = np.random.default_rng(size).standard_normal((size, 1000))
+    expression = re.sub(r"(?<=[\d)])(?=[\d(])", "+", order)
+    assert in_pairs(list(parts)).tobytes() == eval(re.sub(r"(\d)", r"parts[\1]", expression)).tobytes()
 
 
 def test_what_is_exchanged():
@@ -443,7 +452,9 @@ def test_an_exchange_that_is_broken_off_ends_all_ranks(number):
         for _ in range(2):
             layer.backward(layer(np.random.default_rng(0).standard_normal((4, 3))))
 
+    started = time.monotonic()
     found = together(3, program, broken=True)
+    assert time.monotonic() - started < 30  # half of what a rank waits
     assert isinstance(found[1], MemoryError)
     assert all(isinstance(found[rank], threading.BrokenBarrierError) for rank in (0, 2))
 

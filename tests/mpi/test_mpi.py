@@ -203,6 +203,21 @@ def test_the_command_line_prints_and_writes_on_rank_0_alone(tmp_path):
     np.testing.assert_allclose(found[1], found[2], rtol=1e-4)
 
 
+def test_the_command_line_goes_on_with_another_number_of_ranks(tmp_path):
+    """After Ctrl-C on rank 1, in the fifth step of a training that would take hours."""
+    for package in ("sklearn", "safetensors", "matplotlib"):
+        pytest.importorskip(package)
+    where, arguments = Path(__file__).with_name("programs.py"), ("--no-batchnorm", "--out", tmp_path / "out")
+    out, err, status, _ = mpiexec(2, where, "interrupted_command", "--epochs", 10**6, *arguments)
+    assert status == 130
+    assert out.count("held-out data") == 0
+    assert err.count("fastbn: interrupted: the same command with --resume goes on where it stopped") == 1
+    out, err, status, _ = command(3, *arguments, "--resume")
+    assert status == 0, err
+    assert out.count("held-out data") == 1
+    assert not list((tmp_path / "out").glob("unfinished*"))
+
+
 @pytest.mark.parametrize("wrong", [["--data", "nowhere.csv"], ["--out", os.devnull]], ids=" ".join)
 def test_an_error_of_the_command_line_is_printed_once(wrong, tmp_path):
     pytest.importorskip("safetensors")
