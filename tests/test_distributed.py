@@ -164,6 +164,18 @@ def test_one_rank_has_the_bits_of_batch_norm(settings, masked, shape):
     assert all(a.tobytes() == b.tobytes() for a, b in zip(got, expected, strict=True))
 
 
+def test_a_mask_of_nothing_but_true_is_none():
+    x, dy = np.random.default_rng(8).standard_normal((2, 30, 4, 6))
+
+    def program(comm):
+        rows = slice(*cuts(30, 2)[comm.rank])
+        mask = np.ones((15, 6), bool)
+        return [step(SyncBatchNorm(4, comm=comm), x[rows], dy[rows], m) for m in (None, mask)]
+
+    for without, masked in together(2, program):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(without, masked, strict=True))
+
+
 def test_ghost_batches_are_local_and_the_averages_are_of_all():
     x = np.random.default_rng(3).standard_normal((24, 5))
     whole = BatchNorm(5, ghost_size=4, dtype="float64")

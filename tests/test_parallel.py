@@ -19,11 +19,11 @@ LABELS = (X.sum(axis=1) > 0).astype(int) + (X[:, 0] > 1)
 DATA = X, LABELS
 
 
-def network(dropout=0.0, dtype="float64", **options):
+def network(dropout=0.0, dtype="float64", seed=5, **options):
     return nn.Sequential(
         nn.Dense(6, 12, bias=False, seed=0, dtype=dtype), BatchNorm(12, dtype=dtype, activation="relu", **options),
         nn.Dense(12, 8, bias=False, seed=1, dtype=dtype), BatchNorm(8, dtype=dtype), nn.ReLU(),
-        nn.Dropout(dropout, seed=5), nn.Dense(8, 3, seed=2, dtype=dtype),
+        nn.Dropout(dropout, seed=seed), nn.Dense(8, 3, seed=2, dtype=dtype),
     )  # fmt: skip
 
 
@@ -99,6 +99,33 @@ def test_gradients_travel_in_pieces(monkeypatch):
     whole = well(together(2, trained))
     monkeypatch.setattr(parallel, "ROOM", 10)
     assert same_bits(whole[0], well(together(2, trained))[0])
+
+
+def test_each_rank_evaluates_its_part():
+    def program(comm):
+        examples = []
+
+        def loss(prediction, target):
+            examples.append(len(prediction))
+            return losses.softmax_cross_entropy(prediction, target)
+
+        trained(comm, loss=loss, validation=(X[:50], LABELS[:50]), epochs=1, batch_size=50)
+        return examples[-1]
+
+    assert well(together(3, program)) == [16, 17, 17]
+
+
+def test_averages_that_a_rank_takes_otherwise_are_those_of_the_first(monkeypatch):
+    """Matrix products of one and the same numbers may differ from machine to machine."""
+    real, off = training.retake, itertools.count()
+
+    def retake(model, moving, data):
+        real(model, moving, data)
+        model[1].running_mean += next(off)
+
+    monkeypatch.setattr(training, "retake", retake)
+    results = well(together(3, lambda comm: trained(comm, average=0.9)))
+    assert all(same_bits(results[0], other) for other in results)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "frozen plain", "ghosts"])
@@ -193,6 +220,7 @@ DIFFERENT = {
     "checksum of y": {"data": (X, np.roll(LABELS, 1))},
     "checksum of validation X": {"validation": (X[:7], LABELS[:7])},
     "checksum of the model": {"model": network(momentum=0.2)},
+    "checksum of the model ": {"model": network(seed=6)},
     "checksum of the optimizer": {"lr": 0.2},
     "checksum of fit's arguments": {"epochs": 3},
 }
@@ -208,7 +236,7 @@ def test_what_differs_is_named_on_all_ranks(name):
     found = errors(3, program)
     assert {type(e) for e in found} == {ValueError}
     assert len({str(e) for e in found}) == 1
-    assert f"expected the same {name} on all ranks, got [" in str(found[0])
+    assert f"expected the same {name.strip()} on all ranks, got [" in str(found[0])
 
 
 def test_start_values_of_weights_must_be_alike():
