@@ -212,9 +212,17 @@ def _header(place: str, facts: Sequence[float], error: BaseException | None = No
     header = np.zeros(HEADER)
     header[HAS_FAILED], header[AT_END] = error is not None, place == END
     header[FACTS : FACTS + len(facts)] = facts
-    text = place if error is None else f"{type(error).__name__}: {error}"
-    header[TEXT:] = np.frombuffer(text.encode()[:_ROOM].ljust(_ROOM, b"\0"))
+    text = place if error is None else _words(error)
+    header[TEXT:] = np.frombuffer(text.encode(errors="replace")[:_ROOM].ljust(_ROOM, b"\0"))
     return header
+
+
+def _words(error: BaseException) -> str:
+    """Whatever the error is: one whose words cannot be told would leave the others waiting."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def _what_is_wrong(headers: Array, place: str, alike: Sequence[str]) -> tuple[type[Exception], str] | None:

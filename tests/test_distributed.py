@@ -503,6 +503,24 @@ def test_long_words_of_an_error_are_cut():
     assert len(str(found[0])) < 250
 
 
+class Wordless(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "error", [Wordless(), ValueError("\udcff in a name"), KeyError()], ids=lambda e: type(e).__name__
+)
+def test_an_error_that_cannot_be_worded_is_told(error):
+    def program(comm):
+        if comm.rank:
+            Group(comm).tell(error)
+        else:
+            Group(comm).exchange("somewhere")
+
+    assert str(together(2, program)[0]).startswith(f"rank 1 of 2 failed: {type(error).__name__}")
+
+
 def test_whole_numbers_on_one_rank_are_float64_there():
     found = errors(2, lambda comm: SyncBatchNorm(3, comm=comm)(np.ones((2, 3), np.float32 if comm.rank else int)))
     assert {str(e) for e in found} == {"expected the same bytes of an element on all ranks, got [8, 4]"}

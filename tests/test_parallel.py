@@ -239,13 +239,27 @@ def test_what_differs_is_named_on_all_ranks(name):
     assert f"expected the same {name.strip()} on all ranks, got [" in str(found[0])
 
 
-def test_start_values_of_weights_must_be_alike():
+@pytest.mark.parametrize("what", ["weight", "running_var", "stream", "mode"])
+def test_start_values_must_be_alike(what):
     def program(comm):
         model = network()
-        model[0].params["weight"] += comm.rank
+        if comm.rank:
+            match what:
+                case "weight":
+                    model[0].params["weight"] += 1
+                case "running_var":
+                    model[3].running_var += 1
+                case "stream":
+                    model[5].rng.random()
+                case "mode":
+                    model[4].eval()
         return trained(comm, model=model)
 
     assert all("checksum of the model" in str(e) for e in errors(2, program))
+
+
+def test_numbers_of_threads_may_differ():
+    well(together(2, lambda comm: trained(comm, model=network(num_threads=1 + comm.rank))))
 
 
 def test_a_callback_of_one_rank_that_changes_the_model_is_found():
