@@ -60,9 +60,13 @@ try:
         result = trained(Gloo())
         if rank == 0:
             result = [result, trained(None)]
-    elif what == "loss":
+    elif what in ("loss", "kill in fit"):
+        calls = []
         def loss(prediction, target):
-            if rank == 1:
+            calls.append(None)
+            if rank == 1 and len(calls) == 5:
+                if what == "kill in fit":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise ZeroDivisionError("in the loss")
             return losses.softmax_cross_entropy(prediction, target)
         result = trained(Gloo(), loss)
@@ -105,12 +109,17 @@ def test_an_error_on_one_process_ends_both(tmp_path):
     assert there.startswith("ZeroDivisionError: ")
 
 
-@pytest.mark.parametrize("what", ["kill", "error", "broken off"])
+@pytest.mark.parametrize("what", ["kill", "kill in fit", "error", "broken off"])
 def test_a_process_that_is_gone_ends_the_other(what, tmp_path):
     (here, took), there = processes(what, tmp_path)
     assert "RuntimeError" in here
     assert took < 10
-    expected = {"kill": None, "error": "ZeroDivisionError: outside the layer", "broken off": "KeyboardInterrupt: "}
+    expected = {
+        "kill": None,
+        "kill in fit": None,
+        "error": "ZeroDivisionError: outside the layer",
+        "broken off": "KeyboardInterrupt: ",
+    }
     assert (there and there[0]) == expected[what]
 
 
