@@ -27,9 +27,19 @@ def network(dropout=0.0, dtype="float64", seed=5, **options):
     )  # fmt: skip
 
 
-def trained(comm, *, model=None, data=DATA, loss=losses.softmax_cross_entropy, optimizer=optim.SGD, lr=0.1, **options):
+def trained(
+    comm,
+    *,
+    model=None,
+    make=network,
+    data=DATA,
+    loss=losses.softmax_cross_entropy,
+    optimizer=optim.SGD,
+    lr=0.1,
+    **options,
+):
     """The history without times, the state of the model, and that of the optimizer."""
-    model = network() if model is None else model
+    model = make() if model is None else model
     if comm is not None:
         convert(model, comm)
     made = optimizer(model, lr)
@@ -219,8 +229,8 @@ DIFFERENT = {
     "checksum of X": {"data": (X + 1e-9, LABELS)},
     "checksum of y": {"data": (X, np.roll(LABELS, 1))},
     "checksum of validation X": {"validation": (X[:7], LABELS[:7])},
-    "checksum of the model": {"model": network(momentum=0.2)},
-    "checksum of the model ": {"model": network(seed=6)},
+    "checksum of the model": {"make": lambda: network(momentum=0.2)},
+    "checksum of the model ": {"make": lambda: network(seed=6)},
     "checksum of the optimizer": {"lr": 0.2},
     "checksum of fit's arguments": {"epochs": 3},
 }
