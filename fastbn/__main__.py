@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TextIO
 import fastbn
 from fastbn.commands import experiment, predict, train
 from fastbn.commands.common import need
+from fastbn.distributed import RankError
 from fastbn.labels import printable
 
 SIGPIPE_STATUS = 128 + 13  # what a shell shows of a program that SIGPIPE ends
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader, say `head`, has seen enough
             _flush_or_drop(sys.stdout, sys.stderr)
             return SIGPIPE_STATUS
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        except (ValueError, OSError, ImportError, FloatingPointError, RankError) as error:
             if isinstance(error, OSError) and error.errno and not error.filename:  # what is written to files names them
                 error.filename = "standard output"
             return _failed(2, f"error: {error}")

@@ -56,7 +56,7 @@ def forward(
     momentum, tracked = averaging
     batches = []
     for where, valid in parts:
-        given = x[where] if valid is None else _gather(x[where], axis, valid)
+        given = x[where] if valid is None else gather(x[where], axis, valid)
         by, to = (whole, y[where]) if valid is None else (rows, None)
         if training:
             factor = 1 / (tracked + 1) if momentum is None else momentum
@@ -65,7 +65,7 @@ def forward(
         else:
             done, stats, _ = calls.infer(by, given, to)
         if valid is not None:
-            _scatter(done, y[where], axis, valid)
+            scatter(done, y[where], axis, valid)
         batches.append(Batch(where, valid, stats))
     if y is not out:
         np.copyto(np.asarray(out), y)
@@ -95,9 +95,9 @@ def backward(
                 given = dy[where], x[where], stats
                 calls.backward_into(constants, *given, training, dx[where], part[0], part[1])
             else:
-                given = _gather(dy[where], axis, valid), _gather(x[where], axis, valid), stats
+                given = gather(dy[where], axis, valid), gather(x[where], axis, valid), stats
                 done = calls.backward_into(rows, *given, training, None, part[0], part[1])
-                _scatter(done, dx[where], axis, valid)
+                scatter(done, dx[where], axis, valid)
             total += part
         if dweight is not None and dbias is not None:
             dweight[...], dbias[...] = total
@@ -131,12 +131,12 @@ def _refuse_single_values(x: Array, axis: int, parts: list[_Part]) -> None:
             )
 
 
-def _gather(x: Array, axis: int, valid: Array) -> Array:
+def gather(x: Array, axis: int, valid: Array) -> Array:
     """The valid positions of x, (m, C)."""
     return np.ascontiguousarray(np.moveaxis(x, axis, -1)[valid])
 
 
-def _scatter(rows: Array, y: Array, axis: int, valid: Array) -> None:
-    """The inverse of _gather; 0 elsewhere."""
+def scatter(rows: Array, y: Array, axis: int, valid: Array) -> None:
+    """The inverse of gather; 0 elsewhere."""
     y[...] = 0
     np.moveaxis(y, axis, -1)[valid] = rows

@@ -231,11 +231,12 @@ def describe(model: Any) -> dict[str, Any]:
     """The architecture, and every layer's mode; TypeError for layers that `load` could not build."""
     if type(model) is Sequential:
         return {"class": "Sequential", "training": model.training, "layers": [describe(layer) for layer in model]}
-    if _CLASSES.get(type(model).__name__) is not type(model):
+    cls = nn.known_as(model)
+    if _CLASSES.get(cls.__name__) is not cls:
         raise TypeError(f"cannot save a {type(model).__name__}: expected Sequential, {', '.join(_CLASSES)}")
     frozen = {"frozen": True} if getattr(model, "frozen", False) else {}
     parts = {"layers": [describe(layer) for layer in model.layers]} if isinstance(model, nn.FoldedDense) else {}
-    return {"class": type(model).__name__, "training": model.training, "config": model.config(), **frozen, **parts}
+    return {"class": cls.__name__, "training": model.training, "config": model.config(), **frozen, **parts}
 
 
 def build(description: Any, tensors: dict[str, Array]) -> Any:

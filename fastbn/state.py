@@ -46,7 +46,7 @@ def whole(value: Any, name: str) -> int:
 def checked_dtype(value: Any) -> np.dtype[Any]:
     """The value as float32 or float64; TypeError for all others, also for texts that NumPy would parse as a program."""
     try:
-        dtype = np.dtype(value)
+        dtype: np.dtype[Any] = np.dtype(value)
     except Exception:  # NumPy's parsers raise errors of many kinds, a SyntaxError among them
         raise TypeError(f"expected dtype float32 or float64, got {value!r}") from None
     if dtype not in FLOATS:

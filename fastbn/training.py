@@ -20,6 +20,7 @@ from .data import minibatches
 from .history import History
 from .nn import leaves
 from .pairs import Loss, check_finite, inference, pair, with_validation
+from .parallel import Ranks
 from .recalibration import recalibrate, retake, tracking
 from .runstate import RunFile, RunState
 from .schedules import Schedule
@@ -27,6 +28,8 @@ from .state import Array, whole
 from .terminal import CtrlC, epoch_line, progress_bar
 
 __all__ = ["History", "Loss", "evaluate", "fit", "recalibrate"]
+
+EVALUATED_AT_ONCE = 1024
 
 
 def fit(
@@ -50,6 +53,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     verbose: bool = False,
+    comm: Any = None,
 ) -> History:
     """Train a model by mini-batches, and leave it in training mode.
 
@@ -115,6 +119,11 @@ def fit(
         tqdm is installed.
     verbose : bool
         Print a line after every epoch, where no bar is shown.
+    comm : mpi4py communicator, or `fastbn.distributed.Communicator`, optional
+        Processes, or ranks, that train together. Each calls fit with the same arguments and takes its part of every
+        mini-batch, and of the validation data. The mini-batches are those of one process, whose training this one is,
+        but for rounding. Every BatchNorm must be a `fastbn.distributed.SyncBatchNorm` of this comm. The loss must be a
+        mean over examples. See Notes.
 
     Returns
     -------
@@ -137,6 +146,15 @@ def fit(
     Ctrl-C in the main thread acts after the current step: the checkpoint is written, KeyboardInterrupt raised. A
     second one acts at once.
 
+    With `comm`, parameters, running averages and decisions are the same on all ranks, bit for bit, and the same number
+    of ranks gives the same bits every time. A gradient is the sum of the ranks' gradients in float64, rounded once.
+    Each rank draws Dropout's random numbers from a stream of its own. Rank 0 alone shows progress and writes the
+    checkpoint, which all ranks read; another number of ranks, or one process, may go on with it. Callbacks are called
+    on every rank. Where one of them returns True, or somebody presses Ctrl-C, all ranks end after the same step. An
+    error on one rank is raised there, and the others raise a `fastbn.distributed.RankError` with its words. Where data,
+    model, optimizer or arguments differ between ranks, or a BatchNorm would keep running averages of one rank's
+    examples, all raise a ValueError.
+
     Examples
     --------
     >>> import numpy as np
@@ -150,105 +168,114 @@ def fit(
     >>> history.accuracy[-1] > 0.9
     True
     """
-    epochs, batch_size, seed = whole(epochs, "epochs"), whole(batch_size, "batch_size"), whole(seed, "seed")
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if batch_size < 2:
-        raise ValueError(f"batch_size must be at least 2 (one example has no variance), got {batch_size}")
-    if seed < 0:
-        raise ValueError(f"seed must be non-negative, got {seed}")
-    if patience is not None and whole(patience, "patience") < 1:
-        raise ValueError(f"patience must be at least 1, got {patience}")
-    if patience is not None and validation is None:
-        raise ValueError("patience needs validation data")
-    if schedule is not None and not hasattr(optimizer, "lr"):
-        raise TypeError(f"a schedule needs an optimizer with lr, got {type(optimizer).__name__}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be above 0, got {clip_norm}")
-    if resume and checkpoint is None:
-        raise ValueError("resume needs the checkpoint to go on from")
-    _check_functions(loss, schedule, on_step, on_epoch)
-    if isinstance(optimizer, type):
-        made = f"{optimizer.__name__}(model, ...)"
-        raise TypeError(f"expected an optimizer that was made for this model, as {made}, got the class itself")
-    if not callable(getattr(optimizer, "step", None)):
-        raise TypeError(f"expected an object with a step method as optimizer, got {optimizer!r}")
-    changed = getattr(getattr(optimizer, "model", None), "params", {}).values()
-    if changed and {*map(id, changed)}.isdisjoint(map(id, model.params.values())):
-        raise ValueError("expected an optimizer that was made for this model, got one that changes no parameter of it")
-    mean = _average(model, average, average_from, epochs, patience)
-    (X, y), held_out = with_validation(model, data, loss, validation, seed)
-    if len(X) < 2:
-        raise ValueError(f"training needs at least 2 examples, got {len(X)}")
-    steps = len(X) // batch_size + (len(X) % batch_size > 1)
-    state = RunState()
-    resumed = False
-    if checkpoint is not None:
+    with Ranks(comm) as ranks:
+        epochs, batch_size, seed = whole(epochs, "epochs"), whole(batch_size, "batch_size"), whole(seed, "seed")
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {epochs}")
+        if batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 (one example has no variance), got {batch_size}")
+        if seed < 0:
+            raise ValueError(f"seed must be non-negative, got {seed}")
+        if patience is not None and whole(patience, "patience") < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        if patience is not None and validation is None:
+            raise ValueError("patience needs validation data")
+        if schedule is not None and not hasattr(optimizer, "lr"):
+            raise TypeError(f"a schedule needs an optimizer with lr, got {type(optimizer).__name__}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, got {clip_norm}")
+        if resume and checkpoint is None:
+            raise ValueError("resume needs the checkpoint to go on from")
+        _check_functions(loss, schedule, on_step, on_epoch)
+        if isinstance(optimizer, type):
+            made = f"{optimizer.__name__}(model, ...)"
+            raise TypeError(f"expected an optimizer that was made for this model, as {made}, got the class itself")
+        if not callable(getattr(optimizer, "step", None)):
+            raise TypeError(f"expected an object with a step method as optimizer, got {optimizer!r}")
+        changed = getattr(getattr(optimizer, "model", None), "params", {}).values()
+        if changed and {*map(id, changed)}.isdisjoint(map(id, model.params.values())):
+            raise ValueError(
+                "expected an optimizer that was made for this model, got one that changes no parameter of it"
+            )
+        mean = _average(model, average, average_from, epochs, patience)
+        (X, y), held_out = with_validation(model, data, loss, validation, seed)
+        if len(X) < 2:
+            raise ValueError(f"training needs at least 2 examples, got {len(X)}")
+        steps = len(X) // batch_size + (len(X) % batch_size > 1)
+        state = RunState()
         drawn = validation if validation is None or isinstance(validation, Real) else "a pair (X, y)"
-        made_of = {
+        arguments = {
             "batch_size": batch_size, "seed": seed, "average": average, "average_from": average_from,
             "validation": drawn,
-            "X": X, "y": y, "validation X": held_out and held_out[0], "validation y": held_out and held_out[1],
         }  # fmt: skip
-        file = RunFile(checkpoint, model, optimizer, mean, made_of)
-        resumed = resume and os.path.exists(checkpoint)
+        arrays = {"X": X, "y": y, "validation X": held_out and held_out[0], "validation y": held_out and held_out[1]}
+        if checkpoint is not None:
+            file = RunFile(checkpoint, model, optimizer, mean, arguments | arrays)
+        resumed = resume and checkpoint is not None and os.path.exists(checkpoint)
+        alike = [arguments, epochs, patience, clip_norm, schedule is None, checkpoint is None, resume]
+        ranks.begin(model, optimizer, arrays, alike, checkpoint if resumed else None)
         if resumed:
             state = file.load(best_wanted=patience is not None)
 
-    rate: Any = getattr(optimizer, "lr", None)
-    # The rate of a step of the epoch, counted from 0.
-    rate_of = None if schedule is None else lambda step: rate * schedule(state.epoch - 1 + step / steps, epochs)
-    # One buffer for all mini-batches: layers refer to x only until the next forward.
-    buffer = np.empty((min(batch_size, len(X)), *X.shape[1:]), X.dtype)
-    with (
-        CtrlC() as ctrl_c,
-        progress_bar(state, epochs=epochs, examples=len(X) - (len(X) % batch_size == 1), progress=progress) as bar,
-        contextlib.ExitStack() as afterwards,
-        np.errstate(over="ignore", invalid="ignore"),  # every loss is looked at: a warning before it would say less
-    ):
-        if rate_of is not None:
-            afterwards.callback(setattr, optimizer, "lr", rate)
-        if not resumed:
-            model.train()
-        stopped = False
-        while not (stopped or ctrl_c.pressed or state.finished(epochs, patience)):
-            state.begin_epoch()
-            started = time.perf_counter() - state.seconds
-            batches = minibatches(len(X), batch_size, np.random.default_rng([seed, state.epoch]))
-            for rows in itertools.islice(batches, state.step, None):
-                if rate_of is not None:
-                    optimizer.lr = rate_of(state.step)
-                # mode="clip" lets take write into the buffer directly; the rows are in range by construction
-                x = np.take(X, rows, axis=0, out=buffer[: len(rows)], mode="clip")
-                value = _step(model, x, y[rows], loss, optimizer, clip_norm, state)
-                if mean is not None and average_from is None:
-                    mean.update()
-                if bar is not None:
-                    bar.update(len(rows))
-                stopped = on_step is not None and _stops(on_step((state.epoch - 1) * steps + state.step, value))
-                if stopped or ctrl_c.pressed:
-                    state.seconds = time.perf_counter() - started
-                    break
-            else:
-                state.seconds = time.perf_counter() - started
-                lr = getattr(optimizer, "lr", None) if rate_of is None else rate_of(steps - 1)
-                state.end_epoch(lr, _after_epoch(model, held_out, loss, state.epoch))
-                if patience is not None and state.history.best_epoch == state.epoch:
-                    state.best = model.state_dict()
-                if mean is not None and average_from is not None and state.epoch >= average_from:
-                    mean.update()
-                if verbose and bar is None:
-                    print(epoch_line(state.history, epochs), flush=True)
-                stopped = on_epoch is not None and _stops(on_epoch(state.epoch, state.history))
+        shown = progress and ranks.rank == 0
+        rate: Any = getattr(optimizer, "lr", None)
+        # The rate of a step of the epoch, counted from 0.
+        rate_of = None if schedule is None else lambda step: rate * schedule(state.epoch - 1 + step / steps, epochs)
+        # One buffer for all mini-batches: layers refer to x only until the next forward.
+        buffer = np.empty((min(batch_size, len(X)), *X.shape[1:]), X.dtype)
+        with (
+            CtrlC() as ctrl_c,
+            progress_bar(state, epochs=epochs, examples=len(X) - (len(X) % batch_size == 1), progress=shown) as bar,
+            contextlib.ExitStack() as afterwards,
+            np.errstate(over="ignore", invalid="ignore"),  # every loss is looked at: a warning before it would say less
+        ):
             if rate_of is not None:
-                optimizer.lr = rate  # the state of the run; the schedule gives the rest
-            if checkpoint is not None:
-                file.save(state)
-    if patience is not None and state.best:
-        model.load_state_dict(state.best)
-    if mean is not None and mean.count:
-        _give(mean, model, X)
-    return state.history
+                afterwards.callback(setattr, optimizer, "lr", rate)
+            if not resumed:
+                model.train()
+            stopped = False
+            while not (stopped or state.finished(epochs, patience)):
+                state.begin_epoch()
+                started = time.perf_counter() - state.seconds
+                batches = minibatches(len(X), batch_size, np.random.default_rng([seed, state.epoch]))
+                for rows in itertools.islice(batches, state.step, None):
+                    if rate_of is not None:
+                        optimizer.lr = rate_of(state.step)
+                    # mode="clip" lets take write into the buffer directly; the rows are in range by construction
+                    own = rows[ranks.part(len(rows))]
+                    x = np.take(X, own, axis=0, out=buffer[: len(own)], mode="clip")
+                    value = _step(model, x, y[own], loss, optimizer, clip_norm, state, ranks)
+                    if mean is not None and average_from is None:
+                        mean.update()
+                    if bar is not None:
+                        bar.update(len(rows))
+                    stopped = on_step is not None and _stops(on_step((state.epoch - 1) * steps + state.step, value))
+                    stopped = ranks.stops(stopped, ctrl_c)
+                    if stopped:
+                        state.seconds = time.perf_counter() - started
+                        break
+                else:
+                    state.seconds = time.perf_counter() - started
+                    lr = getattr(optimizer, "lr", None) if rate_of is None else rate_of(steps - 1)
+                    state.end_epoch(lr, _after_epoch(model, held_out, loss, state.epoch, ranks))
+                    if patience is not None and state.history.best_epoch == state.epoch:
+                        state.best = model.state_dict()
+                    if mean is not None and average_from is not None and state.epoch >= average_from:
+                        mean.update()
+                    if verbose and bar is None and ranks.rank == 0:
+                        print(epoch_line(state.history, epochs), flush=True)
+                    stopped = on_epoch is not None and _stops(on_epoch(state.epoch, state.history))
+                    stopped = ranks.stops(stopped, ctrl_c)
+                if rate_of is not None:
+                    optimizer.lr = rate  # the state of the run; the schedule gives the rest
+                if checkpoint is not None and ranks.rank == 0:
+                    file.save(state)
+        if patience is not None and state.best:
+            model.load_state_dict(state.best)
+        if mean is not None and mean.count:
+            _give(mean, model, X)
+            ranks.take_first(model)
+        return state.history
 
 
 def _check_functions(loss: Any, schedule: Any, on_step: Any, on_epoch: Any) -> None:
@@ -304,7 +331,7 @@ def _give(mean: Average, model: Any, X: Array) -> None:
 
 
 def _after_epoch(
-    model: Any, held_out: tuple[Array, Array] | None, loss: Loss, epoch: int
+    model: Any, held_out: tuple[Array, Array] | None, loss: Loss, epoch: int, ranks: Ranks
 ) -> tuple[float, float | None] | None:
     """Loss and accuracy of the validation data; FloatingPointError where they, or the model, are not finite."""
     try:
@@ -312,32 +339,44 @@ def _after_epoch(
             check_finite(a, f"the model's {name!r}")
     except ValueError as error:
         raise FloatingPointError(f"after epoch {epoch}, {error}") from None
+    ranks.check_same(model, epoch)
     if held_out is None:
         return None
-    value, accuracy = evaluate(model, held_out, loss)
+    X, y = (a[ranks.part(len(a))] for a in held_out)
+    value, _, right, decisions = ranks.mean(*_evaluated(model, X, y, loss, EVALUATED_AT_ONCE))
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss of the validation data is {value} after epoch {epoch}")
-    return value, accuracy
+    return value, right / decisions if decisions else None
 
 
 def _step(
-    model: Any, x: Array, target: Array, loss: Loss, optimizer: Any, clip_norm: float | None, state: RunState
+    model: Any,
+    x: Array,
+    target: Array,
+    loss: Loss,
+    optimizer: Any,
+    clip_norm: float | None,
+    state: RunState,
+    ranks: Ranks,
 ) -> float:
-    """One mini-batch: forward, loss, backward, update. Returns the loss; the state counts it."""
-    prediction = model(x)
-    value, gradient = loss(prediction, target)
+    """One mini-batch, or a rank's part of it: forward, loss, backward, update. Returns the loss of the whole; the state
+    counts it."""
+    with ranks.streams(model):
+        prediction = model(x)
+    value, gradient = loss(prediction, target) if len(x) else (0.0, np.zeros_like(prediction))
+    value, n, right, decisions = ranks.mean(value, len(x), *_right(loss, prediction, target))
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} at epoch {state.epoch}, step {state.step + 1}")
-    model.backward(gradient)
+    model.backward(gradient if n == len(x) else gradient * (len(x) / n))
+    ranks.add_gradients(model)
     if clip_norm is not None:
         norm = _clip(model.grads, clip_norm)
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradients' norm is {norm} at epoch {state.epoch}, step {state.step + 1}")
     optimizer.step()
     state.step += 1
-    state.seen += len(x)
-    state.total += float(value) * len(x)
-    right, decisions = _right(loss, prediction, target)
+    state.seen += n
+    state.total += float(value) * n
     state.right += right
     state.decisions += decisions
     return value
@@ -354,7 +393,7 @@ def _clip(grads: Mapping[str, Array], limit: float) -> float:
 
 
 def evaluate(
-    model: Any, data: tuple[ArrayLike, ArrayLike], loss: Loss, batch_size: int = 1024
+    model: Any, data: tuple[ArrayLike, ArrayLike], loss: Loss, batch_size: int = EVALUATED_AT_ONCE
 ) -> tuple[float, float | None]:
     """Return loss and accuracy in inference mode, that is with the running averages.
 
@@ -385,6 +424,12 @@ def evaluate(
     if whole(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     X, y = pair(data, "data")
+    value, _, right, decisions = _evaluated(model, X, y, loss, batch_size)
+    return value, right / decisions if decisions else None
+
+
+def _evaluated(model: Any, X: Array, y: Array, loss: Loss, batch_size: int) -> tuple[float, int, int, int]:
+    """The loss of these examples, how many they are, and how many decisions are right, of how many."""
     total, right, decisions = 0.0, 0, 0
     with inference(model):
         for start in range(0, len(X), batch_size):
@@ -394,7 +439,7 @@ def evaluate(
             more_right, more_decisions = _right(loss, prediction, target)
             right += more_right
             decisions += more_decisions
-    return total / len(X), right / decisions if decisions else None
+    return total / max(len(X), 1), len(X), right, decisions
 
 
 def _right(loss: Loss, prediction: Array, target: Array) -> tuple[int, int]:

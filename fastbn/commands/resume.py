@@ -11,8 +11,8 @@ from typing import Any
 
 from fastbn.files import write_whole
 
-# Data are compared by what they hold, when training goes on; epochs may be more, or fewer.
-_NOT_COMPARED = ("out", "resume", "data", "epochs")
+# Data are compared by what they hold, when training goes on; epochs and processes may be more, or fewer.
+_NOT_COMPARED = ("out", "resume", "data", "epochs", "mpi")
 # Stored as the opposite of what is written: --no-standardize.
 _OPPOSITE = ("standardize",)
 

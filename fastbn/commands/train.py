@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 
 import fastbn
-from fastbn import checkpoint, data, nn, optim, schedules, training
+from fastbn import checkpoint, data, distributed, nn, optim, schedules, training
 from fastbn.files import write_whole
+from fastbn.parallel import Ranks
 
 from .common import add_data, aligned, folder, load, making, naming, need, real_number, say, whole_number
 from .resume import same_options
@@ -34,6 +36,7 @@ SCHEDULES: dict[str, Callable[[int], schedules.Schedule | None]] = {
 WITH, WITHOUT = "with batch normalization", "without batch normalization"
 # An output of one example differs from the batch's by rounding: 1e-6 of the largest output where training went well.
 AGREES = 1e-4
+READY = "fastbn train, before its first step: folder and options are right"
 VALIDATION = 0.1  # what --patience leaves out of the training data
 
 Task = Classification | Regression
@@ -82,6 +85,8 @@ def add_to(commands: Any) -> None:
         help="of split, start values and mini-batches (default: %(default)s)")  # fmt: skip
     add("--no-batchnorm", action="store_true", help="train only the network without")
     add("--resume", action="store_true", help="go on with a training that was interrupted, with the same options")
+    add("--mpi", action="store_true", help="train in all processes that mpiexec started, each with its part of every "
+        "mini-batch: mpiexec -n 4 python -m fastbn train --mpi (needs mpi4py)")  # fmt: skip
     parser.set_defaults(run=run, check=lambda args: check(parser, args))
 
 
@@ -101,10 +106,30 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, write, print."""
     need({"safetensors": "saving the model needs", "matplotlib": "learning curves need"})
+    comm = None
+    if args.mpi:
+        need({"mpi4py": "--mpi needs"}, "mpi")
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD
+    with Ranks(comm) as ranks:  # what fails on one of them is an error of all
+        if ranks.rank:  # rank 0 alone prints, also the error that may end all
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        printed = _run(args, comm, ranks)
+    if printed is not None:
+        results, detail, alone, task, files = printed
+        _print_results(results, detail, alone, task)
+        say(f"wrote {', '.join(str(path) for path in files if path.exists())}")
+
+
+def _run(
+    args: argparse.Namespace, comm: Any, ranks: Ranks
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Task, list[Path]] | None:
+    """All but what is printed in the end, which rank 0 returns. Another rank only trains, and writes nothing."""
     files = [args.out / name for name in ("model.safetensors", "metrics.json", "learning-curves.png", "confusion.png")]
     unfinished = {name: args.out / f"unfinished-{name.split()[0]}.safetensors" for name in (WITH, WITHOUT)}
     begun_with = args.out / "unfinished.json"
-    with making(args.out, files):
+    with contextlib.nullcontext() if ranks.rank else making(args.out, files):
         if not args.resume and (found := [str(path) for path in unfinished.values() if path.exists()]):
             raise ValueError(
                 f"{' and '.join(found)}: left by an interrupted training: the same command with --resume goes on with "
@@ -124,11 +149,16 @@ def run(args: argparse.Namespace) -> None:
         inputs = _inputs(args, train)
         say(_said_of(inputs, train))
 
+        if ranks.rank:
+            ranks.wait(READY)
+            _train_networks(args, task, train, held_out, inputs, unfinished, comm)
+            return None
         with (
             _resumable([*unfinished.values(), begun_with]),
             same_options(args, begun_with, unfinished.values()),
         ):
-            epochs, results, saved = _train_networks(args, task, train, held_out, inputs, unfinished)
+            ranks.wait(READY)
+            epochs, results, saved = _train_networks(args, task, train, held_out, inputs, unfinished, comm)
             detail = task.in_detail(saved[0], held_out)
             alone = _one_at_a_time(saved[0], held_out.X, task)
             metadata = {"fastbn": fastbn.__version__, "data": dataset.name, "inputs": train.X.shape[1],
@@ -142,8 +172,7 @@ def run(args: argparse.Namespace) -> None:
                 checkpoint.save(files[0], *saved, metadata=metadata)
                 write_whole(files[1], f"{json.dumps(metrics, indent=2)}\n".encode())
                 task.draw(epochs, detail, *files[2:])
-    _print_results(results, detail, alone, task)
-    say(f"wrote {', '.join(str(path) for path in files if path.exists())}")
+    return results, detail, alone, task, files
 
 
 def _inputs(args: argparse.Namespace, train: data.Dataset) -> nn.Standardize | None:
@@ -191,6 +220,7 @@ def _train_networks(
     held_out: data.Dataset,
     inputs: nn.Standardize | None,
     unfinished: dict[str, Path],
+    comm: Any,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], tuple[nn.Sequential, Any]]:
     """Epochs and results by name, and the first network with its optimizer."""
     # Once, not in every step; and in float32, whatever the data are.
@@ -226,12 +256,14 @@ def _train_networks(
         say(f"training {name}")
         model = trained if inputs is None else nn.Sequential(inputs, *trained)
         optimizer = _optimizer(model, args)
+        if comm is not None:
+            distributed.convert(trained, comm)
         try:
             history = training.fit(
                 trained, (X, target), task.loss, optimizer, epochs=args.epochs,
                 batch_size=args.batch_size, seed=args.seed, patience=args.patience, clip_norm=args.clip_norm,
                 validation=validation, schedule=SCHEDULES[args.schedule](args.epochs), checkpoint=unfinished[name],
-                resume=args.resume,
+                resume=args.resume, comm=comm,
             )  # fmt: skip
             scores = task.scores(model, held_out)
             if not math.isfinite(scores["loss"]):

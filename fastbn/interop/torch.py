@@ -239,7 +239,7 @@ def _module(torch: Any, layer: Any, dim: int, place: str) -> Any:
         module.training = layer.training
         return module
     said = f"layer {place!r}" if place else "the layer"
-    make = _MODULES.get(type(layer))
+    make = _MODULES.get(nn.known_as(layer))
     if make is None:
         known = ", ".join(cls.__name__ for cls in _MODULES)
         raise TypeError(f"cannot convert {said} ({type(layer).__name__}): expected Sequential, {known}")

@@ -9,6 +9,7 @@
 from .activations import Dropout, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
 from .dense import Dense
 from .folding import FoldedDense
+from .layer import known_as as known_as
 from .reshaping import Flatten, Identity
 from .sequential import Sequential
 from .sequential import leaves as leaves

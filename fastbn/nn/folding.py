@@ -20,6 +20,7 @@ from ..batchnorm import BatchNorm
 from ..state import Array, as_float, check_state
 from .activations import Dropout, LeakyReLU, ReLU
 from .dense import Dense
+from .layer import known_as
 from .reshaping import Identity
 
 __all__ = ["FoldedDense", "folded"]
@@ -118,7 +119,7 @@ def folded(layers: Iterable[Any]) -> list[Any]:
                 parts = [*last.layers, layer] if type(last) is FoldedDense else []
                 result[-1] = _dense(last.params["weight"], last.params.get("bias"), name, last.dtype, parts)
                 continue
-            if not whole and type(last) is Dense and type(layer) is BatchNorm and (merged := _merged(last, layer)):
+            if not whole and type(last) is Dense and known_as(layer) is BatchNorm and (merged := _merged(last, layer)):
                 result[-1], whole = merged, True
                 continue
         result.append(copy.deepcopy(layer))

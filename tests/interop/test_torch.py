@@ -12,6 +12,7 @@ import pytest
 import fastbn
 from bench import replace as measured
 from fastbn import BatchNorm, losses, nn, optim
+from fastbn.distributed import convert
 from fastbn.interop.torch import (
     FastBatchNorm1d,
     FastBatchNorm2d,
@@ -638,3 +639,20 @@ def test_tensors_are_array_likes_of_every_call():
     assert fastbn.moments(x).mean == pytest.approx(x.double().mean(0).numpy())
     with pytest.raises(RuntimeError, match="detach"):
         bn(x.clone().requires_grad_())
+
+
+def test_batch_norm_of_several_processes_is_converted_as_one():
+    class One:
+        rank, size = 0, 1
+
+        def allgather(self, array):
+            return [array]
+
+        def abort(self, code):
+            raise SystemExit(code)
+
+    model = nn.Sequential(nn.Dense(4, 3, seed=0), BatchNorm(3, eps=1e-3))
+    expected = to_torch(model)
+    converted = to_torch(convert(model, One()))
+    assert repr(converted) == repr(expected)
+    assert all(torch.equal(a, expected.state_dict()[k]) for k, a in converted.state_dict().items())

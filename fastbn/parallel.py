@@ -1,0 +1,201 @@
+"""A training over several processes: every rank has its part of each mini-batch, and all take the same step.
+
+# Design: `fit` runs on every rank, with the same data, and asks `Ranks` wherever ranks have to agree. Without a
+# communicator, `Ranks` is one rank, which agrees with itself. Parameters, averages and decisions have the same bits on
+# all ranks, because they are computed from what was exchanged, in the order of ranks. What a rank computes of its own
+# part alone stays with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from .batchnorm import BatchNorm
+from .distributed import SyncBatchNorm
+from .nn import Dropout, walk
+from .ranks import Group, in_pairs
+from .runstate import OPTIMIZER_STATE
+from .state import Array
+from .terminal import CtrlC
+
+__all__ = ["Ranks"]
+
+# Numbers that a rank has of all ranks together at one time: 32 MB.
+ROOM = 1 << 22
+# Values that a Dropout of one rank takes in one step, at most: the next step's begin behind them.
+STEP_OF_A_STREAM = 1 << 64
+
+
+class Ranks:
+    """The ranks of one training, as one of them sees them.
+
+    As a context manager, it is left by all ranks together: an error on one of them is raised on all.
+
+    Parameters
+    ----------
+    comm : mpi4py communicator, or `fastbn.distributed.Communicator`, or None
+        None: there is this process alone.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self._group = None if comm is None else Group(comm)
+        self.rank, self.size = (0, 1) if self._group is None else (self._group.comm.rank, self._group.comm.size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._group is not None:
+            self._group.end(error)
+
+    def begin(
+        self,
+        model: Any,
+        optimizer: Any,
+        data: Mapping[str, Array | None],
+        arguments: object,
+        file: str | os.PathLike[str] | None,
+    ) -> None:
+        """ValueError where ranks do not begin alike, or the model would come to differ between them."""
+        if self._group is None:
+            return
+        for layer in walk([model]):
+            if not isinstance(layer, BatchNorm) or (layer.running_mean is None and type(layer) is BatchNorm):
+                continue
+            if isinstance(layer, SyncBatchNorm) and layer.group is not None:
+                if layer.group.given != self._group.given:
+                    raise ValueError(f"expected {layer!r} to have the comm of fit: distributed.convert(model, comm)")
+            elif not layer.frozen:
+                raise ValueError(
+                    f"expected SyncBatchNorm, got {layer!r}, whose running averages would be those of a rank's own "
+                    "examples: distributed.convert(model, comm)"
+                )
+        numbers = {name: getattr(optimizer, name) for name in OPTIMIZER_STATE if hasattr(optimizer, name)}
+        state = optimizer.state_dict() if hasattr(optimizer, "state_dict") else {}
+        self._group.exchange(
+            "the beginning of fit",
+            alike={f"checksum of {name}": _checksum(array) for name, array in data.items()}
+            | {
+                "checksum of the model": _checksum(*_described(model), *model.state_dict().values()),
+                "checksum of the optimizer": _checksum(type(optimizer).__name__, numbers, *state.values()),
+                "checksum of fit's arguments": _checksum(arguments),
+                "checksum of the checkpoint": 0 if file is None else _checksum(Path(file).read_bytes()),
+            },
+        )
+
+    def wait(self, place: str) -> None:
+        """Until all ranks are there, and no longer than all are well."""
+        if self._group is not None:
+            self._group.exchange(place)
+
+    # --- a step
+
+    def part(self, n: int) -> slice:
+        """Which of n examples are this rank's; they may be none."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    @contextlib.contextmanager
+    def streams(self, model: Any) -> Iterator[None]:
+        """Within, each Dropout draws from a stream of this rank's own; afterwards all ranks' have gone on alike."""
+        if self.size == 1:
+            yield
+            return
+        shared: list[tuple[Dropout, Any]] = [
+            (layer, layer.rng) for layer in walk([model]) if isinstance(layer, Dropout)
+        ]
+        for layer, rng in shared:
+            layer.rng = np.random.Generator(rng.bit_generator.jumped(self.rank))
+        try:
+            yield
+        finally:
+            for layer, rng in shared:
+                rng.bit_generator.advance(STEP_OF_A_STREAM)
+                layer.rng = rng
+
+    def mean(self, value: float, n: int, right: int, decisions: int) -> tuple[float, int, int, int]:
+        """The mean of a loss over n examples, n, and how many decisions were right, of all ranks."""
+        if self._group is None or self.size == 1:
+            return value, n, right, decisions
+        sums = self._group.exchange("the loss of fit", facts=[value * n, n, right, decisions]).facts
+        with np.errstate(all="ignore"):
+            total, n, right, decisions = in_pairs(list(sums)).tolist()
+        return total / n, int(n), int(right), int(decisions)
+
+    def add_gradients(self, model: Any) -> None:
+        """Every gradient becomes the sum of those of all ranks, rounded once; SyncBatchNorm's are that already."""
+        if self._group is None or self.size == 1:
+            return
+        done = {
+            id(gradient)
+            for layer in walk([model])
+            if isinstance(layer, SyncBatchNorm) and layer.has_gradients_of_all
+            for gradient in layer.grads.values()
+        }
+        own = [gradient for gradient in model.grads.values() if id(gradient) not in done]
+        most = max(ROOM // self.size, 1)
+        flat = np.concatenate([np.ravel(gradient) for gradient in own], dtype=np.float64) if own else np.empty(0)
+        with np.errstate(all="ignore"):
+            for start in range(0, max(flat.size, 1), most):
+                numbers = flat[start : start + most]
+                of_all = self._group.exchange("the gradients of fit", numbers=numbers).numbers
+                if numbers.size:
+                    numbers[...] = in_pairs(list(of_all))
+            start = 0
+            for gradient in own:
+                gradient[...] = flat[start : start + gradient.size].reshape(gradient.shape)
+                start += gradient.size
+
+    def check_same(self, model: Any, epoch: int) -> None:
+        """ValueError where the ranks' models have come apart, as by a callback of one rank."""
+        if self._group is not None:
+            name = f"model after epoch {epoch} (its checksum)"
+            self._group.exchange("the end of an epoch of fit", alike={name: _checksum(*model.state_dict().values())})
+
+    def stops(self, here: bool, ctrl_c: CtrlC) -> bool:
+        """Whether one of the ranks stops, by a callback or by Ctrl-C, which is then Ctrl-C on all of them."""
+        if self._group is None:
+            return here or ctrl_c.pressed
+        facts = self._group.exchange("the end of a step of fit", facts=[here, ctrl_c.pressed]).facts
+        ctrl_c.pressed |= bool(facts[:, 1].any())
+        return bool(facts.any())
+
+    def take_first(self, model: Any) -> None:
+        """The running averages of all ranks become those of rank 0: of the same numbers, matrix products may differ."""
+        if self._group is None or self.size == 1:
+            return
+        for layer in walk([model]):
+            if isinstance(layer, BatchNorm) and layer.running_mean is not None:
+                both = np.stack([layer.running_mean, layer.running_var])
+                layer.running_mean, layer.running_var = self._group.exchange(
+                    "the average of fit", numbers=both
+                ).numbers[0]
+
+
+def _described(model: Any) -> Iterator[object]:
+    """What makes two models one, but for their arrays."""
+    for layer in walk([model]):
+        yield type(layer).__name__, layer.training, getattr(layer, "frozen", False)
+        if type(layer).__module__.startswith("fastbn."):
+            config: dict[str, Any] = getattr(layer, "config", dict)()
+            yield {name: value for name, value in config.items() if name != "num_threads"}  # is a matter of the machine
+        if isinstance(layer, Dropout):
+            yield layer.rng.bit_generator.state
+
+
+def _checksum(*parts: Array | bytes | object) -> int:
+    crc = 0
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            crc = zlib.crc32(f"{part.dtype} {part.shape}".encode(), crc)
+            crc = zlib.crc32(np.ascontiguousarray(part).data, crc)
+        else:
+            crc = zlib.crc32(part if isinstance(part, bytes) else repr(part).encode(), crc)
+    return crc

@@ -1,0 +1,254 @@
+"""Processes, or *ranks*, that compute one thing together: how they exchange numbers, and what fails on one of them.
+
+# Design: ranks exchange float64 arrays of one size, by allgather alone, and every rank merges what it gets in the order
+# of ranks: so all have the same bits, whatever the library's own order of reduction is. Each exchange begins with a
+# header, in which a rank says where in the program it is, what it brings, or what went wrong on it. An error on one
+# rank is raised on all, and none waits for numbers that never come. An exchange that is broken off between its header
+# and its numbers (Ctrl-C, no memory) cannot be made good: the rank then ends all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from .state import Array
+
+__all__ = ["Communicator", "Gloo", "Group", "RankError", "in_pairs"]
+
+HEADER = 64  # float64 numbers: the two below, facts, and the bytes of a text: the place in the program, or an error
+HAS_FAILED, AT_END, FACTS, TEXT = 0, 1, 2, 16
+_ROOM = 8 * (HEADER - TEXT)  # bytes of the text
+END = "the end of what the ranks do together"
+
+
+class RankError(RuntimeError):
+    """Another rank failed, which the message names with its error, or the ranks are at different places."""
+
+
+class Communicator(Protocol):
+    """What is asked of a library for messages. A communicator of mpi4py is taken as it is, without these names.
+
+    Attributes
+    ----------
+    rank, size : int
+        Number of this rank, from 0, and number of all ranks.
+    """
+
+    rank: int
+    size: int
+
+    def allgather(self, array: Array, /) -> Sequence[Array]:
+        """Return the arrays of all ranks, in their order: float64, C-contiguous, and of one shape on all ranks."""
+
+    def abort(self, code: int, /) -> Any:
+        """End all ranks, or make their next exchange fail."""
+
+
+class _MPI:
+    """A communicator of mpi4py, whose own allgather pickles."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
+
+    def allgather(self, array: Array, /) -> list[Array]:
+        gathered = np.empty((self.size, *array.shape))
+        self._comm.Allgather(array, gathered)
+        return list(gathered)
+
+    def abort(self, code: int, /) -> Any:
+        self._comm.Abort(code)
+
+
+class Gloo:
+    """The processes of torch.distributed, on its backend for CPUs, gloo.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup, optional
+        Group of processes. The default is all of them.
+
+    Raises
+    ------
+    RuntimeError
+        ``torch.distributed.init_process_group("gloo")`` was not called before.
+    ImportError
+        PyTorch is not installed.
+
+    Examples
+    --------
+    >>> from fastbn.distributed import Gloo, SyncBatchNorm
+    >>> import torch.distributed                                            # doctest: +SKIP
+    >>> torch.distributed.init_process_group("gloo")                        # doctest: +SKIP
+    >>> layer = SyncBatchNorm(64, comm=Gloo())                              # doctest: +SKIP
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        try:
+            import torch
+            import torch.distributed
+        except ImportError as error:
+            raise ImportError('this needs torch: pip install "fastbn[torch]"') from error
+        self._torch, self.group = torch, group
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise RuntimeError('expected torch.distributed.init_process_group("gloo") to be called before')
+        self.rank, self.size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+
+    def allgather(self, array: Array, /) -> list[Array]:
+        mine = self._torch.from_numpy(array)
+        gathered = [self._torch.empty_like(mine) for _ in range(self.size)]
+        self._torch.distributed.all_gather(gathered, mine, group=self.group)
+        return [tensor.numpy() for tensor in gathered]
+
+    def abort(self, code: int, /) -> None:
+        """Leave the group: the exchanges of the other ranks then fail."""
+        if self._torch.distributed.is_initialized():
+            self._torch.distributed.destroy_process_group(self.group)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Gloo) and other.group is self.group
+
+    def __hash__(self) -> int:
+        return hash((Gloo, self.group))
+
+
+class Exchanged(NamedTuple):
+    """What all ranks brought, in their order."""
+
+    facts: Array  # (size, number of facts)
+    numbers: Array  # (size, *shape)
+
+
+class Group:
+    """The ranks, as one of them sees them. Copies share it; what is unpickled elsewhere has none."""
+
+    def __init__(self, comm: Any) -> None:
+        self.given = comm
+        self.comm: Communicator = _MPI(comm) if hasattr(comm, "Allgather") else comm
+        for name in ("rank", "size", "allgather", "abort"):
+            if not hasattr(self.comm, name):
+                raise TypeError(
+                    f"expected comm with rank, size, allgather and abort, got {type(comm).__name__} without {name}"
+                )
+
+    def exchange(
+        self,
+        place: str,
+        *,
+        alike: Mapping[str, float] | None = None,
+        facts: Sequence[float] = (),
+        numbers: Array | None = None,
+    ) -> Exchanged:
+        """The facts and the numbers of all ranks, each of which calls this at the same place in the program.
+
+        Raises
+        ------
+        RankError
+            A rank told an error, or is at another place.
+        ValueError
+            What should be alike differs. Either is raised on all ranks.
+        """
+        alike = {} if alike is None else alike
+        brought = np.empty(0) if numbers is None else np.ascontiguousarray(numbers, np.float64)
+        header = _header(place, [*alike.values(), brought.size, *facts])
+        try:
+            headers = self._of_all(header)
+            wrong = _what_is_wrong(headers, place, [*alike, "count of numbers"])
+            of_all = np.empty(0) if wrong or not brought.size else self._of_all(brought)
+        except BaseException:
+            self.comm.abort(1)
+            raise
+        if wrong is not None:
+            raise wrong[0](wrong[1])
+        first = FACTS + len(alike) + 1
+        return Exchanged(headers[:, first : first + len(facts)], of_all)
+
+    def tell(self, error: BaseException) -> None:
+        """Take part in the exchange that the others are at, by an error, which the caller then raises."""
+        self._heard(_header("", [], error))
+
+    def end(self, error: BaseException | None) -> None:
+        """The end of what is done together, by success or by an error: no rank goes on before all have come here.
+
+        Raises RankError where all is well here, but not on another rank.
+        """
+        wrong = None
+        try:
+            while True:
+                headers = self._heard(_header(END, [], error))
+                wrong = wrong or _what_is_wrong(headers, END, [])
+                if headers[:, AT_END].all():
+                    break  # else, whoever was elsewhere has now heard that something is wrong, and comes here
+        except BaseException:
+            if error is None:
+                raise
+        if error is None and wrong is not None:
+            raise wrong[0](wrong[1])
+
+    def _heard(self, header: Array) -> Array:
+        try:
+            return self._of_all(header)
+        except BaseException:
+            self.comm.abort(1)
+            raise
+
+    def _of_all(self, array: Array) -> Array:
+        return np.stack(self.comm.allgather(array))
+
+    def __deepcopy__(self, memo: Any) -> Group:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _no_group, ()
+
+
+def _no_group() -> None:
+    return None
+
+
+def _header(place: str, facts: Sequence[float], error: BaseException | None = None) -> Array:
+    header = np.zeros(HEADER)
+    header[HAS_FAILED], header[AT_END] = error is not None, place == END
+    header[FACTS : FACTS + len(facts)] = facts
+    text = place if error is None else _words(error)
+    header[TEXT:] = np.frombuffer(text.encode(errors="replace")[:_ROOM].ljust(_ROOM, b"\0"))
+    return header
+
+
+def _words(error: BaseException) -> str:
+    """Whatever the error is: one whose words cannot be told would leave the others waiting."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def _what_is_wrong(headers: Array, place: str, alike: Sequence[str]) -> tuple[type[Exception], str] | None:
+    """The error to raise, on all ranks; None where all are well, at this place, and what should be alike is."""
+    same = headers.view(np.int64) == headers[0].view(np.int64)
+    if same[:, : FACTS + len(alike)].all() and same[:, TEXT:].all() and not headers[0, HAS_FAILED]:
+        return None  # as in nearly every exchange: a short way
+    for rank, header in enumerate(headers):
+        if header[HAS_FAILED]:
+            return RankError, f"rank {rank} of {len(headers)} failed: {_text(header)}"
+    for rank, header in enumerate(headers):
+        if (text := _text(header)) != place:
+            return RankError, f"expected all ranks in {place}, got rank {rank} in {text}"
+    first = headers[0].tolist()
+    for i, name in enumerate(alike, FACTS):
+        if (headers[:, i] != first[i]).any():
+            return ValueError, f"expected the same {name} on all ranks, got {[int(n) for n in headers[:, i]]}"
+    return None
+
+
+def _text(header: Array) -> str:
+    return header[TEXT:].tobytes().rstrip(b"\0").decode(errors="ignore")
+
+
+def in_pairs(parts: list[Array]) -> Array:
+    """Their sum, in the order of a tree of pairs."""
+    while len(parts) > 1:
+        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0]
