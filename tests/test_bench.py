@@ -324,6 +324,7 @@ def test_a_network_and_its_folded_one_are_timed(name):
     assert [weight for weight, _ in shapes] == [(256, 784), (128, 256), (10, 128)]
 
 
+@pytest.mark.long
 def test_whole_trainings_are_timed_and_tested(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)

@@ -132,6 +132,7 @@ def test_noise_beside_what_it_must_be():
 # --- test time
 
 
+@pytest.mark.long
 def test_testtime_end_to_end(tmp_path, capsys):
     found = end_to_end("testtime", tmp_path, capsys)
     rows = {name: cells for name, *cells in found["rows"]}

@@ -43,8 +43,7 @@ def weights_that_cannot_be_repeated_rows(estimator):
 
 
 @parametrize_with_checks(
-    [BatchNormClassifier(), BatchNormRegressor(), BatchNormTransformer()],
-    expected_failed_checks=weights_that_cannot_be_repeated_rows,
+    [BatchNormClassifier(), BatchNormTransformer()], expected_failed_checks=weights_that_cannot_be_repeated_rows
 )
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
@@ -53,6 +52,7 @@ def test_scikit_learns_checks(estimator, check):
 @pytest.mark.long
 @parametrize_with_checks(
     [
+        BatchNormRegressor(),
         BatchNormClassifier(batch_norm=False, activation="logistic", solver="rmsprop", max_iter=50),
         BatchNormClassifier(
             (20, 10), "tanh", solver="sgd", learning_rate_init=0.05, early_stopping=True, batch_size=10, max_iter=50

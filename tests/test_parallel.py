@@ -73,7 +73,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 3, *(pytest.param(size, marks=pytest.mark.long) for size in (2, 7))])
 def test_it_is_the_training_of_one_process(size, way):
     alone = trained(None, **WAYS[way])
     results = well(together(size, lambda comm: trained(comm, **WAYS[way])))

@@ -107,7 +107,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("order", ["C", pytest.param("F", marks=pytest.mark.long)])
 def test_threads_alignment_and_out_change_no_bit(shape, dtype, order):
     expected = results(shape, dtype, "relu", 1, order=order)
     for threads in (2, 3, 40):
