@@ -27,11 +27,11 @@ def from_sklearn(estimator: Any) -> nn.Sequential:
     Returns
     -------
     nn.Sequential
-        Network in inference mode, for x of (N, n_features). Of a classifier it gives ``predict_proba``: it ends with
-        Softmax, and with Sigmoid where samples have several labels. Of a regressor it gives ``predict``, as
-        (N, n_outputs) for one output too. Of a scaler it gives ``transform``. Weights are copied and keep their dtype;
-        y has the dtype of x. Where x is float32, scikit-learn rounds a scaler's mean to float32 and the network does
-        not. Optimizers, penalties and names of features are not carried over.
+        Network in inference mode, for x of (N, n_features). It gives what the estimator does: ``predict_proba`` of a
+        classifier, ``predict`` of a regressor, as (N, n_outputs) for one output too, and ``transform`` of a scaler. A
+        classifier's network ends with Softmax, and with Sigmoid where samples have several labels. Weights are copied
+        and keep their dtype; y has the dtype of x. Where x is float32, scikit-learn rounds a scaler's mean to float32
+        and the network does not. Optimizers, penalties and names of features are not carried over.
 
     Raises
     ------
