@@ -24,7 +24,7 @@ from ..batchnorm import BatchNorm
 from ..checkpoint import naming
 from ..state import Array
 from .keras_file import DAMAGE, MOST_TEXT, Layer, Reader, leaves, unzipped
-from .layers import dense, library, standardize
+from .layers import dense, library, position, standardize
 
 __all__ = ["load"]
 
@@ -190,7 +190,7 @@ def _parsed(entry: Any, place: str) -> Layer:
     shape = None
     for inner in layers:
         number = str(len(layer.layers))
-        part = _parsed(inner, f"{place}.{number}" if place else number)
+        part = _parsed(inner, position(place, number))
         if part.kind == "InputLayer":  # what Keras itself leaves out of `layers`
             shape = part.input_shape
             continue
@@ -392,7 +392,7 @@ def _of_network(model: nn.Sequential, place: str) -> list[Layer]:
     """The layers of a network that Keras keeps weights of."""
     layers = []
     for i, layer in enumerate(model):
-        at = f"{place}.{i}" if place else str(i)
+        at = position(place, i)
         if isinstance(layer, nn.Sequential):
             layers.append(Layer(at, "Sequential", f"layer {at} (Sequential)", layers=_of_network(layer, at)))
             continue

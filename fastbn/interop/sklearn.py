@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import nn
-from .layers import dense, library, standardize, two_classes
+from .layers import dense, library, position, standardize, two_classes
 
 __all__ = ["from_sklearn"]
 
@@ -78,7 +78,7 @@ def from_sklearn(estimator: Any) -> nn.Sequential:
 
 def _layers(estimator: Any, step: str) -> list[Any]:
     if type(estimator) is library("sklearn.pipeline", "train").Pipeline:
-        steps = [(f"{step}.{name}" if step else name, part) for name, part in estimator.steps]
+        steps = [(position(step, name), part) for name, part in estimator.steps]
         return [layer for name, part in steps if part not in (None, "passthrough") for layer in _layers(part, name)]
     said = f"step {step!r} ({type(estimator).__name__})" if step else type(estimator).__name__
     make = _converters().get(type(estimator))
