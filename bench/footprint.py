@@ -20,6 +20,7 @@ import numpy as np
 
 from bench import machine
 from fastbn import checkpoint, nn
+from fastbn.interop import onnx
 
 SIZES = 64, 100, 10
 # For each library: its distribution, the import, and how it reads the network and answers.
@@ -86,26 +87,10 @@ def write_files(folder: Path) -> np.ndarray:
 
         torch.save({name: torch.from_numpy(a) for name, a in state.items()}, folder / "network.pt")
     if installed("onnxruntime"):
-        write_onnx(folder / "network.onnx", state)
+        onnx.save(network, folder / "network.onnx")
     if installed("ai-edge-litert"):
         write_tflite(folder / "network.tflite", state)
     return network(x)
-
-
-def write_onnx(path: Path, state: dict[str, np.ndarray]) -> None:
-    from onnx import TensorProto, checker, helper, numpy_helper, save
-
-    nodes = [
-        helper.make_node("Gemm", ["x", "0.weight", "0.bias"], ["z"], transB=1),
-        helper.make_node("Relu", ["z"], ["h"]),
-        helper.make_node("Gemm", ["h", "2.weight", "2.bias"], ["y"], transB=1),
-    ]
-    ends = [helper.make_tensor_value_info(*end) for end in (("x", TensorProto.FLOAT, [1, 64]), ("y", 1, [1, 10]))]
-    values = [numpy_helper.from_array(a, name) for name, a in state.items()]
-    graph = helper.make_graph(nodes, "network", ends[:1], ends[1:], values)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    checker.check_model(model)
-    save(model, path)
 
 
 def write_tflite(path: Path, state: dict[str, np.ndarray]) -> None:

@@ -18,12 +18,12 @@ class Alone:
 sys.meta_path.insert(0, Alone())
 before = {*sys.modules}
 """
-# Of the standard library and of NumPy (the newest, which imports its parts when they are asked for).
+# Modules of the standard library and of NumPy (the newest, which imports its parts when they are asked for).
 NOT_FOR_INFERENCE = {
     "asyncio", "csv", "email", "gzip", "importlib.metadata", "multiprocessing", "platform", "secrets", "sqlite3",
     "subprocess", "tempfile", "unittest", "urllib.request", "zipfile", "numpy.ma", "numpy.random", "numpy.testing",
 }  # fmt: skip
-# Of fastbn: what stands above the layers and their files.
+# fastbn's own modules above the layers and their files.
 FOR_TRAINING = {"averaging", "data", "labels", "losses", "optim", "plots", "runstate", "steps", "tables", "training"}
 
 

@@ -2,25 +2,17 @@
 
 The extra is ``pip install "fastbn[keras]"``.
 
-# Design: a file's architecture becomes a list of _Layer first, in which every class and argument is checked. Then each
+# Design: a file's architecture becomes a list of Layer first, in which every class and argument is checked. Then each
 # is given its variables, as h5py's datasets, whose shapes are known before anything is read. Only then are layers made.
-# A network that is given instead of an architecture becomes the same list. All memory is taken out of a budget, which
-# is as large as the file: neither the architecture nor a header of HDF5 can ask for more.
+# A network that is given instead of an architecture becomes the same list. keras_file.py reads, and counts the memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
-import itertools
 import json
-import math
 import os
-import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,15 +22,14 @@ import numpy as np
 from .. import nn
 from ..batchnorm import BatchNorm
 from ..checkpoint import naming
-from ..state import FLOATS, Array
-from .layers import dense, library, standardize
+from ..state import Array
+from .keras_file import DAMAGE, MOST_TEXT, Layer, Reader, leaves, unzipped
+from .layers import dense, library, position, standardize
 
 __all__ = ["load"]
 
 _EPSILON = 1e-7  # keras.backend.epsilon(), the least deviation that Normalization divides by
-_MOST_TEXT = 1 << 24  # bytes of an architecture; of a thousand layers it has one million
 _MOST_LAYERS, _DEEPEST = 10_000, 50
-_DAMAGE = (OSError, RuntimeError, EOFError, LookupError, struct.error, zlib.error, zipfile.BadZipFile)
 
 
 def load(path: str | os.PathLike[str], model: nn.Sequential | None = None) -> nn.Sequential:
@@ -118,18 +109,18 @@ def load(path: str | os.PathLike[str], model: nn.Sequential | None = None) -> nn
     with open(path, "rb") as raw, naming(path):
         try:
             return _loaded(h5py, raw, model, layers)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(f"damaged file ({error})") from error
 
 
-def _loaded(h5py: Any, raw: Any, model: nn.Sequential | None, layers: list[_Layer] | None) -> nn.Sequential:
+def _loaded(h5py: Any, raw: Any, model: nn.Sequential | None, layers: list[Layer] | None) -> nn.Sequential:
     data, text = raw.read(), None
     if data.startswith(b"PK"):
-        text, data = _unzipped(data)
+        text, data = unzipped(data)
     elif not data.startswith(b"\x89HDF\r\n\x1a\n"):
         raise ValueError("expected a .keras or .h5 file of Keras, got neither a zip nor an HDF5 file")
     with h5py.File(io.BytesIO(data), "r") as file:
-        reader = _Reader(h5py, data)
+        reader = Reader(h5py, data)
         attributes = set(file.attrs) if text is None else set()
         if "model_config" in attributes:
             text = reader.texts(file, "model_config")[0]
@@ -144,52 +135,15 @@ def _loaded(h5py: Any, raw: Any, model: nn.Sequential | None, layers: list[_Laye
             reader.assign(layers, file)
         if model is None:
             return nn.Sequential(*_made(layers, reader)).eval()
-        model.load_state_dict({key: array for layer in _leaves(layers) for key, array in _entries(layer, reader)})
+        model.load_state_dict({key: array for layer in leaves(layers) for key, array in _entries(layer, reader)})
         return model
-
-
-def _unzipped(data: bytes) -> tuple[str, bytes]:
-    """The architecture and the file of the weights, of sizes in proportion to the zip."""
-    size = len(data)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        contents = []
-        for name, most in [("config.json", _MOST_TEXT), ("model.weights.h5", 16 * size + (1 << 20))]:
-            info = members.get(name)
-            if info is None:
-                raise ValueError(f"expected a .keras file of Keras, got a zip without {name}")
-            if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"expected {name} stored or deflated, got it encrypted or compressed otherwise")
-            if info.file_size > most or info.compress_size > size:
-                raise ValueError(f"{name} claims {info.file_size} bytes, too many for a file of {size} bytes")
-            contents.append(archive.read(info))
-    return contents[0].decode(), contents[1]
 
 
 # --- architectures
 
 
-@dataclasses.dataclass
-class _Layer:
-    """A layer of Keras: what it is, and its variables in Keras's order."""
-
-    place: str  # the numbers of the networks that it is in, and its own: 2.0.1
-    kind: str
-    said: str  # in errors
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    layers: list[_Layer] = dataclasses.field(default_factory=list)
-    input_shape: Any = None  # where the file tells it
-    shapes: dict[str, tuple[int | None, ...]] = dataclasses.field(default_factory=dict)  # None: any length
-    datasets: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _leaves(layers: list[_Layer]) -> Iterator[_Layer]:
-    for layer in layers:
-        yield from _leaves(layer.layers) if layer.kind == "Sequential" else [layer]
-
-
 @contextlib.contextmanager
-def _naming(layer: _Layer) -> Iterator[None]:
+def _naming(layer: Layer) -> Iterator[None]:
     """Whatever is wrong within is a ValueError that names the layer."""
     try:
         yield
@@ -199,16 +153,16 @@ def _naming(layer: _Layer) -> Iterator[None]:
         raise ValueError(f"cannot convert {layer.said}: {error}") from error
 
 
-def _architecture(text: str) -> list[_Layer]:
-    if len(text) > _MOST_TEXT:
-        raise ValueError(f"expected an architecture of at most {_MOST_TEXT} characters, got {len(text)}")
+def _architecture(text: str) -> list[Layer]:
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"expected an architecture of at most {MOST_TEXT} characters, got {len(text)}")
     model = _parsed(json.loads(text), "")
     if model.kind != "Sequential":
         raise ValueError(f"expected a Sequential model, got one of the class {model.kind}")
     return model.layers
 
 
-def _parsed(entry: Any, place: str) -> _Layer:
+def _parsed(entry: Any, place: str) -> Layer:
     """A layer and those within, once classes, dtypes and arguments are ones that have a counterpart here."""
     match entry:
         case {"class_name": str(kind), "config": dict() | list()}:
@@ -219,7 +173,7 @@ def _parsed(entry: Any, place: str) -> _Layer:
         config = {"layers": config}
     config = {argument: _plain(value) for argument, value in config.items()}
     name = str(config.get("name"))[:100]
-    layer = _Layer(place, kind, f"layer {place} {name!r} ({kind})" if place else f"{name!r} ({kind})", config)
+    layer = Layer(place, kind, f"layer {place} {name!r} ({kind})" if place else f"{name!r} ({kind})", config)
     if not _is_keras(entry) or kind not in ("Sequential", "InputLayer", *_MAKERS):
         raise ValueError(f"cannot convert {layer.said}: expected Keras's Sequential, {', '.join(_MAKERS)}")
     with _naming(layer):
@@ -236,7 +190,7 @@ def _parsed(entry: Any, place: str) -> _Layer:
     shape = None
     for inner in layers:
         number = str(len(layer.layers))
-        part = _parsed(inner, f"{place}.{number}" if place else number)
+        part = _parsed(inner, position(place, number))
         if part.kind == "InputLayer":  # what Keras itself leaves out of `layers`
             shape = part.input_shape
             continue
@@ -305,200 +259,6 @@ def _axis(config: dict[str, Any]) -> Any:
     return axis[0] if axis else None
 
 
-# --- variables
-
-
-class _Reader:
-    """Reads what stands in an HDF5 file itself, and no more than the file holds."""
-
-    def __init__(self, h5py: Any, data: bytes) -> None:
-        self._h5py, self._data = h5py, data
-        self._left = len(data) + (1 << 20)  # a mean that stands for all features is repeated
-
-    def spend(self, size: int) -> None:
-        self._left -= size
-        if self._left < 0:
-            raise ValueError("it claims more data than it holds")
-
-    def texts(self, group: Any, name: str) -> list[str]:
-        """An attribute of one text or several, or of none; where they are long it stands in parts."""
-        if group is None:
-            return []
-        numbered = (f"{name}{i}" for i in itertools.count())
-        names = [name] if name in group.attrs else itertools.takewhile(lambda part: part in group.attrs, numbered)
-        return [text.decode() for part in names for text in self._attribute(group, part)]
-
-    def _attribute(self, group: Any, name: str) -> Iterator[bytes]:
-        """The texts of an attribute, from the bytes of the file.
-
-        HDF5 itself takes as much memory as a text claims to be long, before it looks for the text. This reads what
-        Keras writes: object headers of version 1, texts of one length, and texts of any length in global heaps.
-        """
-        attribute = group.attrs.get_id(name)
-        count, kind, size = math.prod(attribute.shape), attribute.dtype.kind, attribute.dtype.itemsize
-        if count and kind not in "OS":
-            raise ValueError(f"expected the attribute {name!r} as texts")
-        at = self._value(self._h5py.h5o.get_info(group.id).addr, name.encode()) if count else 0
-        for _ in range(count):
-            if kind == "S":
-                text = self._data[at : at + size].rstrip(b"\0")
-                at += size
-            else:
-                length, heap, index = struct.unpack_from("<IQI", self._data, at)
-                text = self._heap_object(heap, index)[:length]
-                at += 16
-            self.spend(len(text) + 16)
-            yield text
-
-    def _value(self, header: int, name: bytes) -> int:
-        """Where the value of an attribute begins: it is one of the messages of its group's header."""
-        version, size = struct.unpack_from("<B7xI", self._data, header)
-        blocks = [(header + 16, size)]
-        for at, size in blocks:
-            end = at + size
-            while version == 1 and at + 8 <= end:
-                kind, length = struct.unpack_from("<HH", self._data, at)
-                self.spend(8)  # a block may lead back to itself
-                if kind == 16:  # the header goes on elsewhere
-                    blocks.append(struct.unpack_from("<QQ", self._data, at + 8))
-                elif kind == 12:
-                    which, *sizes = struct.unpack_from("<BxHHH", self._data, at + 8)
-                    sizes = [n + -n % 8 for n in sizes] if which == 1 else sizes
-                    start = at + 16 + (which == 3)
-                    if self._data[start : start + sizes[0]].rstrip(b"\0") == name:
-                        return int(start + sum(sizes))
-                at += 8 + length
-        raise ValueError(f"expected the attribute {name.decode()!r} as Keras writes it")
-
-    def _heap_object(self, heap: int, index: int) -> bytes:
-        """An object of a global heap."""
-        at, end = heap + 16, heap + struct.unpack_from("<8xQ", self._data, heap)[0]
-        while self._data[heap : heap + 4] == b"GCOL" and at + 16 <= end:
-            number, size = struct.unpack_from("<H6xQ", self._data, at)
-            if number == index:
-                return self._data[at + 16 : at + 16 + size]
-            if number == 0:  # what is free
-                break
-            self.spend(1)
-            at += 16 + size + -size % 8
-        raise ValueError("expected a text in a heap of the file")
-
-    def _item(self, group: Any, name: str) -> Any:
-        """What has this name, or None. Links that lead elsewhere, to other files too, are not followed."""
-        link = group.get(name, getlink=True)
-        if link is None:
-            return None
-        if not isinstance(link, self._h5py.HardLink):
-            raise ValueError(f"expected {name!r} in {group.name} itself, got a link to elsewhere")
-        return group[name]
-
-    def group(self, group: Any, name: str) -> Any:
-        """The group of this name, or None."""
-        item = None if group is None else self._item(group, name)
-        if item is not None and not isinstance(item, self._h5py.Group):
-            raise ValueError(f"expected {name!r} in {group.name} to be a group")
-        return item
-
-    def _dataset(self, group: Any, path: str) -> Any:
-        *names, last = path.split("/")
-        for name in names:
-            group = self.group(group, name)
-        item = None if group is None else self._item(group, last)
-        if not isinstance(item, self._h5py.Dataset):
-            raise ValueError(f"expected an array at {path!r}")
-        return item
-
-    def _variables(self, group: Any) -> list[Any]:
-        """The arrays of a layer, which are numbered."""
-        numbered = self.group(group, "vars")
-        return [] if numbered is None else [self._dataset(numbered, str(i)) for i in range(len(numbered))]
-
-    def array(self, layer: _Layer, name: str) -> Array:
-        """A variable, once its shape and size are as expected. Keras writes arrays whole, without filters."""
-        dataset, expected = layer.datasets[name], layer.shapes[name]
-        shape, layout = dataset.shape, dataset.id.get_create_plist().get_layout()
-        fits = shape is not None and len(shape) == len(expected)
-        if not fits or any(e not in (None, n) for e, n in zip(expected, shape, strict=True)):
-            raise ValueError(f"expected {name} of shape {expected}, got {shape}".replace("None", "any"))
-        dtype = dataset.dtype.newbyteorder("=")
-        if dtype not in FLOATS:
-            raise ValueError(f"expected {name} of float32 or float64, got {dataset.dtype}")
-        h5d = self._h5py.h5d
-        if layout not in (h5d.CONTIGUOUS, h5d.COMPACT) or dataset.external:
-            raise ValueError(f"expected {name} in one piece in the file, got it compressed, in chunks or elsewhere")
-        self.spend(dataset.size * dtype.itemsize)
-        return np.asarray(dataset[()], dtype)
-
-    def assign(self, layers: list[_Layer], group: Any) -> None:
-        """Give each layer its variables, as Keras 3 and TensorFlow since 2.12 write them.
-
-        A network's group has a group of its layers, whose names are those of the classes: dense, dense_1. Before
-        TensorFlow 2.14 there are gaps in these numbers, since layers with weights were counted twice.
-        """
-        box, gaps = self.group(group, "layers"), False
-        if box is None:
-            box, gaps = self.group(group, "_layer_checkpoint_dependencies"), True
-        there = set() if box is None else set(box)
-        seen = dict.fromkeys(_STEMS.values(), 0)
-        names = {stem: [stem, *(f"{stem}_{i}" for i in range(1, len(layers)))] for stem in seen}
-        if gaps:
-            for stem in names:
-                numbers = [re.fullmatch(rf"{stem}(?:_(\d+))?", name, re.ASCII) for name in there]
-                names[stem] = [m[0] for m in sorted(filter(None, numbers), key=lambda m: int(m[1] or 0))]
-        unused = there.copy()
-        for layer in layers:
-            if layer.kind not in _STEMS:
-                continue
-            stem = _STEMS[layer.kind]
-            name = names[stem][seen[stem]] if seen[stem] < len(names[stem]) else ""
-            seen[stem] += 1
-            unused.discard(name)
-            inner = self.group(box, name) if name in there else None
-            if layer.kind == "Sequential":
-                self.assign(layer.layers, inner)
-            else:
-                _give(layer, self._variables(inner))
-        for name in sorted(unused):
-            if re.sub(r"_[0-9]+$", "", name) in seen or self._variables(self.group(box, name)):
-                raise ValueError(f"it has weights of {name!r} in {box.name}, and there is no such layer")
-
-    def assign_in_order(self, layers: list[_Layer], group: Any) -> None:
-        """Give each layer its variables, as whole models in .h5 have them: by order alone."""
-        saved = []
-        for name in self.texts(group, "layer_names"):
-            inner = self.group(group, name)
-            if paths := self.texts(inner, "weight_names"):
-                saved.append((name, inner, paths))
-        owners = [layer for layer in layers if any(leaf.shapes for leaf in _leaves([layer]))]
-        if len(saved) != len(owners):
-            raise ValueError(f"expected weights of {len(owners)} layers, got those of {len(saved)}")
-        for owner, (name, inner, paths) in zip(owners, saved, strict=True):
-            slots = [(leaf, variable) for leaf in _leaves([owner]) for variable in leaf.shapes]
-            slots.sort(key=lambda slot: not _is_trained(*slot))  # a network has what is trained before the rest
-            if len(paths) != len(slots):
-                raise ValueError(f"expected {len(slots)} variables of {owner.said}, got the {len(paths)} of {name!r}")
-            for (leaf, variable), path in zip(slots, paths, strict=True):
-                leaf.datasets[variable] = self._dataset(inner, path)
-
-
-_STEMS = {
-    "BatchNormalization": "batch_normalization",
-    "Dense": "dense",
-    "Normalization": "normalization",
-    "Sequential": "sequential",
-}
-
-
-def _is_trained(layer: _Layer, variable: str) -> bool:
-    return variable in ("kernel", "bias", "gamma", "beta") and layer.config.get("trainable") is not False
-
-
-def _give(layer: _Layer, datasets: list[Any]) -> None:
-    if len(datasets) != len(layer.shapes):
-        raise ValueError(f"expected {list(layer.shapes)} of {layer.said}, got {len(datasets)} variables")
-    layer.datasets = dict(zip(layer.shapes, datasets, strict=True))
-
-
 # --- layers
 
 
@@ -514,13 +274,13 @@ _NAMES = {
 }
 
 
-def _state(layer: _Layer, reader: _Reader) -> dict[str, Array]:
+def _state(layer: Layer, reader: Reader) -> dict[str, Array]:
     """The variables under fastbn's names."""
     state = {_NAMES[name]: reader.array(layer, name) for name in layer.shapes if name in _NAMES}
     return state | {"weight": state["weight"].T} if layer.kind == "Dense" else state
 
 
-def _made(layers: list[_Layer], reader: _Reader) -> list[Any]:
+def _made(layers: list[Layer], reader: Reader) -> list[Any]:
     made: list[Any] = []
     for layer in layers:
         if layer.kind == "Sequential":
@@ -531,12 +291,12 @@ def _made(layers: list[_Layer], reader: _Reader) -> list[Any]:
     return made
 
 
-def _dense(layer: _Layer, reader: _Reader) -> list[Any]:
+def _dense(layer: Layer, reader: Reader) -> list[Any]:
     state = _state(layer, reader)
     return [dense(state["weight"], state.get("bias")), *_activation(layer.config.get("activation"))]
 
 
-def _batch_norm(layer: _Layer, reader: _Reader) -> list[Any]:
+def _batch_norm(layer: Layer, reader: Reader) -> list[Any]:
     state, config = _state(layer, reader), layer.config
     mean = state["running_mean"]
     affine = "weight" in state or "bias" in state
@@ -555,7 +315,7 @@ def _batch_norm(layer: _Layer, reader: _Reader) -> list[Any]:
     return [norm.freeze(config.get("trainable") is False)]
 
 
-def _normalization(layer: _Layer, reader: _Reader) -> list[Any]:
+def _normalization(layer: Layer, reader: Reader) -> list[Any]:
     axis, config = _axis(layer.config), layer.config
     if layer.shapes:
         state = _state(layer, reader)
@@ -578,11 +338,11 @@ def _deviating(var: Array) -> Array:
     return np.maximum(var.astype(np.float64), _EPSILON**2)
 
 
-def _softmax(layer: _Layer, reader: _Reader) -> list[Any]:
+def _softmax(layer: Layer, reader: Reader) -> list[Any]:
     return [nn.Softmax(_axis(layer.config))]
 
 
-def _leaky_relu(layer: _Layer, reader: _Reader) -> list[Any]:
+def _leaky_relu(layer: Layer, reader: Reader) -> list[Any]:
     slope = layer.config.get("negative_slope", layer.config.get("alpha", 0.3))  # alpha: Keras 2
     return [nn.LeakyReLU(float(slope))]
 
@@ -611,7 +371,7 @@ def _activation(value: Any) -> list[Any]:
     return [_ACTIVATIONS[value]()]
 
 
-_MAKERS: dict[str, Callable[[_Layer, Any], list[Any]]] = {
+_MAKERS: dict[str, Callable[[Layer, Any], list[Any]]] = {
     "Dense": _dense,
     "BatchNormalization": _batch_norm,
     "Normalization": _normalization,
@@ -628,13 +388,13 @@ _MAKERS: dict[str, Callable[[_Layer, Any], list[Any]]] = {
 # --- networks that are given
 
 
-def _of_network(model: nn.Sequential, place: str) -> list[_Layer]:
+def _of_network(model: nn.Sequential, place: str) -> list[Layer]:
     """The layers of a network that Keras keeps weights of."""
     layers = []
     for i, layer in enumerate(model):
-        at = f"{place}.{i}" if place else str(i)
+        at = position(place, i)
         if isinstance(layer, nn.Sequential):
-            layers.append(_Layer(at, "Sequential", f"layer {at} (Sequential)", layers=_of_network(layer, at)))
+            layers.append(Layer(at, "Sequential", f"layer {at} (Sequential)", layers=_of_network(layer, at)))
             continue
         shapes: dict[str, tuple[int | None, ...]] = {}
         if type(layer) is nn.Dense:
@@ -651,11 +411,11 @@ def _of_network(model: nn.Sequential, place: str) -> list[_Layer]:
             raise TypeError(f"Keras has no layer {at} ({type(layer).__name__}): expected Dense, BatchNorm, Standardize")
         else:
             continue
-        layers.append(_Layer(at, kind, f"layer {at} ({type(layer).__name__})", shapes=shapes))
+        layers.append(Layer(at, kind, f"layer {at} ({type(layer).__name__})", shapes=shapes))
     return layers
 
 
-def _entries(layer: _Layer, reader: _Reader) -> Iterator[tuple[str, Array]]:
+def _entries(layer: Layer, reader: Reader) -> Iterator[tuple[str, Array]]:
     """What a state_dict has of a layer."""
     with _naming(layer):
         state = _state(layer, reader)

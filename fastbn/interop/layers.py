@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from .. import nn
 from ..state import Array
 
-__all__ = ["dense", "library", "standardize", "two_classes"]
+__all__ = ["dense", "library", "position", "standardize", "two_classes"]
 
 
 def library(name: str, extra: str) -> Any:
@@ -20,6 +20,11 @@ def library(name: str, extra: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise ImportError(f'this needs {name.partition(".")[0]}: pip install "fastbn[{extra}]"') from error
+
+
+def position(place: str, name: str | int) -> str:
+    """The position of a layer in the network at `place`, as in the keys of a state dict: "1.0"."""
+    return f"{place}.{name}" if place else str(name)
 
 
 def dense(weight: Array, bias: Array | None = None, *, dtype: DTypeLike | None = None) -> nn.Dense:

@@ -17,13 +17,14 @@ from ..batchnorm import BatchNorm
 from ..checkpoint import check_place, naming
 from ..files import write_whole
 from ..state import Array
-from .layers import library
+from .layers import library, position
 from .onnx_file import FLOATS, Graph
 from .onnx_nodes import layers_of
 
 __all__ = ["load", "save"]
 
 _OPSET, _IR = 17, 8  # of 2022: whatever runs ONNX today reads them
+_NUMBERS = {dtype: number for number, dtype in FLOATS.items()}
 _MOST_BYTES = 2**31 - 2**20  # of all arrays: protobuf's 2 GiB, less some room for the rest
 
 
@@ -97,7 +98,7 @@ def _written(model: Any) -> _Writer:
     writer = _Writer(_input_type(layer for _, layer in _placed(model)))
     for name, layer in _placed(model):
         said = f"layer {name!r}" if name else "the layer"
-        write = _WRITERS.get(type(layer))
+        write = _WRITERS.get(nn.known_as(layer))
         if write is None:
             known = ", ".join(cls.__name__ for cls in _WRITERS)
             raise TypeError(f"cannot write {said} ({type(layer).__name__}): expected Sequential, {known}")
@@ -115,7 +116,7 @@ def _placed(model: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, model
         return
     for i, layer in enumerate(model):
-        yield from _placed(layer, f"{place}.{i}" if place else str(i))
+        yield from _placed(layer, position(place, i))
 
 
 def _input_type(layers: Iterator[Any]) -> str:
@@ -149,7 +150,7 @@ class _Writer:
 
     def array(self, name: str, array: Array, dtype: str | None = None) -> str:
         """An array of the graph, as the layer's parameters are named; in the type of the graph."""
-        name = f"{self.place}.{name}" if self.place else name
+        name = position(self.place, name)
         self._arrays[name] = array.astype(dtype or self.dtype, copy=False)
         self._nbytes += self._arrays[name].nbytes
         if self._nbytes > _MOST_BYTES:
@@ -158,10 +159,10 @@ class _Writer:
 
     def node(self, kind: str, *arrays: str, label: str = "", **attributes: Any) -> None:
         name = label or kind
-        self._nodes.append((kind, f"{self.place}.{name}" if self.place else name, list(arrays), attributes))
+        self._nodes.append((kind, position(self.place, name), list(arrays), attributes))
 
     def content(self) -> bytes:
-        helper, types = library("onnx.helper", "onnx"), {name: number for number, name in FLOATS.items()}
+        helper = library("onnx.helper", "onnx")
         if not self._nodes:
             self.place = ""
             self.node("Identity")
@@ -176,12 +177,14 @@ class _Writer:
             graph.node.append(helper.make_node(kind, [last, *arrays], [out], name=name, **attributes))
             last = out
         ends = [("x", self.input_dtype, self.input_width), ("y", self.dtype, self.width)]
-        x, y = (helper.make_tensor_value_info(name, types[dtype], ["N", width or "C"]) for name, dtype, width in ends)
+        x, y = (
+            helper.make_tensor_value_info(name, _NUMBERS[dtype], ["N", width or "C"]) for name, dtype, width in ends
+        )
         graph.input.append(x)
         graph.output.append(y)
         for name, array in self._arrays.items():
             raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-            graph.initializer.add(name=name, data_type=types[array.dtype.name], dims=array.shape, raw_data=raw)
+            graph.initializer.add(name=name, data_type=_NUMBERS[array.dtype.name], dims=array.shape, raw_data=raw)
         content: bytes = model.SerializeToString(deterministic=True)
         return content
 
@@ -251,7 +254,7 @@ def _write_standardize(writer: _Writer, layer: nn.Standardize) -> None:
         raise ValueError("expected statistics, got a layer that has none yet: call fit(X) first")
     writer.fits(layer.num_features)
     if writer.dtype == "float32":
-        writer.node("Cast", label="Widen", to=_number("float64"))
+        writer.node("Cast", label="Widen", to=_NUMBERS["float64"])
     writer.node("Sub", writer.array("mean", layer.mean, "float64"))
     if layer.mean_low.any():
         writer.node("Sub", writer.array("mean_low", layer.mean_low, "float64"), label="Sub_low")
@@ -259,18 +262,13 @@ def _write_standardize(writer: _Writer, layer: nn.Standardize) -> None:
     writer.node("Div", writer.array("deviation", deviation, "float64"))
     writer.dtype = writer.dtype if layer.dtype is None else layer.dtype.name
     if writer.dtype == "float32":
-        writer.node("Cast", label="Round", to=_number("float32"))
+        writer.node("Cast", label="Round", to=_NUMBERS["float32"])
 
 
 def _write_softmax(writer: _Writer, layer: nn.Softmax) -> None:
     if not -2 <= layer.axis < 2:
         raise ValueError(f"expected an axis of (N, C), got axis={layer.axis}")
     writer.node("Softmax", axis=layer.axis)
-
-
-def _number(dtype: str) -> int:
-    """ONNX's number of a type."""
-    return next(number for number, name in FLOATS.items() if name == dtype)
 
 
 _WRITERS: dict[type, Callable[[_Writer, Any], None]] = {

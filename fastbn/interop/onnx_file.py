@@ -263,7 +263,7 @@ class Graph:
 
     # --- arrays
 
-    def take(self, nbytes: int) -> None:
+    def spend(self, nbytes: int) -> None:
         """Count what is about to be allocated; ValueError where it has nothing to do with the size of the file."""
         self._taken += nbytes
         if self._taken > _SPARE_BYTES + 8 * self._stored:
@@ -320,7 +320,7 @@ class Graph:
         if place.as_posix() not in self._files:
             self._files.add(place.as_posix())
             self._stored += size
-        self.take(nbytes)
+        self.spend(nbytes)
         try:
             with place.open("rb") as file:
                 file.seek(at)

@@ -16,9 +16,9 @@ from ..state import Array
 from .layers import dense, standardize, two_classes
 from .onnx_file import FLOATS, Graph, Node
 
-__all__ = ["LEAST_EPS", "layers_of"]
+__all__ = ["layers_of"]
 
-LEAST_EPS = 5e-324  # added to a variance of normal size, it changes nothing
+_LEAST_EPS = 5e-324  # added to a variance of normal size, it changes nothing
 
 
 def layers_of(graph: Graph) -> list[Any]:
@@ -134,7 +134,7 @@ class _Builder:
         axis = -1 if affine.axis is None else affine.axis
         sizes = [v.size for v in affine.values.values()]
         count = self.features(axis, None if affine.axis is None else max(sizes))
-        self.graph.take(100 * count)
+        self.graph.spend(100 * count)
         values = {name: np.broadcast_to(v, (count,)).astype(np.float64) for name, v in affine.values.items()}
         deviation = values.get("deviation")
         zeros, ones = np.zeros(count), np.ones(count)
@@ -149,7 +149,7 @@ class _Builder:
         elif self.dtype != self.own_dtype:
             raise ValueError("expected Sub and Div alone after a Cast to float64")
         else:
-            layer = BatchNorm(count, LEAST_EPS, axis=axis, dtype=self.dtype)
+            layer = BatchNorm(count, _LEAST_EPS, axis=axis, dtype=self.dtype)
             layer.running_mean, layer.running_var = mean + low, var
             layer.weight, layer.bias = values.get("weight", ones), values.get("bias", zeros)
             self.layers.append(layer.freeze().eval())
@@ -218,7 +218,7 @@ def _dense(builder: _Builder, weight: Array, bias: Array | None) -> None:
     if 0 in weight.shape:
         raise ValueError(f"expected a weight that is not empty, got shape {weight.shape}")
     builder.features(-1, weight.shape[1])
-    builder.graph.take(3 * weight.nbytes)
+    builder.graph.spend(3 * weight.nbytes)
     builder.add(dense(weight, bias))
 
 
@@ -240,7 +240,7 @@ def _add(builder: _Builder, node: Node) -> None:
     alone = type(last) is nn.Dense and not last.bias and not builder.affine.values
     if last is not None and alone and value.ndim <= min(rank, 2) and builder.dtype == builder.own_dtype:
         builder.of_dtype(value)
-        builder.graph.take(3 * last.params["weight"].nbytes)
+        builder.graph.spend(3 * last.params["weight"].nbytes)
         builder.layers[-1] = dense(last.params["weight"], _row(value, last.n_out)).eval()
     else:
         builder.constant(("bias",), value)
@@ -287,7 +287,7 @@ def _scaler(builder: _Builder, node: Node) -> None:
     count = builder.features(-1, max(offset.size, scale.size) if max(offset.size, scale.size) > 1 else None)
     if {offset.size, scale.size} - {1, count} or not (scale > 0).all() or not np.isfinite(scale).all():
         raise ValueError(f"expected an offset and a positive scale for each of {count} features")
-    builder.graph.take(100 * count)
+    builder.graph.spend(100 * count)
     builder.end_of_affine()
     narrows = builder.own_dtype != "float32"
     if builder.dtype != builder.own_dtype:
@@ -318,10 +318,10 @@ def _batch_norm(builder: _Builder, node: Node) -> None:
     if {mean.dtype.name, var.dtype.name} - set(FLOATS.values()):
         raise ValueError(f"expected statistics of float32 or float64, got {mean.dtype} and {var.dtype}")
     builder.features(1, weight.size)
-    builder.graph.take(100 * weight.size)
+    builder.graph.spend(100 * weight.size)
     if builder.dtype == "float32":
         eps = float(_decimal(eps))
-    layer = BatchNorm(weight.size, eps or LEAST_EPS, float(1 - momentum), dtype=weight.dtype, unbiased=False)
+    layer = BatchNorm(weight.size, eps or _LEAST_EPS, float(1 - momentum), dtype=weight.dtype, unbiased=False)
     layer.weight, layer.bias, layer.running_mean, layer.running_var = weight, bias, mean, var
     builder.add(layer, bool(training))
 
@@ -419,7 +419,7 @@ def _concat(builder: _Builder, node: Node) -> None:
         raise ValueError("expected a MatMul or Gemm and a Sigmoid before it, for 1 - p and p along axis 1")
     last = builder.layers[-2]
     weight, bias = last.params["weight"], last.params.get("bias")
-    builder.graph.take(6 * weight.nbytes)
+    builder.graph.spend(6 * weight.nbytes)
     if last.n_out == 1:
         builder.layers[-2:] = [layer.eval() for layer in two_classes(last)]
     else:  # 1 - sigmoid(z) is sigmoid(-z)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import nn
-from .layers import dense, library, standardize, two_classes
+from .layers import dense, library, position, standardize, two_classes
 
 __all__ = ["from_sklearn"]
 
@@ -27,11 +27,11 @@ def from_sklearn(estimator: Any) -> nn.Sequential:
     Returns
     -------
     nn.Sequential
-        Network in inference mode, for x of (N, n_features). Of a classifier it gives ``predict_proba``: it ends with
-        Softmax, and with Sigmoid where samples have several labels. Of a regressor it gives ``predict``, as
-        (N, n_outputs) for one output too. Of a scaler it gives ``transform``. Weights are copied and keep their dtype;
-        y has the dtype of x. Where x is float32, scikit-learn rounds a scaler's mean to float32 and the network does
-        not. Optimizers, penalties and names of features are not carried over.
+        Network in inference mode, for x of (N, n_features). It gives what the estimator does: ``predict_proba`` of a
+        classifier, ``predict`` of a regressor, as (N, n_outputs) for one output too, and ``transform`` of a scaler. A
+        classifier's network ends with Softmax, and with Sigmoid where samples have several labels. Weights are copied
+        and keep their dtype; y has the dtype of x. Where x is float32, scikit-learn rounds a scaler's mean to float32
+        and the network does not. Optimizers, penalties and names of features are not carried over.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def from_sklearn(estimator: Any) -> nn.Sequential:
 
 def _layers(estimator: Any, step: str) -> list[Any]:
     if type(estimator) is library("sklearn.pipeline", "train").Pipeline:
-        steps = [(f"{step}.{name}" if step else name, part) for name, part in estimator.steps]
+        steps = [(position(step, name), part) for name, part in estimator.steps]
         return [layer for name, part in steps if part not in (None, "passthrough") for layer in _layers(part, name)]
     said = f"step {step!r} ({type(estimator).__name__})" if step else type(estimator).__name__
     make = _converters().get(type(estimator))

@@ -13,7 +13,7 @@ import numpy as np
 from .. import nn, optim
 from ..batchnorm import BatchNorm
 from ..state import FLOATS, Array
-from .layers import dense, library
+from .layers import dense, library, position
 
 __all__ = ["from_torch", "optimizer_from_torch", "optimizer_to_torch", "replace", "to_torch"]
 
@@ -105,7 +105,7 @@ def _layer(torch: Any, module: Any, place: str) -> Any:
         raise ValueError(f"{_said(module, place)} has hooks, whose effect cannot be converted: remove them first")
     if make is None:
         # named_children() leaves out what is there twice.
-        inner = (_layer(torch, m, f"{place}.{name}" if place else name) for name, m in module._modules.items())
+        inner = (_layer(torch, m, position(place, name)) for name, m in module._modules.items())
         model = nn.Sequential(*inner)
         model.training = module.training
         return model
@@ -234,14 +234,14 @@ def to_torch(layer: Any, dim: int = 1) -> Any:
 
 def _module(torch: Any, layer: Any, dim: int, place: str) -> Any:
     if type(layer) is nn.Sequential:
-        inner = [_module(torch, part, dim, f"{place}.{i}" if place else str(i)) for i, part in enumerate(layer)]
+        inner = [_module(torch, part, dim, position(place, i)) for i, part in enumerate(layer)]
         module = torch.nn.Sequential(*inner)
         module.training = layer.training
         return module
     said = f"layer {place!r}" if place else "the layer"
-    make = _MODULES.get(nn.known_as(layer))
+    make = _MAKERS.get(nn.known_as(layer))
     if make is None:
-        known = ", ".join(cls.__name__ for cls in _MODULES)
+        known = ", ".join(cls.__name__ for cls in _MAKERS)
         raise TypeError(f"cannot convert {said} ({type(layer).__name__}): expected Sequential, {known}")
     try:
         module = make(torch, layer, dim)
@@ -287,7 +287,7 @@ def _filled(torch: Any, module: Any, state: dict[str, Array]) -> Any:
     return module
 
 
-_MODULES: dict[type, Callable[[Any, Any, int], Any]] = {
+_MAKERS: dict[type, Callable[[Any, Any, int], Any]] = {
     nn.Dense: _linear,
     nn.FoldedDense: _linear,
     BatchNorm: _norm,
