@@ -17,7 +17,7 @@ from typing import Any
 
 from . import nn
 from .batchnorm import BatchNorm
-from .files import write_whole
+from .files import check_file, write_whole
 from .kernels import machine
 from .nn import Sequential
 from .state import Array
@@ -289,10 +289,7 @@ def with_prefix(tensors: dict[str, Array], prefix: str) -> dict[str, Array]:
 def read(path: _Path) -> tuple[dict[str, Array], dict[str, str]]:
     """All tensors, copied out of the file, and the metadata."""
     safetensors = _safetensors()
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"expected a file, such as model.safetensors, got a folder: {path}")
+    check_file(path, "model.safetensors")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             keys = file.keys()

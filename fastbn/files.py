@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are there, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["check_file", "write_whole"]
+
+
+def check_file(path: str | os.PathLike[str], such_as: str) -> Path:
+    """The path, once a regular file is there: whoever opens a pipe may wait without end."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file, such as {such_as}, got a folder: {path}")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a regular file, got a pipe or a device")
+    return path
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:

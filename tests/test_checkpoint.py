@@ -167,6 +167,14 @@ def test_missing_files_and_folders(tmp_path):
         checkpoint.save(tmp_path / "nowhere" / "m", network())
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for call in (checkpoint.load, checkpoint.read_metadata, lambda path: checkpoint.restore(path, network())):
+        with pytest.raises(ValueError, match=r"pipe: expected a regular file"):
+            call(tmp_path / "pipe")
+
+
 def test_every_truncation_is_refused(tmp_path):
     checkpoint.save(tmp_path / "m", nn.Sequential(nn.Dense(2, 2), BatchNorm(2)))
     content = (tmp_path / "m").read_bytes()

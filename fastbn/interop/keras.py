@@ -14,7 +14,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from .. import nn
 from ..batchnorm import BatchNorm
 from ..checkpoint import naming
+from ..files import check_file
 from ..state import Array
 from .keras_file import DAMAGE, MOST_TEXT, Layer, Reader, leaves, unzipped
 from .layers import dense, library, position, standardize
@@ -101,11 +101,7 @@ def load(path: str | os.PathLike[str], model: nn.Sequential | None = None) -> nn
     if model is not None and not isinstance(model, nn.Sequential):
         raise TypeError(f"expected model to be an nn.Sequential, got {type(model).__name__}")
     layers = None if model is None else _of_network(model, "")
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    if path.is_dir():
-        raise IsADirectoryError(f"expected a file, such as model.keras, got a folder: {path}")
+    path = check_file(path, "model.keras")
     with open(path, "rb") as raw, naming(path):
         try:
             return _loaded(h5py, raw, model, layers)

@@ -15,7 +15,7 @@ import numpy as np
 from .. import nn
 from ..batchnorm import BatchNorm
 from ..checkpoint import check_place, naming
-from ..files import write_whole
+from ..files import check_file, write_whole
 from ..state import Array
 from .layers import library, position
 from .onnx_file import FLOATS, Graph
@@ -351,6 +351,7 @@ def load(path: str | os.PathLike[str]) -> nn.Sequential:
     )
     """
     library("onnx", "onnx")
+    check_file(path, "model.onnx")
     with naming(path), np.errstate(all="ignore"):
         layers = layers_of(Graph(path))
         model = nn.Sequential(*layers)

@@ -335,12 +335,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _content(path: str | os.PathLike[str]) -> bytes:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no such file: {path}")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"expected a file, such as model.onnx, got a folder: {path}")
-    if not os.path.isfile(path):
-        raise ValueError("expected a regular file")
     if (size := os.path.getsize(path)) > _MOST_BYTES:
         raise ValueError(f"it has {size} bytes, and an ONNX file holds at most {_MOST_BYTES} (protobuf's limit)")
     try:

@@ -475,6 +475,9 @@ def test_files_that_are_none(tmp_path):
         load(tmp_path / "model.keras")
     with pytest.raises(IsADirectoryError, match="got a folder"):
         load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: expected a regular file"):
+        load(tmp_path / "pipe")
     path = tmp_path / "model.keras"
     for content in (
         b"",
