@@ -353,6 +353,7 @@ def load(path: str | os.PathLike[str]) -> nn.Sequential:
     )
     """
     library("onnx", "onnx")
+    os.fspath(path)  # a TypeError for what is none
     with naming(path), np.errstate(all="ignore"):
         layers = layers_of(Graph(path))
         model = nn.Sequential(*layers)

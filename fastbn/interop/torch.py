@@ -230,7 +230,7 @@ def to_torch(layer: Any, dim: int = 1) -> Any:
       )
     )
     """
-    if isinstance(dim, bool) or dim not in (1, 2, 3):
+    if dim not in (1, 2, 3) or not isinstance(dim, int) or isinstance(dim, bool):
         raise ValueError(f"expected dim to be 1, 2 or 3, got {dim}")
     return _module(_torch(), layer, dim, "")
 
@@ -487,6 +487,10 @@ _BUFFERS = {
 
 def _same_parameters(module: Any, model: Any) -> dict[str, Any]:
     """PyTorch's parameters under the names of ours, whose order is the same."""
+    if not isinstance(module, _torch().nn.Module):
+        raise TypeError(f"expected module to be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(getattr(model, "params", None), dict):
+        raise TypeError(f"expected model to be a layer or network of fastbn, got {type(model).__name__}")
     parameters = list(module.parameters())
     theirs = [tuple(parameter.shape) for parameter in parameters]
     ours = [array.shape for array in model.params.values()]
@@ -519,7 +523,7 @@ def _arguments(optimizer: Any, names: dict[int, str]) -> tuple[dict[str, Any], l
 def _number(value: Any) -> Any:
     if isinstance(value, bool):
         return value
-    return tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
 
 
 def _power(beta: float, step: int) -> float:

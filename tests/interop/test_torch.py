@@ -371,6 +371,30 @@ def test_what_fastbns_optimizers_do_not_have_is_refused(make, words):
         optimizer_from_torch(make(torch.optim, list(module.parameters())), module, from_torch(module))
 
 
+def test_arguments_in_the_wrong_order_are_named():
+    module = torch.nn.Linear(3, 2)
+    theirs, model = torch.optim.Adam(module.parameters()), from_torch(module)
+    for first, second, words in [
+        (model, module, "module to be"),
+        (module, None, "model to be"),
+        (None, model, "module"),
+    ]:
+        with pytest.raises(TypeError, match=f"expected {words}"):
+            optimizer_from_torch(theirs, first, second)
+    with pytest.raises(TypeError, match=r"expected module to be a torch\.nn\.Module, got Dense"):
+        optimizer_to_torch(optim.SGD(model, 0.1), model)
+    for dim in (True, 1.0):
+        with pytest.raises(ValueError, match=f"expected dim to be 1, 2 or 3, got {dim}"):
+            to_torch(BatchNorm(3), dim)
+
+
+def test_betas_may_be_a_list():
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(module.parameters())
+    optimizer.param_groups[0]["betas"] = [0.8, 0.9]  # as a state has them that went through JSON
+    assert optimizer_from_torch(optimizer, module, from_torch(module)).betas == (0.8, 0.9)
+
+
 def test_other_optimizers_and_models_are_refused():
     module = trainable("float32")
     model = from_torch(module)
