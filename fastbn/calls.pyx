@@ -19,6 +19,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from fastbn.arguments cimport (
     activation_of,
+    as_array,
     checked_eps,
     checked_out,
     dense,
@@ -121,6 +122,7 @@ cdef class Call:
     cdef cnp.ndarray dy
     cdef cnp.ndarray y          # as the kernels write it: laid out as x
     cdef object out             # what the caller gets
+    cdef bint fresh             # out is a new array
     cdef bint inplace           # out is the input itself
     cdef bint x_kept            # whether x still holds its values after the call
     cdef BatchStats stats
@@ -176,6 +178,7 @@ cdef class Call:
         if out is None:
             target = memory.empty_like(self.x)
             self.out = target
+            self.fresh = True
         else:
             target = checked_out(out, self.x)
             self.out = out
@@ -192,7 +195,10 @@ cdef class Call:
         """Whether x, which `given` was made of, still holds its values."""
         if self.inplace:
             return False
-        return x is given or not isinstance(x, np.ndarray) or not isinstance(self.out, np.ndarray) or not overlap(self.out, x)
+        if x is given or self.fresh:
+            return True
+        # Backward reads x again: it is asked for its own memory, which is not that of `given` where its type was another.
+        return not overlap(self.out, as_array(x, "x"))
 
     cdef int gradient_inputs(self, BatchStats stats, bint training) except -1:
         """What a gradient kernel reads besides the parameters; the gradients are 0 until then."""

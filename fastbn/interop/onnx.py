@@ -351,7 +351,7 @@ def load(path: str | os.PathLike[str]) -> nn.Sequential:
     )
     """
     library("onnx", "onnx")
-    check_file(path, "model.onnx")
+    check_file(path, "model.onnx")  # a TypeError for what is no path
     with naming(path), np.errstate(all="ignore"):
         layers = layers_of(Graph(path))
         model = nn.Sequential(*layers)

@@ -87,7 +87,10 @@ def from_torch(module: Any) -> Any:
     owners: dict[int, str] = {}
     for place, inner in module.named_modules(remove_duplicate=False):
         for parameter in inner.parameters(recurse=False):
-            if (owner := owners.setdefault(id(parameter), place)) != place:
+            # Tied weights may be other objects over the same memory, which is at 0 for those that have none yet.
+            uninitialized = type(parameter).__name__.startswith("Uninitialized")
+            memory = 0 if uninitialized else parameter.data_ptr()
+            if (owner := owners.setdefault(memory or -id(parameter), place)) != place:
                 raise ValueError(f"{_said(inner, place)} shares a parameter with module {owner!r}: layers share none")
     return _layer(torch, module, "")
 
@@ -227,7 +230,7 @@ def to_torch(layer: Any, dim: int = 1) -> Any:
       )
     )
     """
-    if dim not in (1, 2, 3):
+    if dim not in (1, 2, 3) or not isinstance(dim, int) or isinstance(dim, bool):
         raise ValueError(f"expected dim to be 1, 2 or 3, got {dim}")
     return _module(_torch(), layer, dim, "")
 
@@ -312,7 +315,8 @@ def replace(model: Any) -> Any:
     Parameters
     ----------
     model : torch.nn.Module
-        Model, which is changed in place. ``SyncBatchNorm`` and subclasses stay as they are.
+        Model, which is changed in place. ``SyncBatchNorm`` and subclasses stay as they are. What knows the classes of
+        ``torch.nn`` alone, as ``torch.jit.script`` and ``fuse_modules`` do, is called before.
 
     Returns
     -------
@@ -483,6 +487,10 @@ _BUFFERS = {
 
 def _same_parameters(module: Any, model: Any) -> dict[str, Any]:
     """PyTorch's parameters under the names of ours, whose order is the same."""
+    if not isinstance(module, _torch().nn.Module):
+        raise TypeError(f"expected module to be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(getattr(model, "params", None), dict):
+        raise TypeError(f"expected model to be a layer or network of fastbn, got {type(model).__name__}")
     parameters = list(module.parameters())
     theirs = [tuple(parameter.shape) for parameter in parameters]
     ours = [array.shape for array in model.params.values()]
@@ -515,7 +523,7 @@ def _arguments(optimizer: Any, names: dict[int, str]) -> tuple[dict[str, Any], l
 def _number(value: Any) -> Any:
     if isinstance(value, bool):
         return value
-    return tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
 
 
 def _power(beta: float, step: int) -> float:

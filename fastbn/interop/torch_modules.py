@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from .. import calls
 
@@ -15,7 +17,7 @@ _FLOATS = (torch.float32, torch.float64)
 
 
 def _array(tensor: Any) -> Any:
-    return None if tensor is None else tensor.detach().numpy()
+    return None if tensor is None else tensor.detach().resolve_neg().numpy()
 
 
 class _Forward(torch.autograd.Function):
@@ -35,13 +37,16 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, _, _, _, ctx.eps, factor = inputs
+        x, weight, bias, _, _, ctx.eps, factor = inputs
+        ctx.affine = weight is not None, bias is not None
         ctx.training, ctx.stats = factor is not None, output[1]
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Any, *_: Any) -> Any:
-        return *_Backward.apply(dy, *ctx.saved_tensors, ctx.eps, ctx.stats, ctx.training), None, None, None, None
+        dx, *own = _Backward.apply(dy, *ctx.saved_tensors, ctx.eps, ctx.stats, ctx.training)
+        own = [gradient if there else None for gradient, there in zip(own, ctx.affine, strict=True)]
+        return dx, *own, None, None, None, None
 
 
 class _Backward(torch.autograd.Function):
@@ -51,8 +56,7 @@ class _Backward(torch.autograd.Function):
     def forward(dy: Any, x: Any, weight: Any, eps: float, stats: Any, training: bool) -> Any:
         constants = calls.Constants(-1, _array(weight), None, eps)
         dx, dweight, dbias = calls.backward(constants, _array(dy), _array(x), stats, training, None)
-        own = (None, None) if weight is None else (torch.from_numpy(d).to(weight.dtype) for d in (dweight, dbias))
-        return torch.from_numpy(dx), *own
+        return torch.from_numpy(dx), *(torch.from_numpy(gradient).to(x.dtype) for gradient in (dweight, dbias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -70,6 +74,9 @@ class _Fast:
     """The forward of a class of torch.nn, on fastbn's kernels where they take the input, and else that class's own."""
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if isinstance(input, torch.fx.Proxy):  # a node of the graph, as torch.nn's modules are
+            tracer = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         if not self._takes(input):
             result: torch.Tensor = super().forward(input)  # type: ignore[misc]
             return result
@@ -94,14 +101,18 @@ class _Fast:
         return y
 
     def _takes(self: Any, x: torch.Tensor) -> bool:
-        """Whether the kernels do: not other devices and dtypes, compilers, tracers, or wrong inputs."""
+        """Whether the kernels do: not other devices and dtypes, compilers, tracers, transforms, or wrong inputs."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
             return False
+        # The derivatives that the kernels do not have: those of torch.func, and forward ones.
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return False
+        if not 0 < self.eps < math.inf or (self.running_mean is None) != (self.running_var is None):
+            return False
         own = (self.weight, self.bias, self.running_mean, self.running_var)
-        plain = x.device.type == "cpu" and x.layout == torch.strided and x.numel() > 0 and not x.is_neg()
-        return (
-            plain and x.dtype in _FLOATS and all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in own)
-        )
+        kind = (x.dtype, x.device, x.shape[1:2])
+        plain = x.device.type == "cpu" and x.layout == torch.strided and x.numel() > 0
+        return plain and x.dtype in _FLOATS and all(t is None or (t.dtype, t.device, t.shape) == kind for t in own)
 
 
 class FastBatchNorm1d(_Fast, torch.nn.BatchNorm1d):
@@ -111,9 +122,10 @@ class FastBatchNorm1d(_Fast, torch.nn.BatchNorm1d):
     and float64 on the CPU are read and written where they lie, in any memory format. Statistics are computed in
     float64, and running statistics are rounded once, to the dtype of their buffers. All other tensors go through the
     forward of ``torch.nn``: those on other devices or of other dtypes, and those in ``torch.compile``,
-    ``torch.export`` and traces.
+    ``torch.export``, traces, transforms of ``torch.func`` and forward derivatives.
 
-    The gradient cannot be differentiated again: that is a RuntimeError.
+    The gradient cannot be differentiated again: that is a RuntimeError. The output lies in memory as the input does,
+    where that of ``torch.nn`` may be contiguous: call ``reshape`` where ``view`` is refused.
 
     Examples
     --------

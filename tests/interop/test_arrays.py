@@ -201,3 +201,17 @@ def test_a_tensor_that_is_saved_for_backward_lives_as_long(layer, make):
     gc.collect()
     assert watched() is None
     assert len(noise) == 20
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.bool_])
+@pytest.mark.parametrize("wrap", [torch.from_numpy, memoryview, lambda a: a], ids=["tensor", "buffer", "array"])
+def test_out_over_the_memory_of_integers_forgets_x(wrap, dtype):
+    """x is converted, so that the array that the kernels read is not the memory that out overwrites."""
+    memory = np.zeros((8, 5))
+    x = memory.reshape(-1).view(dtype)[:40].reshape(8, 5)
+    x[:] = np.arange(40).reshape(8, 5) % 2
+    bn, plain = BatchNorm(5), BatchNorm(5)
+    expected = plain(x)
+    assert bn(wrap(x), out=memory).tobytes() == expected.tobytes()
+    with pytest.raises(RuntimeError, match="did not overwrite x"):
+        bn.backward(np.ones((8, 5)))

@@ -406,3 +406,9 @@ def test_cases_of_every_operator(path, capsys):
     with capsys.disabled():
         n = len(cases._NodeTestCases)
         print(f"\ncases of onnx's operators: {len(loaded)} load, {n - len(loaded)} are refused in a sentence")
+
+
+def test_a_path_that_is_none_is_a_type_error():
+    for path in (None, 3):
+        with pytest.raises(TypeError, match=r"expected str, bytes or os\.PathLike object"):
+            interop.load(path)

@@ -233,6 +233,10 @@ def test_hooks_and_shared_parameters_are_refused():
     tied.weight = linear.weight
     with pytest.raises(ValueError, match="shares a parameter"):
         from_torch(torch.nn.Sequential(linear, tied))
+    for weight in (linear.weight, linear.weight.t()):  # another object over the same memory
+        tied.weight = torch.nn.Parameter(weight)
+        with pytest.raises(ValueError, match="shares a parameter"):
+            from_torch(torch.nn.Sequential(linear, tied))
     relu = torch.nn.ReLU()
     assert len(from_torch(torch.nn.Sequential(relu, relu))) == 2  # without parameters there is nothing to share
     linear.register_forward_hook(lambda *_: None)
@@ -366,6 +370,30 @@ def test_what_fastbns_optimizers_do_not_have_is_refused(make, words):
     module = trainable("float32")
     with pytest.raises(ValueError, match=words):
         optimizer_from_torch(make(torch.optim, list(module.parameters())), module, from_torch(module))
+
+
+def test_arguments_in_the_wrong_order_are_named():
+    module = torch.nn.Linear(3, 2)
+    theirs, model = torch.optim.Adam(module.parameters()), from_torch(module)
+    for first, second, words in [
+        (model, module, "module to be"),
+        (module, None, "model to be"),
+        (None, model, "module"),
+    ]:
+        with pytest.raises(TypeError, match=f"expected {words}"):
+            optimizer_from_torch(theirs, first, second)
+    with pytest.raises(TypeError, match=r"expected module to be a torch\.nn\.Module, got Dense"):
+        optimizer_to_torch(optim.SGD(model, 0.1), model)
+    for dim in (True, 1.0):
+        with pytest.raises(ValueError, match=f"expected dim to be 1, 2 or 3, got {dim}"):
+            to_torch(BatchNorm(3), dim)
+
+
+def test_betas_may_be_a_list():
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(module.parameters())
+    optimizer.param_groups[0]["betas"] = [0.8, 0.9]  # as a state has them that went through JSON
+    assert optimizer_from_torch(optimizer, module, from_torch(module)).betas == (0.8, 0.9)
 
 
 def test_other_optimizers_and_models_are_refused():
@@ -551,6 +579,72 @@ def test_functional_gradients_agree():
         grads.append(torch.func.grad(loss)(parameters))
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_a_parameter_alone_gets_its_gradient(missing, training):
+    results = []
+    for norm in pair(2):
+        setattr(norm, missing, None)
+        x = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        norm.train(training)(x).pow(3).sum().backward()
+        results.append([x.grad, *(parameter.grad for parameter in norm.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # PyTorch's own, in its first hessian
+def test_transforms_and_forward_derivatives_go_through_torchs_own():
+    x = torch.randn(3, 8, 5)
+    for transform in (
+        lambda norm: torch.func.vmap(norm)(x),
+        lambda norm: torch.func.jvp(norm, (x[0],), (x[1],))[1],
+        lambda norm: torch.func.jacrev(norm)(x[0]),
+        lambda norm: torch.func.hessian(lambda x: norm(x).pow(3).sum())(x[0]),
+        lambda norm: forward_derivative(norm, x[0], x[1]),
+    ):
+        ours, theirs = (transform(norm.eval()) for norm in pair(1))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def forward_derivative(norm, x, tangent):
+    with torch.autograd.forward_ad.dual_level():
+        y = norm(torch.autograd.forward_ad.make_dual(x, tangent))
+        return torch.autograd.forward_ad.unpack_dual(y).tangent
+
+
+def test_torch_fx_sees_one_node():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5))
+    graph = torch.fx.symbolic_trace(replace(model))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    x = torch.randn(8, 4)
+    torch.testing.assert_close(graph.eval()(x), model.eval()(x))
+
+
+def test_what_the_kernels_refuse_goes_through_torchs_own():
+    x = torch.randn(8, 5)
+    ours, theirs = (norm.eval() for norm in pair(1, eps=0.0))
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours, theirs = pair(1)
+    ours.running_mean = theirs.running_mean = None
+    for norm in (ours, theirs):
+        with pytest.raises(ValueError, match="running_mean and running_var"):
+            norm(x)
+    for norm in pair(1):
+        with pytest.raises(RuntimeError, match="should contain 6 elements"):
+            norm(torch.randn(8, 6))
+
+
+def test_gradients_with_a_negative_bit_are_read():
+    results = []
+    for norm in pair(1):
+        x = torch.ones(8, 5).cumsum(0).requires_grad_()
+        dy = torch.complex(torch.zeros(8, 5), torch.arange(40.0).reshape(8, 5).sin()).conj().imag
+        assert dy.is_neg()
+        norm(x).backward(dy)
+        results.append(x.grad)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_replace_keeps_modules_states_and_hooks():
