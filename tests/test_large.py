@@ -16,7 +16,7 @@ SHAPES = {
     "planes": (2, 1, BEYOND // 2),
     "short rows": (BEYOND // 8, 8),
     "short planes": (BEYOND // 2**16, 8, 2**13),
-    "wide rows": (16, BEYOND // 16),
+    "wide rows": (256, BEYOND // 256),
 }
 
 
