@@ -20,11 +20,14 @@ def _array(tensor: Any) -> Any:
     return None if tensor is None else tensor.detach().resolve_neg().numpy()
 
 
+# No setup_context: with one, PyTorch binds arguments by inspect.signature, which takes longer than a small batch.
+
+
 class _Forward(torch.autograd.Function):
     """y, the statistics that it was made with, and new running statistics; factor None: inference."""
 
     @staticmethod
-    def forward(x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, factor: float | None) -> Any:
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, factor: float | None) -> Any:
         running = [_array(buffer) for buffer in (mean, var)]
         if factor is not None:
             running = [None if a is None else a.astype(np.float64) for a in running]
@@ -33,34 +36,33 @@ class _Forward(torch.autograd.Function):
             y, stats, _ = calls.infer(constants, _array(x), None)
         else:
             y, stats, _ = calls.forward(constants, _array(x), None, factor)
-        return torch.from_numpy(y), stats, running
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, _, _, ctx.eps, factor = inputs
+        ctx.eps, ctx.stats, ctx.training = eps, stats, factor is not None
         ctx.affine = weight is not None, bias is not None
-        ctx.training, ctx.stats = factor is not None, output[1]
         ctx.save_for_backward(x, weight)
+        return torch.from_numpy(y), running
 
     @staticmethod
     def backward(ctx: Any, dy: Any, *_: Any) -> Any:
-        dx, *own = _Backward.apply(dy, *ctx.saved_tensors, ctx.eps, ctx.stats, ctx.training)
+        given = dy, *ctx.saved_tensors, ctx.eps, ctx.stats, ctx.training
+        # With create_graph=True, gradients are recorded too.
+        dx, *own = _Backward.apply(*given) if torch.is_grad_enabled() else _gradients(*given)
         own = [gradient if there else None for gradient, there in zip(own, ctx.affine, strict=True)]
         return dx, *own, None, None, None, None
 
 
+def _gradients(dy: Any, x: Any, weight: Any, eps: float, stats: Any, training: bool) -> Any:
+    """With respect to x, weight and bias."""
+    constants = calls.Constants(-1, _array(weight), None, eps)
+    dx, dweight, dbias = calls.backward(constants, _array(dy), _array(x), stats, training, None)
+    return torch.from_numpy(dx), *(torch.from_numpy(gradient).to(x.dtype) for gradient in (dweight, dbias))
+
+
 class _Backward(torch.autograd.Function):
-    """The gradients with respect to x, weight and bias: a function of its own, so that its own gradient is refused."""
+    """The gradients as a function of its own, so that its own gradient is refused."""
 
     @staticmethod
-    def forward(dy: Any, x: Any, weight: Any, eps: float, stats: Any, training: bool) -> Any:
-        constants = calls.Constants(-1, _array(weight), None, eps)
-        dx, dweight, dbias = calls.backward(constants, _array(dy), _array(x), stats, training, None)
-        return torch.from_numpy(dx), *(torch.from_numpy(gradient).to(x.dtype) for gradient in (dweight, dbias))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+    def forward(ctx: Any, *given: Any) -> Any:
+        return _gradients(*given)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -88,7 +90,7 @@ class _Fast:
         factor = self.momentum
         if tracking and factor is None and self.num_batches_tracked is not None:
             factor = 1 / (int(self.num_batches_tracked) + 1)
-        y, _, running = _Forward.apply(
+        y, running = _Forward.apply(
             input, self.weight, self.bias, *buffers, self.eps, (factor or 0.0) if training else None
         )
         if tracking:
