@@ -66,23 +66,20 @@ class Dense(Layer):
             p[...] = rng.uniform(-bound, bound, p.shape)
 
     @classmethod
-    def _zeros(
-        cls,
-        n_in: int,
-        n_out: int,
-        bias: bool = True,
-        *,
-        activation: str | None = None,
-        dtype: DTypeLike = "float32",
-        seed: int | None = None,
-    ) -> Self:
+    def _zeros(cls, *arguments: Any, **named: Any) -> Self:
         """A layer of zeros, for values that are there already. It needs no numpy.random, whose import takes time."""
         layer = cls.__new__(cls)
-        layer._make(n_in, n_out, bias, activation, dtype, seed)
+        layer._make(*arguments, **named)
         return layer
 
     def _make(
-        self, n_in: int, n_out: int, bias: bool, activation: str | None, dtype: DTypeLike, seed: int | None
+        self,
+        n_in: int,
+        n_out: int,
+        bias: bool = True,
+        activation: str | None = None,
+        dtype: DTypeLike = "float32",
+        seed: int | None = None,
     ) -> None:
         self.n_in, self.n_out = whole(n_in, "n_in"), whole(n_out, "n_out")
         if self.n_in < 1 or self.n_out < 1:
