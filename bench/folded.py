@@ -6,7 +6,6 @@ medians, and the median of the bursts' ratios.
 
 import argparse
 import multiprocessing
-import statistics
 from itertools import pairwise, product
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 import fastbn
 from bench import machine
 from bench.step import network
-from bench.workers import burst, environ, environment, repeats
+from bench.workers import burst, environ, environment, in_turn, repeats
 from fastbn import nn
 
 WIDTHS = 784, 256, 128, 10
@@ -40,11 +39,8 @@ def compare(name: str, batch: int, threads: int, rounds: int) -> tuple[float, fl
     model = NETWORKS[name](*WIDTHS)
     model(rng.standard_normal((1024, WIDTHS[0]), dtype=np.float32))
     folded = model.eval().folded()
-    calls = [lambda: model(x), lambda: folded(x)]
-    count = max(1, repeats(calls[0], 0.1) // 100)
-    before, after = zip(*([burst(call, count) for call in calls] for _ in range(rounds)), strict=True)
-    ratio = statistics.median(a / b for a, b in zip(before, after, strict=True))
-    return statistics.median(before), statistics.median(after), ratio
+    count = max(1, repeats(lambda: model(x), 0.1) // 100)
+    return in_turn(lambda: burst(lambda: model(x), count), lambda: burst(lambda: folded(x), count), rounds)
 
 
 def main() -> None:

@@ -7,13 +7,12 @@ same machine; medians, and the median of the steps' ratios.
 import argparse
 import copy
 import multiprocessing
-import statistics
 import time
 from itertools import pairwise
 
 import fastbn
 from bench import machine
-from bench.workers import environ, environment
+from bench.workers import environ, environment, in_turn
 from fastbn.interop.torch import replace
 
 
@@ -70,9 +69,7 @@ def compare(name: str, batch: int, threads: int, rounds: int) -> tuple[float, fl
     for _ in range(3):
         for once in steps:
             once()
-    before, after = zip(*([once() for once in steps] for _ in range(rounds)), strict=True)
-    ratio = statistics.median(a / b for a, b in zip(before, after, strict=True))
-    return statistics.median(before), statistics.median(after), ratio
+    return in_turn(*steps, rounds)
 
 
 def main() -> None:

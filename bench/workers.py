@@ -38,6 +38,13 @@ def environment(threads: int, xla_flags: str = "") -> dict[str, str]:
     }
 
 
+def in_turn(first: Callable[[], float], second: Callable[[], float], rounds: int) -> tuple[float, float, float]:
+    """The medians of what two functions measure, in turn, and the median of their ratios round by round."""
+    before, after = zip(*((first(), second()) for _ in range(rounds)), strict=True)
+    ratio = statistics.median(a / b for a, b in zip(before, after, strict=True))
+    return statistics.median(before), statistics.median(after), ratio
+
+
 @contextmanager
 def environ(changes: Mapping[str, str]):
     before = dict(os.environ)
