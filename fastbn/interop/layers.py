@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 
 from .. import nn
 from ..state import Array
@@ -27,10 +27,10 @@ def position(place: str, name: str | int) -> str:
     return f"{place}.{name}" if place else str(name)
 
 
-def dense(weight: Array, bias: Array | None = None, *, dtype: DTypeLike | None = None) -> nn.Dense:
+def dense(weight: Array, bias: Array | None = None) -> nn.Dense:
     """A Dense of these arrays, (n_out, n_in) and (n_out,)."""
     n_out, n_in = weight.shape
-    layer = nn.Dense._zeros(n_in, n_out, bias is not None, dtype=weight.dtype if dtype is None else dtype)
+    layer = nn.Dense._zeros(n_in, n_out, bias is not None, dtype=weight.dtype)
     layer.params.update({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return layer
 
