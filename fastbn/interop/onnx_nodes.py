@@ -31,7 +31,7 @@ def layers_of(graph: Graph) -> list[Any]:
             _HANDLERS[node.kind](builder, node)
             node.finish()
         builder.end_of_affine()
-        builder.of_dtype()
+        builder.check_dtype()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{builder.said}: {error}") from error
     return builder.layers
@@ -66,12 +66,12 @@ class _Builder:
 
     def add(self, layer: Any, training: bool = False) -> None:
         self.end_of_affine()
-        self.of_dtype()
+        self.check_dtype()
         if self.dtype != self.own_dtype:
             raise ValueError("expected a Cast to float64 to be followed by Sub and Div with constants alone")
         self.layers.append(layer.train(training))
 
-    def of_dtype(self, *arrays: Array | None) -> None:
+    def check_dtype(self, *arrays: Array | None) -> None:
         """Refuse arrays that are not of the type of x, and integers."""
         if self.dtype not in FLOATS.values():
             raise ValueError(f"expected floating numbers, got {self.dtype} that no Cast changes")
@@ -79,11 +79,34 @@ class _Builder:
             if array is not None and array.dtype != self.dtype:
                 raise ValueError(f"expected arrays of {self.dtype}, as x, got {array.dtype}")
 
+    @property
+    def rank(self) -> int | None:
+        return None if self.dims is None else len(self.dims)
+
+    @property
+    def rows(self) -> int | None:
+        """Length of the first axis."""
+        return self.dims[0] if self.dims else None
+
+    @property
+    def width(self) -> int | None:
+        """Product of all lengths but the first."""
+        lengths: Any = [None] if self.dims is None else self.dims[1:]
+        product: int | None = None if None in lengths else math.prod(lengths)
+        return product
+
+    def check_axis(self, axis: int) -> None:
+        if self.rank is not None and not -self.rank <= axis < self.rank:
+            raise ValueError(f"expected x to have an axis {axis}, got x of {self.rank} dimensions")
+
+    def attribute(self, value: float) -> float:
+        """An attribute, which is float32 in a file: where x is that too, the number that a program gave for it."""
+        return float(_decimal(value)) if self.dtype == "float32" else value
+
     def features(self, axis: int, count: int | None = None) -> int:
         """How many features x has along an axis, once that does not contradict `count`."""
-        known = self.dims[axis] if self.dims is not None and -len(self.dims) <= axis < len(self.dims) else None
-        if self.dims is not None and not -len(self.dims) <= axis < len(self.dims):
-            raise ValueError(f"expected x to have an axis {axis}, got x of {len(self.dims)} dimensions")
+        self.check_axis(axis)
+        known = None if self.dims is None else self.dims[axis]
         if known is not None and count is not None and known != count:
             raise ValueError(f"expected x with {count} features along axis {axis}, got {known}")
         if (n := known if count is None else count) is None:
@@ -106,8 +129,8 @@ class _Builder:
 
     def _vector(self, value: Array) -> tuple[Array, int | None]:
         """A constant of one value, or of one for each feature; and the axis of features, which None leaves open."""
-        self.of_dtype(value)
-        rank = 1 if self.dims is None else len(self.dims)  # x has at least one axis
+        self.check_dtype(value)
+        rank = 1 if self.rank is None else self.rank  # x has at least one axis
         if value.size == 1 and value.ndim <= rank:
             return value.reshape(1), None
         shape = value.shape
@@ -117,7 +140,7 @@ class _Builder:
         if value.ndim > rank or value.size != shape[0] or (axis == 1 and rank != len(shape) + 1):
             raise ValueError(
                 "expected a constant of one value, or of one for each feature along axis 1 or the last one, got shape "
-                f"{value.shape} for x of {'unknown' if self.dims is None else rank} dimensions"
+                f"{value.shape} for x of {'unknown' if self.rank is None else rank} dimensions"
             )
         self.features(axis, value.size)
         return value.reshape(-1), axis
@@ -196,11 +219,11 @@ def _gemm(builder: _Builder, node: Node) -> None:
     if weight is None or weight.ndim != 2:
         raise ValueError("expected a weight of 2 dimensions")
     weight = weight if trans_b else weight.T
-    builder.of_dtype(weight, bias)
-    if builder.dims is not None and len(builder.dims) != 2:
-        raise ValueError(f"expected x of 2 dimensions, got {len(builder.dims)}")
+    builder.check_dtype(weight, bias)
+    if builder.rank not in (None, 2):
+        raise ValueError(f"expected x of 2 dimensions, got {builder.rank}")
     _dense(builder, _times(weight, alpha), None if bias is None else _times(_row(bias, len(weight)), beta))
-    builder.dims = [builder.dims[0] if builder.dims else None, len(weight)]
+    builder.dims = [builder.rows, len(weight)]
 
 
 def _times(array: Array, factor: float) -> Array:
@@ -228,7 +251,7 @@ def _matmul(builder: _Builder, node: Node) -> None:
     weight = node.constant(1)
     if weight is None or weight.ndim != 2:
         raise ValueError("expected a weight of 2 dimensions")
-    builder.of_dtype(weight)
+    builder.check_dtype(weight)
     _dense(builder, weight.T, None)
     builder.dims = None if builder.dims is None else [*builder.dims[:-1], weight.shape[1]]
 
@@ -236,10 +259,9 @@ def _matmul(builder: _Builder, node: Node) -> None:
 def _add(builder: _Builder, node: Node) -> None:
     value = _operand(builder, node)
     last = builder.layers[-1] if builder.layers else None
-    rank = 1 if builder.dims is None else len(builder.dims)
     alone = type(last) is nn.Dense and not last.bias and not builder.affine.values
-    if last is not None and alone and value.ndim <= min(rank, 2) and builder.dtype == builder.own_dtype:
-        builder.of_dtype(value)
+    if last is not None and alone and value.ndim <= min(builder.rank or 1, 2) and builder.dtype == builder.own_dtype:
+        builder.check_dtype(value)
         builder.graph.spend(3 * last.params["weight"].nbytes)
         builder.layers[-1] = dense(last.params["weight"], _row(value, last.n_out)).eval()
     else:
@@ -253,11 +275,11 @@ def _operand(builder: _Builder, node: Node) -> Array:
     node.take("consumed_inputs", "ints")
     if value is None:
         raise ValueError("expected two inputs")
-    builder.of_dtype(value)
+    builder.check_dtype(value)
     if node.opset < 7 and broadcast and axis is not None:
-        if builder.dims is None or not 0 <= axis <= len(builder.dims) - value.ndim:
+        if builder.rank is None or not 0 <= axis <= builder.rank - value.ndim:
             raise ValueError(f"expected an axis of x, got axis={axis}")
-        value = value.reshape(value.shape + (1,) * (len(builder.dims) - axis - value.ndim))
+        value = value.reshape(value.shape + (1,) * (builder.rank - axis - value.ndim))
     return value
 
 
@@ -308,20 +330,19 @@ def _batch_norm(builder: _Builder, node: Node) -> None:
         training = not is_test
     elif node.opset < 14:  # more outputs than y say so
         training = any(node.outputs[1:])
-    if not spatial and not (builder.dims is not None and len(builder.dims) == 2):
+    if not spatial and builder.rank != 2:
         raise ValueError("expected spatial=1, or x of 2 dimensions, got spatial=0")
     arrays = [node.constant(i) for i in range(1, 5)]
     if any(a is None or a.ndim != 1 or a.size != arrays[0].size or not a.size for a in arrays):
         raise ValueError("expected scale, bias, mean and variance of one shape (C,)")
     weight, bias, mean, var = arrays
-    builder.of_dtype(weight, bias)
+    builder.check_dtype(weight, bias)
     if {mean.dtype.name, var.dtype.name} - set(FLOATS.values()):
         raise ValueError(f"expected statistics of float32 or float64, got {mean.dtype} and {var.dtype}")
     builder.features(1, weight.size)
     builder.graph.spend(100 * weight.size)
-    if builder.dtype == "float32":
-        eps = float(_decimal(eps))
-    layer = BatchNorm(weight.size, eps or _LEAST_EPS, float(1 - momentum), dtype=weight.dtype, unbiased=False)
+    eps = builder.attribute(eps) or _LEAST_EPS
+    layer = BatchNorm(weight.size, eps, float(1 - momentum), dtype=weight.dtype, unbiased=False)
     layer.weight, layer.bias, layer.running_mean, layer.running_var = weight, bias, mean, var
     builder.add(layer, bool(training))
 
@@ -329,7 +350,7 @@ def _batch_norm(builder: _Builder, node: Node) -> None:
 def _leaky_relu(builder: _Builder, node: Node) -> None:
     slope = node.take("alpha", "f", 0.01)
     node.take("consumed_inputs", "ints")
-    builder.add(nn.LeakyReLU(float(_decimal(slope)) if builder.dtype == "float32" else slope))
+    builder.add(nn.LeakyReLU(builder.attribute(slope)))
 
 
 def _prelu(builder: _Builder, node: Node) -> None:
@@ -337,20 +358,20 @@ def _prelu(builder: _Builder, node: Node) -> None:
     node.take("consumed_inputs", "ints")
     if not node.varies(0) or slope is None or slope.size != 1:
         raise ValueError("expected a slope of one value")
-    builder.of_dtype(slope)
-    if slope.ndim > (1 if builder.dims is None else len(builder.dims)):
+    builder.check_dtype(slope)
+    if slope.ndim > (1 if builder.rank is None else builder.rank):
         raise ValueError(f"expected a slope of no more dimensions than x, got shape {slope.shape}")
-    builder.add(nn.LeakyReLU(float(_decimal(slope.item())) if builder.dtype == "float32" else slope.item()))
+    builder.add(nn.LeakyReLU(builder.attribute(slope.item())))
 
 
 def _softmax(builder: _Builder, node: Node) -> None:
     axis = node.take("axis", "i", 1 if node.opset < 13 else -1)
     if node.opset < 13:  # all axes from this one on, as one
-        if builder.dims is None or axis not in (-1, len(builder.dims) - 1):
-            rank = "unknown" if builder.dims is None else len(builder.dims)
+        if builder.rank is None or axis not in (-1, builder.rank - 1):
+            rank = "unknown" if builder.rank is None else builder.rank
             raise ValueError(f"expected the last axis, got axis={axis} of x of {rank} dimensions")
-    elif builder.dims is not None and not -len(builder.dims) <= axis < len(builder.dims):
-        raise ValueError(f"expected an axis of x, got axis={axis} of x of {len(builder.dims)} dimensions")
+    else:
+        builder.check_axis(axis)
     builder.add(nn.Softmax(axis))
 
 
@@ -368,19 +389,16 @@ def _dropout(builder: _Builder, node: Node) -> None:
 
 def _flatten(builder: _Builder, node: Node) -> None:
     axis = node.take("axis", "i", 1)
-    rank = None if builder.dims is None else len(builder.dims)
-    if axis != 1 and (rank is None or axis != 1 - rank):
+    if axis != 1 and (builder.rank is None or axis != 1 - builder.rank):
         raise ValueError(f"expected axis=1, got axis={axis}")
     _as_rows(builder, None)
 
 
 def _as_rows(builder: _Builder, width: int | None) -> None:
     """All axes but the first as one; `width` is its length, where x's shape does not say it."""
-    dims = builder.dims
-    whole = dims is not None and None not in dims[1:]
+    known = builder.width
     builder.add(nn.Flatten())
-    known = math.prod(n for n in dims[1:] if n is not None) if dims is not None and whole else width
-    builder.dims = [dims[0] if dims else None, known]
+    builder.dims = [builder.rows, width if known is None else known]
 
 
 def _reshape(builder: _Builder, node: Node) -> None:
@@ -393,7 +411,7 @@ def _reshape(builder: _Builder, node: Node) -> None:
     if not allow_zero:
         shape = [None if n == 0 and i == 0 else n for i, n in enumerate(shape)]
     dims = builder.dims
-    width = None if dims is None or None in dims[1:] else math.prod(n for n in dims[1:] if n is not None)
+    width = builder.width
     rows, columns = (*shape, 0, 0)[:2]
     first = rows is None or (dims is not None and dims[:1] == [rows])  # x's first axis, as it is
     if len(shape) == 2 and columns is not None and columns != 0 and dims != []:
@@ -407,14 +425,14 @@ def _reshape(builder: _Builder, node: Node) -> None:
 
 
 def _rows_if_needed(builder: _Builder, columns: int) -> None:
-    if builder.dims is None or len(builder.dims) != 2:
+    if builder.rank != 2:
         _as_rows(builder, columns if columns > 0 else None)
 
 
 def _concat(builder: _Builder, node: Node) -> None:
     """1 - p and p side by side."""
     axis = node.take("axis", "i", 1)
-    flat = axis in (1, -1) and builder.dims is not None and len(builder.dims) == 2
+    flat = axis in (1, -1) and builder.rank == 2
     if not flat or builder.affine.values or [type(layer) for layer in builder.layers[-2:]] != [nn.Dense, nn.Sigmoid]:
         raise ValueError("expected a MatMul or Gemm and a Sigmoid before it, for 1 - p and p along axis 1")
     last = builder.layers[-2]
@@ -425,7 +443,7 @@ def _concat(builder: _Builder, node: Node) -> None:
     else:  # 1 - sigmoid(z) is sigmoid(-z)
         mirrored = dense(np.vstack([-weight, weight]), None if bias is None else np.append(-bias, bias))
         builder.layers[-2] = mirrored.eval()
-    builder.dims = [builder.dims[0] if builder.dims else None, 2 * len(weight)]
+    builder.dims = [builder.rows, 2 * len(weight)]
 
 
 def _cast(builder: _Builder, node: Node) -> None:

@@ -3,58 +3,76 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from .. import calls
 
 __all__ = ["FAST", "FastBatchNorm1d", "FastBatchNorm2d", "FastBatchNorm3d", "Standardize"]
 
+# Design: a small batch takes the kernels less time than PyTorch's steps in Python take around them. So each attribute
+# is read once, what calls have in common is kept, and there is no setup_context: with one, PyTorch binds arguments by
+# inspect.signature.
+
 _FLOATS = (torch.float32, torch.float64)
+_KINDS = (torch.Tensor, torch.nn.Parameter)
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _array(tensor: Any) -> Any:
-    return None if tensor is None else tensor.detach().resolve_neg().numpy()
+    return None if tensor is None else tensor.numpy(force=True)  # on the CPU without a copy
 
 
-# No setup_context: with one, PyTorch binds arguments by inspect.signature, which takes longer than a small batch.
-
-
-class _Forward(torch.autograd.Function):
-    """y, the statistics that it was made with, and new running statistics; factor None: inference."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, factor: float | None) -> Any:
-        running = [_array(buffer) for buffer in (mean, var)]
-        if factor is not None:
-            running = [None if a is None else a.astype(np.float64) for a in running]
-        constants = calls.Constants(-1, _array(weight), _array(bias), eps, mean=running[0], var=running[1])
-        if factor is None:
-            y, stats, _ = calls.infer(constants, _array(x), None)
-        else:
-            y, stats, _ = calls.forward(constants, _array(x), None, factor)
-        ctx.eps, ctx.stats, ctx.training = eps, stats, factor is not None
-        ctx.affine = weight is not None, bias is not None
-        ctx.save_for_backward(x, weight)
-        return torch.from_numpy(y), running
-
-    @staticmethod
-    def backward(ctx: Any, dy: Any, *_: Any) -> Any:
-        given = dy, *ctx.saved_tensors, ctx.eps, ctx.stats, ctx.training
-        # With create_graph=True, gradients are recorded too.
-        dx, *own = _Backward.apply(*given) if torch.is_grad_enabled() else _gradients(*given)
-        own = [gradient if there else None for gradient, there in zip(own, ctx.affine, strict=True)]
-        return dx, *own, None, None, None, None
+def _forward(x: Any, constants: Any, factor: float | None) -> Any:
+    """y, and the statistics that it was made with; factor None: inference."""
+    if factor is None:
+        y, stats, _ = calls.infer(constants, _array(x), None)
+    else:
+        y, stats, _ = calls.forward(constants, _array(x), None, factor)
+    return torch.from_numpy(y), stats
 
 
 def _gradients(dy: Any, x: Any, weight: Any, eps: float, stats: Any, training: bool) -> Any:
     """With respect to x, weight and bias."""
+    if torch._C._functorch.is_legacy_batchedtensor(dy):  # of autograd.grad(is_grads_batched=True)
+        mean, var = (torch.from_numpy(a.astype(_array(x).dtype)) for a in (stats.mean, stats.var))
+        return torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, var, mean, (var + eps).rsqrt(), training, eps, [True, True, True]
+        )
     constants = calls.Constants(-1, _array(weight), None, eps)
-    dx, dweight, dbias = calls.backward(constants, _array(dy), _array(x), stats, training, None)
-    return torch.from_numpy(dx), *(torch.from_numpy(gradient).to(x.dtype) for gradient in (dweight, dbias))
+    dx, *own = calls.backward(constants, _array(dy), _array(x), stats, training, None)
+    return torch.from_numpy(dx), *(torch.from_numpy(gradient.astype(dx.dtype, copy=False)) for gradient in own)
+
+
+def _is_written(tensor: Any) -> None:
+    """Let PyTorch know: it refuses the backward of whatever needs the values of before."""
+    if not tensor.is_inference():
+        increment_version(tensor)
+
+
+class _Forward(torch.autograd.Function):
+    """y, where gradients may be asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, by: tuple[float, calls.Constants, float | None]) -> Any:
+        eps, constants, factor = by
+        y, stats = _forward(x, constants, factor)
+        ctx.of_call, ctx.affine = (eps, stats, factor is not None), (weight is not None, bias is not None)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> Any:
+        given = dy, *ctx.saved_tensors, *ctx.of_call
+        # With create_graph=True, gradients are recorded too.
+        dx, dweight, dbias = _Backward.apply(*given) if torch.is_grad_enabled() else _gradients(*given)
+        has_weight, has_bias = ctx.affine
+        return dx, dweight if has_weight else None, dbias if has_bias else None, None
 
 
 class _Backward(torch.autograd.Function):
@@ -72,49 +90,99 @@ class _Backward(torch.autograd.Function):
         )
 
 
+class _Kept:
+    """What the calls of a module have in common, as long as its tensors lie where they lay."""
+
+    def __init__(self, key: Any, features: int, eps: float, own: Any) -> None:
+        weight, bias, mean, var, self.count = map(_array, own)
+        given = features, weight, bias, eps
+        self.key, self.buffers = key, (mean, var)
+        # The kernels' running averages are of float64.
+        self.averages: Any = [None if a is None else np.empty(features) for a in self.buffers]
+        lasting = all(a is None or a.flags.c_contiguous for a in (weight, bias, mean, var))
+        self.inference = calls.Constants(*given, mean=mean, var=var, lasting=lasting)
+        self.tracking = calls.Constants(*given, mean=self.averages[0], var=self.averages[1])
+        self.training = calls.Constants(*given)
+
+
+_KEPT = weakref.WeakKeyDictionary[Any, _Kept]()
+
+
 class _Fast:
     """The forward of a class of torch.nn, on fastbn's kernels where they take the input, and else that class's own."""
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if not _is_plain(input):
+            return self._otherwise(input)
+        self._check_input_dim(input)
+        parameters, buffers = self._parameters, self._buffers  # an attribute of a module takes its time
+        try:
+            own = parameters["weight"], parameters["bias"], *[buffers[name] for name in _BUFFERS]
+        except KeyError:  # parametrized
+            own = self.weight, self.bias, *[getattr(self, name) for name in _BUFFERS]
+        kept = self._kept(input, own)
+        if kept is None:
+            return self._otherwise(input)
+        weight, bias, mean, var, count = own
+        # In training without tracking, PyTorch leaves running statistics alone that were there before.
+        tracking = self.training and self.track_running_stats
+        factor = None
+        if self.training or mean is None:
+            constants, factor = (kept.tracking if tracking else kept.training), self.momentum
+            if tracking and factor is None and count is not None:
+                factor = 1 / (int(kept.count) + 1)
+            factor = factor or 0.0
+        else:
+            constants = kept.inference
+        if tracking and mean is not None:
+            for average, buffer in zip(kept.averages, kept.buffers, strict=True):
+                average[...] = buffer
+        if torch.is_grad_enabled():
+            y = _Forward.apply(input, weight, bias, (self.eps, constants, factor))
+        else:
+            y, _ = _forward(input, constants, factor)
+        if tracking:
+            if count is not None:
+                kept.count += 1
+                _is_written(count)
+            if mean is not None:
+                for tensor, average, buffer in zip((mean, var), kept.averages, kept.buffers, strict=True):
+                    buffer[...] = average
+                    _is_written(tensor)
+        return y
+
+    def _kept(self: Any, x: torch.Tensor, own: Any) -> _Kept | None:
+        """What the kernels need beside x; None where they do not take what the module has."""
+        features = x.shape[1]
+        where = [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in own]
+        key = (self.eps, x.dtype, features, where)
+        kept = _KEPT.get(self)
+        if kept is None or kept.key != key:
+            if not 0 < self.eps < math.inf or (own[2] is None) != (own[3] is None):
+                return None
+            kind, number = (x.dtype, x.device, x.shape[1:2]), (torch.int64, x.device, ())
+            kinds = [(t, kind) for t in own[:4]] + [(own[4], number)]
+            if not all(t is None or (type(t) in _KINDS and (t.dtype, t.device, t.shape) == of) for t, of in kinds):
+                return None
+            kept = _KEPT[self] = _Kept(key, features, self.eps, own)
+        return kept
+
+    def _otherwise(self: Any, input: torch.Tensor) -> torch.Tensor:
         if isinstance(input, torch.fx.Proxy):  # a node of the graph, as torch.nn's modules are
             tracer = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-        if not self._takes(input):
-            result: torch.Tensor = super().forward(input)  # type: ignore[misc]
-            return result
-        self._check_input_dim(input)
-        # In training without tracking, PyTorch leaves running statistics alone that were there before.
-        tracking = self.training and self.track_running_stats
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        buffers = [self.running_mean, self.running_var] if tracking or not training else [None, None]
-        factor = self.momentum
-        if tracking and factor is None and self.num_batches_tracked is not None:
-            factor = 1 / (int(self.num_batches_tracked) + 1)
-        y, running = _Forward.apply(
-            input, self.weight, self.bias, *buffers, self.eps, (factor or 0.0) if training else None
-        )
-        if tracking:
-            with torch.no_grad():
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
-                for buffer, average in zip(buffers, running, strict=True):
-                    if buffer is not None:
-                        buffer.copy_(torch.from_numpy(average))
-        return y
+        result: torch.Tensor = super().forward(input)  # type: ignore[misc]
+        return result
 
-    def _takes(self: Any, x: torch.Tensor) -> bool:
-        """Whether the kernels do: not other devices and dtypes, compilers, tracers, transforms, or wrong inputs."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
-            return False
-        # The derivatives that the kernels do not have: those of torch.func, and forward ones.
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return False
-        if not 0 < self.eps < math.inf or (self.running_mean is None) != (self.running_var is None):
-            return False
-        own = (self.weight, self.bias, self.running_mean, self.running_var)
-        kind = (x.dtype, x.device, x.shape[1:2])
-        plain = x.device.type == "cpu" and x.layout == torch.strided and x.numel() > 0
-        return plain and x.dtype in _FLOATS and all(t is None or (t.dtype, t.device, t.shape) == kind for t in own)
+
+def _is_plain(x: Any) -> bool:
+    """Whether the kernels take x as it comes: not other devices and dtypes, compilers, tracers and transforms."""
+    if type(x) is not torch.Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    # The derivatives that the kernels do not have: those of torch.func, and forward ones.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return x.is_cpu and x.dtype in _FLOATS and x.layout is torch.strided and x.numel() > 0
 
 
 class FastBatchNorm1d(_Fast, torch.nn.BatchNorm1d):

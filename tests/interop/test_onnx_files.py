@@ -368,7 +368,10 @@ def test_models_in_the_onnx_package(capsys):
     loaded = {}
     for file in files:
         if (network := loads_or_names(file)) is not None:
-            loaded[file.parent.name] = sum(1 for data in recorded(file.parent) if agrees(network, *data) or True)
+            cases = list(recorded(file.parent))
+            for data in cases:
+                agrees(network, *data)
+            loaded[file.parent.name] = len(cases)
     assert min(loaded.values()) == 1
     assert {f"test_BatchNorm{n}_eval" for n in ("1d_3d_input", "2d", "2d_momentum", "3d", "3d_momentum")} < set(loaded)
     assert {"test_Linear", "test_Linear_no_bias", "test_LeakyReLU", "test_Softmax", "test_operator_view"} < set(loaded)

@@ -438,7 +438,7 @@ REFUSALS = {
     "slope": (lambda: graph(op("LeakyRelu", alpha=-0.5)), "node 0 (LeakyRelu): expected negative_slope within [0, 1]"),
     "slopes": (lambda: graph(op("PRelu", "a"), {"a": V}), "node 0 (PRelu): expected a slope of one value"),
     "softmax of several axes": (lambda: graph(op("Softmax"), shape=("N", 4, 3), opset=11), "the last axis, got axis=1"),
-    "softmax of no axis": (lambda: graph(op("Softmax", axis=2)), "expected an axis of x, got axis=2"),
+    "softmax of no axis": (lambda: graph(op("Softmax", axis=2)), "expected x to have an axis 2"),
     "flatten of axis 2": (lambda: graph(op("Flatten", axis=2), shape=("N", 2, 3)), "expected axis=1, got axis=2"),
     "flatten of axis 0": (lambda: graph(op("Flatten", axis=0)), "expected axis=1, got axis=0"),
     "reshape to one axis": (lambda: graph(op("Reshape", "n"), {"n": np.array([-1])}), "(Reshape): expected all"),

@@ -594,6 +594,91 @@ def test_a_parameter_alone_gets_its_gradient(missing, training):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_many_gradients_at_once(affine, training):
+    results = []
+    for norm in pair(1, affine=affine):
+        norm.running_var *= 3
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        dy = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(1))
+        wanted = [x, *norm.parameters()]
+        results.append(torch.autograd.grad(norm.train(training)(x), wanted, dy, is_grads_batched=True))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_changes_between_calls_is_seen():
+    """What a module keeps of one call must not outlive its tensors, or any attribute."""
+    ours, theirs = pair(1)
+    x = torch.randn(8, 5)
+
+    def other_values(norm):
+        with torch.no_grad():
+            norm.weight.mul_(3)
+            norm.running_var.add_(1)
+
+    def other_memory(norm):
+        norm.weight.data = norm.weight.detach() + 1
+        norm.running_mean = norm.running_mean - 1
+
+    def every_other(norm):
+        norm.bias.data = torch.arange(10.0)[::2]
+        norm.running_var = torch.arange(1.0, 11)[::2]
+
+    def reversed_later(norm):
+        norm.bias.data = torch.arange(10.0)[:5]
+
+    changes = [
+        other_values, other_memory, every_other, reversed_later, lambda norm: setattr(norm, "eps", 0.5),
+        lambda norm: setattr(norm, "momentum", 0.9), lambda norm: setattr(norm, "momentum", None),
+        lambda norm: setattr(norm, "track_running_stats", False), lambda norm: setattr(norm, "bias", None),
+        lambda norm: norm.double(), lambda norm: norm.float(), lambda norm: norm.share_memory(),
+        lambda norm: norm.load_state_dict({n: t + 1 for n, t in norm.state_dict().items()}),
+        lambda norm: norm.load_state_dict({n: t + 1 for n, t in norm.state_dict().items()}, assign=True),
+    ]  # fmt: skip
+    for change in [lambda norm: None, *changes]:
+        for training in (False, True, False):
+            results = []
+            for norm in (ours, theirs):
+                if not training:
+                    change(norm)
+                given = x.to(norm.weight.dtype)
+                results.append(
+                    [norm.train(training)(given).detach(), norm.running_mean.clone(), norm.running_var.clone()]
+                )
+            torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    again = copy.deepcopy(ours)
+    again(x)
+    assert again.running_mean.data_ptr() != ours.running_mean.data_ptr()
+
+
+def test_modules_of_inference_mode_and_parametrized_ones_are_torchs():
+    x = torch.randn(8, 5)
+    with torch.inference_mode():
+        ours, theirs = pair(1)
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+    results = []
+    for norm in pair(1):
+        torch.nn.utils.parametrize.register_parametrization(norm, "weight", torch.nn.Softplus())
+        for _ in range(2):
+            norm(x).pow(2).sum().backward()
+            results.append(norm.parametrizations.weight.original.grad.clone())
+            with torch.no_grad():
+                norm.parametrizations.weight.original += 1
+    torch.testing.assert_close(results[:2], results[2:], rtol=1e-4, atol=1e-4)
+
+
+def test_writing_running_statistics_is_seen_by_pytorch():
+    norm = FastBatchNorm1d(5)
+    held = torch.ones(5, requires_grad=True)
+    product = held * norm.running_mean
+    norm(torch.randn(8, 5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # PyTorch's own, in its first hessian
 def test_transforms_and_forward_derivatives_go_through_torchs_own():
     x = torch.randn(3, 8, 5)
