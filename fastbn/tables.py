@@ -10,6 +10,7 @@ import re
 import shlex
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,10 @@ class _Reading:
         self._check_size(X, chosen, lines)
         if len(chosen) > 1:
             notes += [self._counting(i) for i, x in zip(chosen, X.T, strict=True) if _counts(x)]
-        features_named = tuple(self.names[i] for i in chosen) if named else None
+        names = [self.names[i] for i in chosen]
+        counted = Counter(names).items()
+        notes += [f"{n} columns are called {_short(name)}, and all are features" for name, n in counted if n > 1]
+        features_named = tuple(names) if named else None
         return Table(X, features_named, None if at is None else labels, lines, tuple(notes))
 
     def _check_size(self, X: np.ndarray, chosen: Sequence[int], lines: Sequence[int]) -> None:

@@ -201,6 +201,12 @@ def test_a_column_that_counts_the_rows_is_named(tmp_path):
     assert read(tmp_path, "x,t\n1,u\n2,v\n3,u\n", "t").notes == ()  # the only feature there is
 
 
+def test_columns_of_one_name_are_said_to_be_features(tmp_path):
+    dataset = read(tmp_path, "a,a,b,label\n1,2,3,x\n4,5,7,y\n2,2,2,x\n", "label")
+    assert dataset.X.shape == (3, 3)
+    assert dataset.notes == ("2 columns are called a, and all are features",)
+
+
 def test_what_is_no_table(tmp_path):
     for content, fault in (
         ("a,t\n1,\u00e9\n".encode("latin-1"), r"not a text file in UTF-8 .*: save it as UTF-8"),
