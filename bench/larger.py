@@ -162,7 +162,10 @@ def main() -> None:
     options = parser.parse_args()
     gigabytes, rounds = (0.02, 1) if options.quick else (options.gigabytes, 3)
     print(machine.in_words(machine.describe()) + "\n", flush=True)
-    print(f"{gigabytes * 1e3:.0f} MB in blocks of {BLOCK * COLUMNS * 4 / 1e6:.0f} MB, limit {options.limit} MB\n", flush=True)
+    print(
+        f"{gigabytes * 1e3:.0f} MB in blocks of {BLOCK * COLUMNS * 4 / 1e6:.0f} MB, limit {options.limit} MB\n",
+        flush=True,
+    )
     print(table(gigabytes, options.limit * 10**6, rounds) + "\n", flush=True)
     print(threads(BLOCK * (2 if options.quick else 32), 1 if options.quick else 15))
 

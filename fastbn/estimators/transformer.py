@@ -114,6 +114,7 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
             if math.isnan(momentum):
                 raise ValueError("expected momentum to be a number within (0, 1], or None, got nan")
         stats = self._statistics(X, first)
+        into: Any
         if first:
             fading = None if self.momentum is None else 1 - self.momentum
             into, held, seen = np.zeros((3, len(stats.mean))), 0.0, 0
@@ -159,8 +160,8 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
 
         Returns
         -------
-        array of X's shape and dtype (float64 where that is not float32), or what scikit-learn's ``set_output`` asks for;
-        a dask array in X's chunks, where X is one
+        array of X's shape and dtype (float64 where that is not float32), or what scikit-learn's ``set_output`` asks
+        for; a dask array in X's chunks, where X is one
         """
         check_is_fitted(self)
         X = self._checked(X, reset=False)
@@ -183,7 +184,8 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         if x.shape[1] != self.n_features_in_:
             raise ValueError(f"expected X with {self.n_features_in_} features, got {x.shape[1]}")
         low, one = -self.mean_low_ / self.scale_, np.ones_like(self.mean_)
-        return _batch_norm(x, low, one, weight=self.scale_, bias=self.mean_, eps=_EPS)
+        back: Array = _batch_norm(x, low, one, weight=self.scale_, bias=self.mean_, eps=_EPS)
+        return back
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

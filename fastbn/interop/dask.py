@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from .. import calls, functional
 from ..arguments import floating
@@ -27,7 +26,9 @@ from .layers import library
 __all__ = ["batch_norm", "moments"]
 
 RECORD = np.dtype([("mean", "f8"), ("mean_low", "f8"), ("var", "f8"), ("count", "i8")])
-MERGED_AT_ONCE = 16  # results of blocks in one task; it decides bits, so it is not dask's setting
+# Results of blocks along each axis that one task merges, by the number of axes that are summed over. They decide bits,
+# so they are not dask's setting.
+MERGED_AT_ONCE = {1: 16, 2: 4}
 
 
 def moments(x: Any, axis: int = 1) -> Any:
@@ -188,7 +189,7 @@ def _records(x: Any, k: int) -> Any:
     if x.ndim == 1:  # a reduction needs an axis
         x, k = x[np.newaxis], 1
     over = [i for i in range(x.ndim) if i != k]
-    at_once = max(2, round(MERGED_AT_ONCE ** (1 / len(over))))
+    at_once = MERGED_AT_ONCE.get(len(over), 2)
     return library("dask.array", "dask").reduction(
         x, _records_of_block, _merged, combine=_merged, axis=tuple(over), split_every=dict.fromkeys(over, at_once),
         dtype=RECORD, meta=np.empty(0, RECORD),
@@ -233,7 +234,7 @@ def _normalized(
     return calls.normalize(constants, x, stats, None)
 
 
-def _of_features(a: ArrayLike | Any, name: str, x: Any, k: int) -> Any:
+def _of_features(a: Any, name: str, x: Any, k: int) -> Any:
     """The (C,) argument a as a dask array in the chunks of x's features."""
     if a is None:
         return None
@@ -248,7 +249,9 @@ def _of_features(a: ArrayLike | Any, name: str, x: Any, k: int) -> Any:
     return library("dask.array", "dask").from_array(given.copy(), chunks=(x.chunks[k],))
 
 
-def _by_blocks(function: Callable[..., Array], x: Any, dtype: np.dtype[Any], k: int, *of_features: Any, **options: Any) -> Any:
+def _by_blocks(
+    function: Callable[..., Array], x: Any, dtype: np.dtype[Any], k: int, *of_features: Any, **options: Any
+) -> Any:
     """function(block, part of each array of_features, axis=k, **options) of each block of x."""
     index = tuple(range(x.ndim))
     pairs = [part for a in of_features for part in (a, None if a is None else (k,))]
