@@ -23,7 +23,7 @@ from .batchnorm import BatchNorm
 from .batchstats import BatchStats
 from .nn import walk
 from .ranks import Communicator, Gloo, Group, RankError, in_pairs
-from .running import merge
+from .running import merged
 from .state import Array, Float
 
 __all__ = ["Communicator", "Gloo", "RankError", "SyncBatchNorm", "convert"]
@@ -167,7 +167,7 @@ class SyncBatchNorm(BatchNorm):
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got 1 on {len(counts)} ranks together"
             )
-        stats = _merged(parts, counts)
+        stats = merged([BatchStats(mean, var, n, low) for (mean, low, var), n in zip(parts, counts, strict=True)])
         corrections = self._corrections(stats)
         if corrections is not None:
             by = self._corrected(by, corrections)
@@ -284,21 +284,6 @@ def backward(
                 dweight_of_all = r * dweight_of_all + d * dbias_of_all
             change([(dweight, dweight_of_all), (dbias, dbias_of_all)])
     return out
-
-
-def _merged(parts: Array, counts: list[int]) -> BatchStats:
-    """Statistics of all parts, (size, 3, C): means in two parts, and variances."""
-    filled = [(part, n) for part, n in zip(parts, counts, strict=True) if n]
-    if len(filled) <= 1:  # with its own bits
-        (mean, low, var), n = filled[0] if filled else (parts[0], 0)
-        return BatchStats(mean, var, n, low)
-    mean, low, spread = np.zeros((3, parts.shape[2]))
-    seen = 0
-    with np.errstate(all="ignore"):
-        for (part_mean, part_low, part_var), n in filled:
-            merge((mean, low, spread), seen, (part_mean, part_low, part_var * n), n)
-            seen += n
-        return BatchStats(mean, spread / seen, seen, low)
 
 
 def convert(model: Any, comm: Any) -> Any:

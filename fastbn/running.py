@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -40,6 +41,20 @@ def merge(into: Part, weight: float, part: Part, part_weight: float) -> None:
         back = high - mean
         low[...] = (mean - (high - back)) + (step - back)
         mean[...] = high
+
+
+def merged(parts: Sequence[BatchStats]) -> BatchStats:
+    """The statistics of one part or more as one, merged in their order."""
+    filled = [part for part in parts if part.count]
+    if len(filled) <= 1:  # with its own bits
+        return (filled or parts)[0]
+    mean, low, spread = np.zeros((3, len(parts[0].mean)))
+    seen = 0
+    with np.errstate(all="ignore"):
+        for part in filled:
+            merge((mean, low, spread), seen, (part.mean, part.mean_low, part.var * part.count), part.count)
+            seen += part.count
+        return BatchStats(mean, spread / seen, seen, low)
 
 
 class RunningStats:

@@ -12,7 +12,9 @@ from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils import check_array, check_scalar
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ..functional import batch_norm, moments
+from .. import functional
+from ..batchstats import BatchStats
+from ..interop import dask
 from ..running import merge
 from ..state import Array
 
@@ -61,6 +63,9 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
     leave it out, as PyTorch's do. So a stream may come in any parts, even row by row. After the first part, the
     statistics are those of this part.
 
+    A dask array is read by blocks. `fit` and `partial_fit` compute its statistics at once, and refuse NaN and
+    infinities. `transform` and `inverse_transform` do not look for them.
+
     Examples
     --------
     >>> from fastbn.estimators import BatchNormTransformer
@@ -78,7 +83,7 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
 
         Parameters
         ----------
-        X : array_like of shape (n_samples, n_features)
+        X : array_like or dask.array.Array of shape (n_samples, n_features)
         y : None
             Ignored.
 
@@ -93,7 +98,7 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
 
         Parameters
         ----------
-        X : array_like of shape (n_samples, n_features)
+        X : array_like or dask.array.Array of shape (n_samples, n_features)
         y : None
             Ignored.
 
@@ -108,11 +113,11 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
             momentum = check_scalar(self.momentum, "momentum", Real, min_val=0, max_val=1, include_boundaries="right")
             if math.isnan(momentum):
                 raise ValueError("expected momentum to be a number within (0, 1], or None, got nan")
-        X = self._checked(X, reset=first)
-        stats = moments(X)
+        stats = self._statistics(X, first)
+        into: Any
         if first:
             fading = None if self.momentum is None else 1 - self.momentum
-            into, held, seen = np.zeros((3, X.shape[1])), 0.0, 0
+            into, held, seen = np.zeros((3, len(stats.mean))), 0.0, 0
         else:
             # Copies: whoever holds the arrays of before keeps them, and a model mapped from a file is read-only.
             into = np.stack([self.mean_, self.mean_low_, self._spread])
@@ -131,38 +136,56 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         )  # fmt: skip
         return self
 
+    def _statistics(self, X: Any, first: bool) -> BatchStats:
+        if not dask.is_dask(X):
+            return functional.moments(self._checked(X, reset=first))
+        if not first:  # the number of features, before the work
+            self._checked(X, reset=False)
+        stats: BatchStats = dask.moments(_table(X)).compute()
+        # What scikit-learn's checks refuse of an array in memory.
+        if not stats.count:
+            raise ValueError("expected X with at least 1 sample, got none")
+        wrong = np.flatnonzero(~np.isfinite(stats.mean))
+        if len(wrong):
+            raise ValueError(f"expected finite numbers in X, got NaN or an infinity in column {wrong[0]}")
+        self._checked(X, reset=first)
+        return stats
+
     def transform(self, X: ArrayLike) -> Any:
-        """Scale X.
+        """Scale X. A dask array is scaled by blocks, when the result is computed.
 
         Parameters
         ----------
-        X : array_like of shape (n_samples, n_features)
+        X : array_like or dask.array.Array of shape (n_samples, n_features)
 
         Returns
         -------
-        array of X's shape and dtype (float64 where that is not float32), or what scikit-learn's ``set_output`` asks for
+        array of X's shape and dtype (float64 where that is not float32), or what scikit-learn's ``set_output`` asks
+        for; a dask array in X's chunks, where X is one
         """
         check_is_fitted(self)
         X = self._checked(X, reset=False)
         var = np.where(self.var_ == 0, 1, self.var_)
-        return batch_norm(X, self.mean_, var, bias=-self.mean_low_ / self.scale_, eps=_EPS)
+        return _batch_norm(X, self.mean_, var, bias=-self.mean_low_ / self.scale_, eps=_EPS)
 
     def inverse_transform(self, X: ArrayLike) -> Array:
-        """Return X as it was before `transform`.
+        """Return X as it was before `transform`. A dask array is scaled by blocks, when the result is computed.
 
         Parameters
         ----------
-        X : array_like of shape (n_samples, n_features)
+        X : array_like or dask.array.Array of shape (n_samples, n_features)
 
         Returns
         -------
-        numpy.ndarray of X's shape and dtype (float64 where that is not float32)
+        array of X's shape and dtype (float64 where that is not float32); a dask array in X's chunks, where X is one
         """
         check_is_fitted(self)
-        x: Array = check_array(X, dtype=(np.float64, np.float32))
+        x: Array = _table(X) if dask.is_dask(X) else check_array(X, dtype=(np.float64, np.float32))
         if x.shape[1] != self.n_features_in_:
             raise ValueError(f"expected X with {self.n_features_in_} features, got {x.shape[1]}")
-        return batch_norm(x, -self.mean_low_ / self.scale_, np.ones_like(self.mean_), self.scale_, self.mean_, eps=_EPS)
+        low, one = -self.mean_low_ / self.scale_, np.ones_like(self.mean_)
+        back: Array = _batch_norm(x, low, one, weight=self.scale_, bias=self.mean_, eps=_EPS)
+        return back
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -173,10 +196,25 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
             self._spread = self.var_ * self._weight
 
     def _checked(self, X: Any, reset: bool) -> Array:
-        x: Array = validate_data(self, X, dtype=(np.float64, np.float32), reset=reset)
+        if dask.is_dask(X):
+            x: Array = validate_data(self, _table(X), skip_check_array=True, reset=reset)
+        else:
+            x = validate_data(self, X, dtype=(np.float64, np.float32), reset=reset)
         return x
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _batch_norm(X: Any, *statistics: Array, **options: Any) -> Any:
+    """y of X, as a dask array where X is one."""
+    return (dask if dask.is_dask(X) else functional).batch_norm(X, *statistics, **options)
+
+
+def _table(X: Any) -> Any:
+    """The dask array X, which has rows and columns."""
+    if X.ndim != 2:
+        raise ValueError(f"expected X of shape (n_samples, n_features), got shape {X.shape}")
+    return X

@@ -1,5 +1,5 @@
 """Networks in and out of other libraries: `fastbn.interop.torch`, `fastbn.interop.onnx`, `fastbn.interop.keras`,
-`fastbn.interop.sklearn`.
+`fastbn.interop.sklearn`; and arrays of `fastbn.interop.dask`.
 
 Each imports its library when one of its functions is called, and says which extra is missing if it is not there.
 """
@@ -7,7 +7,7 @@ Each imports its library when one of its functions is called, and says which ext
 from importlib import import_module
 from typing import Any
 
-__all__ = ["keras", "onnx", "sklearn", "torch"]
+__all__ = ["dask", "keras", "onnx", "sklearn", "torch"]
 
 
 def __getattr__(name: str) -> Any:
