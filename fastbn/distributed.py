@@ -76,7 +76,8 @@ class SyncBatchNorm(BatchNorm):
     Notes
     -----
     A training forward exchanges 64 numbers of float64, and then 3 for each feature; a backward 64, and then 2 for each
-    feature. The parts are merged by the rule of Chan, Golub & LeVeque (1979).
+    feature. The parts are merged by the rule of Chan, Golub & LeVeque (1979): if they are many, each rank merges those
+    of some of the features, and tells the others.
 
     The gradients of weight and bias are sums over all ranks already: do not add them up again.
 
@@ -161,13 +162,15 @@ class SyncBatchNorm(BatchNorm):
             "num_features": self.num_features, "dimensions of x": a.ndim, "feature axis": axis,
             "bytes of an element": a.itemsize,
         }  # fmt: skip
-        facts, parts = group.exchange(FORWARD, alike=alike, facts=[local.count], numbers=numbers)
-        counts = [int(n) for n in facts[:, 0]]
-        if sum(counts) == 1:
+        facts, (mean, low, var) = group.exchange(
+            FORWARD, alike=alike, facts=[local.count], numbers=numbers, merge=_merged
+        )
+        count = int(facts.sum())
+        if count == 1:
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got 1 on {len(counts)} ranks together"
+                f"Expected more than 1 value per channel when training, got 1 on {len(facts)} ranks together"
             )
-        stats = merged([BatchStats(mean, var, n, low) for (mean, low, var), n in zip(parts, counts, strict=True)])
+        stats = BatchStats(mean, var, count, low)
         corrections = self._corrections(stats)
         if corrections is not None:
             by = self._corrected(by, corrections)
@@ -270,9 +273,10 @@ def backward(
     except BaseException as error:
         group.tell(error)
         raise
-    parts = group.exchange(BACKWARD, alike={"num_features": sums.shape[1]}, numbers=sums).numbers
     with np.errstate(all="ignore"):  # as everywhere: what is not finite stays in its feature, without a word
-        dweight_of_all, dbias_of_all = in_pairs(list(parts))
+        dweight_of_all, dbias_of_all = group.exchange(
+            BACKWARD, alike={"num_features": sums.shape[1]}, numbers=sums, merge=in_pairs
+        ).numbers
         done = calls.input_gradient(by, g, a, stats, dweight_of_all, dbias_of_all, dx if valid is None else None)
         if valid is not None:
             batches.scatter(done, dx, axis, valid)
@@ -284,6 +288,12 @@ def backward(
                 dweight_of_all = r * dweight_of_all + d * dbias_of_all
             change([(dweight, dweight_of_all), (dbias, dbias_of_all)])
     return out
+
+
+def _merged(of_all: Array, counts: Array) -> Array:
+    """Means in two parts, and variances: (3, C) of (size, 3, C)."""
+    stats = merged([BatchStats(mean, var, int(n), low) for (mean, low, var), (n,) in zip(of_all, counts, strict=True)])
+    return np.stack([stats.mean, stats.mean_low, stats.var])
 
 
 def convert(model: Any, comm: Any) -> Any:

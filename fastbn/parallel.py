@@ -28,7 +28,7 @@ from .terminal import CtrlC
 
 __all__ = ["Ranks"]
 
-# Numbers that a rank has of all ranks together at one time: 32 MB.
+# Numbers that a rank is sent at one time: 32 MB.
 ROOM = 1 << 22
 # Values that a Dropout of one rank takes in one step, at most: the next step's begin behind them.
 STEP_OF_A_STREAM = 1 << 64
@@ -126,7 +126,7 @@ class Ranks:
             return value, n, right, decisions
         sums = self._group.exchange("the loss of fit", facts=[value * n, n, right, decisions]).facts
         with np.errstate(all="ignore"):
-            total, n, right, decisions = in_pairs(list(sums)).tolist()
+            total, n, right, decisions = in_pairs(sums).tolist()
         return total / n, int(n), int(right), int(decisions)
 
     def add_gradients(self, model: Any) -> None:
@@ -140,14 +140,12 @@ class Ranks:
             for gradient in layer.grads.values()
         }
         own = [gradient for gradient in model.grads.values() if id(gradient) not in done]
-        most = max(ROOM // self.size, 1)
+        most = ROOM if self._group.merges_slices else max(ROOM // self.size, 1)
         flat = np.concatenate([np.ravel(gradient) for gradient in own], dtype=np.float64) if own else np.empty(0)
         with np.errstate(all="ignore"):
             for start in range(0, max(flat.size, 1), most):
                 numbers = flat[start : start + most]
-                of_all = self._group.exchange("the gradients of fit", numbers=numbers).numbers
-                if numbers.size:
-                    numbers[...] = in_pairs(list(of_all))
+                numbers[...] = self._group.exchange("the gradients of fit", numbers=numbers, merge=in_pairs).numbers
             start = 0
             for gradient in own:
                 gradient[...] = flat[start : start + gradient.size].reshape(gradient.shape)

@@ -1,15 +1,17 @@
 """Processes, or *ranks*, that compute one thing together: how they exchange numbers, and what fails on one of them.
 
-# Design: ranks exchange float64 arrays of one size, by allgather alone, and every rank merges what it gets in the order
-# of ranks: so all have the same bits, whatever the library's own order of reduction is. Each exchange begins with a
-# header, in which a rank says where in the program it is, what it brings, or what went wrong on it. An error on one
-# rank is raised on all, and none waits for numbers that never come. An exchange that is broken off between its header
-# and its numbers (Ctrl-C, no memory) cannot be made good: the rank then ends all of them.
+# Design: ranks exchange float64 arrays of one size, and numbers are merged in the order of ranks: so all have the same
+# bits, whatever the library's own order of reduction is. Few numbers are gathered and merged on every rank. Of many,
+# each rank merges a slice, and the slices are gathered: a rank then receives each number twice, where it would receive
+# it from every other rank. Each exchange begins with a header, in which a rank says where in the program it is, what it
+# brings, or what went wrong on it. An error on one rank is raised on all, and none waits for numbers that never come.
+# An exchange that is broken off between its header and its numbers (Ctrl-C, no memory) cannot be made good: the rank
+# then ends all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +23,8 @@ __all__ = ["Communicator", "Gloo", "Group", "RankError", "in_pairs"]
 HEADER = 64  # float64 numbers: the two below, facts, and the bytes of a text: the place in the program, or an error
 HAS_FAILED, AT_END, FACTS, TEXT = 0, 1, 2, 16
 _ROOM = 8 * (HEADER - TEXT)  # bytes of the text
+# Numbers that a rank would receive in all, from which on they are merged in slices.
+SLICED_FROM = 1 << 17
 END = "the end of what the ranks do together"
 
 
@@ -30,6 +34,9 @@ class RankError(RuntimeError):
 
 class Communicator(Protocol):
     """What is asked of a library for messages. A communicator of mpi4py is taken as it is, without these names.
+
+    There may be a fifth member, ``alltoall(array)``, which sends ``array[r]`` to rank r and returns what the ranks have
+    sent to this one, in their order. With many ranks or many numbers it saves messages and memory.
 
     Attributes
     ----------
@@ -57,6 +64,11 @@ class _MPI:
         gathered = np.empty((self.size, *array.shape))
         self._comm.Allgather(array, gathered)
         return list(gathered)
+
+    def alltoall(self, array: Array, /) -> list[Array]:
+        received = np.empty_like(array)
+        self._comm.Alltoall(array, received)
+        return list(received)
 
     def abort(self, code: int, /) -> Any:
         self._comm.Abort(code)
@@ -118,7 +130,7 @@ class Exchanged(NamedTuple):
     """What all ranks brought, in their order."""
 
     facts: Array  # (size, number of facts)
-    numbers: Array  # (size, *shape)
+    numbers: Array  # (size, *shape), or what they were merged to
 
 
 class Group:
@@ -140,8 +152,12 @@ class Group:
         alike: Mapping[str, float] | None = None,
         facts: Sequence[float] = (),
         numbers: Array | None = None,
+        merge: Callable[[Array, Array], Array] | None = None,
     ) -> Exchanged:
         """The facts and the numbers of all ranks, each of which calls this at the same place in the program.
+
+        merge(numbers of all ranks, their facts) makes one array of them, whose last axis is that of the numbers. It
+        treats each place on that axis by itself.
 
         Raises
         ------
@@ -156,14 +172,37 @@ class Group:
         try:
             headers = self._of_all(header)
             wrong = _what_is_wrong(headers, place, [*alike, "count of numbers"])
-            of_all = np.empty(0) if wrong or not brought.size else self._of_all(brought)
+            first = FACTS + len(alike) + 1
+            known = headers[:, first : first + len(facts)]
+            if wrong is not None or not brought.size:
+                of_all = np.empty(0)
+            elif merge is None:
+                of_all = self._of_all(brought)
+            elif self.merges_slices and self.comm.size * brought.size >= SLICED_FROM:
+                of_all = self._of_slices(brought, lambda slices: merge(slices, known))
+            else:
+                of_all = merge(self._of_all(brought), known)
         except BaseException:
             self.comm.abort(1)
             raise
         if wrong is not None:
             raise wrong[0](wrong[1])
-        first = FACTS + len(alike) + 1
-        return Exchanged(headers[:, first : first + len(facts)], of_all)
+        return Exchanged(known, of_all)
+
+    @property
+    def merges_slices(self) -> bool:
+        return hasattr(self.comm, "alltoall")
+
+    def _of_slices(self, numbers: Array, merge: Callable[[Array], Array]) -> Array:
+        """What merge makes of the numbers of all ranks, each of which merges a slice."""
+        *others, n = numbers.shape
+        size, width = self.comm.size, -(-n // self.comm.size)
+        padded = np.zeros((*others, size * width))
+        padded[..., :n] = numbers
+        to_ranks = np.moveaxis(padded.reshape(*others, size, width), -2, 0)
+        communicator: Any = self.comm
+        own = merge(np.stack(communicator.alltoall(np.ascontiguousarray(to_ranks))))
+        return np.concatenate(self.comm.allgather(np.ascontiguousarray(own)), axis=-1)[..., :n]
 
     def tell(self, error: BaseException) -> None:
         """Take part in the exchange that the others are at, by an error, which the caller then raises."""
@@ -247,8 +286,10 @@ def _text(header: Array) -> str:
     return header[TEXT:].tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
-def in_pairs(parts: list[Array]) -> Array:
-    """Their sum, in the order of a tree of pairs."""
+def in_pairs(of_all: Array, facts: Array | None = None) -> Array:
+    """The sum over all ranks, in the order of a tree of pairs; one that `Group.exchange` merges by."""
+    parts = list(of_all)
     while len(parts) > 1:
         parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
-    return parts[0]
+    summed: Array = parts[0]
+    return summed

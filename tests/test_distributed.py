@@ -44,14 +44,22 @@ class Thread:
         self._barrier.abort()
 
 
-def together(size, program, seconds=60, broken=False):
+class Slicing(Thread):
+    """A rank with the fifth member, too."""
+
+    def alltoall(self, array):
+        assert len(array) == self.size
+        return [gathered[self.rank] for gathered in self.allgather(array)]
+
+
+def together(size, program, seconds=60, broken=False, rank_of=Thread):
     """program(comm) on each rank; what each returned or raised. Only where it may break does one wait in vain."""
     barrier, places = threading.Barrier(size, timeout=seconds), [None] * size
     results = [None] * size
 
     def run(rank):
         try:
-            results[rank] = program(Thread(rank, size, barrier, places))
+            results[rank] = program(rank_of(rank, size, barrier, places))
         except BaseException as error:
             results[rank] = error
 
@@ -210,7 +218,42 @@ def test_inference_and_frozen_layers_exchange_nothing(mode):
 def test_sums_over_ranks_are_trees_of_pairs(size, order):
     parts = np.random.default_rng(size).standard_normal((size, 1000))
     expression = re.sub(r"(?<=[\d)])(?=[\d(])", "+", order)
-    assert in_pairs(list(parts)).tobytes() == eval(re.sub(r"(\d)", r"parts[\1]", expression)).tobytes()
+    assert in_pairs(parts).tobytes() == eval(re.sub(r"(\d)", r"parts[\1]", expression)).tobytes()
+
+
+@pytest.mark.parametrize("num_features", [1, 2, 5, 13])
+@pytest.mark.parametrize("size", RANKS)
+def test_merging_in_slices_gives_the_same_bits(monkeypatch, size, num_features):
+    rng = np.random.default_rng(num_features)
+    x, dy = rng.standard_normal((2, 40, num_features)) * 3 + 1e6
+    x[3, 0], dy[5, -1] = np.inf, np.nan
+
+    def program(comm):
+        start, stop = cuts(40, size, uneven=True)[comm.rank]
+        layer = SyncBatchNorm(num_features, comm=comm)
+        return [a.tobytes() for a in step(layer, x[start:stop], dy[start:stop])], comm.bytes
+
+    gathered = together(size, program)
+    monkeypatch.setattr("fastbn.ranks.SLICED_FROM", 0)
+    sliced = together(size, program, rank_of=Slicing)
+    assert [bits for bits, _ in sliced] == [bits for bits, _ in gathered]
+    assert all(of_one != of_other for (_, of_one), (_, of_other) in zip(sliced, gathered, strict=True))
+
+
+def test_an_error_while_merging_a_slice_ends_all_ranks(monkeypatch):
+    monkeypatch.setattr("fastbn.ranks.SLICED_FROM", 0)
+    layers = []
+
+    def program(comm):
+        layer = SyncBatchNorm(5, comm=comm)
+        layers.append(layer)
+        if comm.rank == 1:
+            comm.alltoall = lambda array: [][1]
+        layer(np.arange(20.0).reshape(4, 5))
+
+    results = together(3, program, broken=True, rank_of=Slicing)
+    assert sorted(type(result).__name__ for result in results) == ["BrokenBarrierError"] * 2 + ["IndexError"]
+    assert all(not layer.running_mean.any() and layer.num_batches_tracked == 0 for layer in layers)
 
 
 def test_what_is_exchanged():

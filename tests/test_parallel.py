@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from test_distributed import Thread, errors, together
+from test_distributed import Slicing, Thread, errors, together
 
 from fastbn import BatchNorm, losses, nn, optim, parallel, training
 from fastbn.distributed import convert
@@ -109,6 +109,14 @@ def test_gradients_travel_in_pieces(monkeypatch):
     whole = well(together(2, trained))
     monkeypatch.setattr(parallel, "ROOM", 10)
     assert same_bits(whole[0], well(together(2, trained))[0])
+
+
+def test_gradients_merged_in_slices_have_the_same_bits(monkeypatch):
+    gathered = well(together(3, trained))
+    monkeypatch.setattr("fastbn.ranks.SLICED_FROM", 0)
+    assert same_bits(gathered[0], well(together(3, trained, rank_of=Slicing))[0])
+    monkeypatch.setattr("fastbn.parallel.ROOM", 7)
+    assert same_bits(gathered[0], well(together(3, trained, rank_of=Slicing))[2])
 
 
 def test_each_rank_evaluates_its_part():

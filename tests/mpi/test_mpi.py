@@ -69,7 +69,9 @@ def test_the_parts_are_the_whole_within_the_contract(size, cut):
 
 @pytest.mark.parametrize("size", [3, 4])
 def test_the_same_number_of_ranks_has_the_same_bits(size):
-    assert program(size, "agreement", "uneven")["bits"] == program(size, "agreement", "uneven")["bits"]
+    bits = program(size, "agreement", "uneven")["bits"]
+    assert program(size, "agreement", "uneven")["bits"] == bits
+    assert program(size, "agreement", "uneven", "sliced")["bits"] == bits
 
 
 REFUSED = {
