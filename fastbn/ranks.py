@@ -114,6 +114,12 @@ class Gloo:
         self._torch.distributed.all_gather(gathered, mine, group=self.group)
         return [tensor.numpy() for tensor in gathered]
 
+    def alltoall(self, array: Array, /) -> list[Array]:
+        received = np.empty_like(array)
+        to, of = self._torch.from_numpy(received), self._torch.from_numpy(array)
+        self._torch.distributed.all_to_all_single(to, of, group=self.group)
+        return list(received)
+
     def abort(self, code: int, /) -> None:
         """Leave the group: the exchanges of the other ranks then fail."""
         if self._torch.distributed.is_initialized():
