@@ -1,8 +1,15 @@
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import disjoint_base
 
 _Float64 = NDArray[np.float64]
+# A mean's high and low part, and the sum of weighted squared deviations from it.
+Part = Sequence[_Float64] | _Float64
+
+def merge(into: Part, weight: float, part: Part, part_weight: float) -> None: ...
+def merged(numbers: ArrayLike, counts: ArrayLike) -> BatchStats: ...
 
 @disjoint_base
 class BatchStats:

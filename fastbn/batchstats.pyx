@@ -1,4 +1,5 @@
-"""BatchStats: what a batch's forward hands to its backward."""
+# cython: boundscheck=False, wraparound=False, cdivision=True
+"""BatchStats: what a batch's forward hands to its backward; and how the statistics of parts become one."""
 import operator
 import sys
 
@@ -10,6 +11,7 @@ from cpython.mem cimport PyMem_Free
 from libc.string cimport memcpy
 
 from fastbn.arguments cimport as_array, load, new_doubles
+from fastbn.kernels.rounding cimport Control, as_before, ieee
 
 cnp.import_array()
 
@@ -98,4 +100,94 @@ cdef BatchStats new_stats(Py_ssize_t C, Py_ssize_t count, bint renormalised=Fals
     """Statistics whose values are still to be written."""
     cdef BatchStats stats = BatchStats.__new__(BatchStats)
     stats.reserve(C, count, renormalised)
+    return stats
+
+
+cdef void merge_part(double *mean, double *low, double *spread, double weight, const double *part_mean, const double *part_low,
+                     const double *part_var, double times, double part_weight, Py_ssize_t C) noexcept nogil:
+    """merge; the part's spread is part_var*times."""
+    cdef double total = weight + part_weight
+    cdef double between = weight * part_weight / total
+    cdef double share = part_weight / total
+    cdef bint heavier = part_weight > weight
+    cdef double base, rest, delta, step, high, back
+    cdef Py_ssize_t c
+    if heavier:  # from the heavier part, the step is no longer than the deviations
+        share = -weight / total
+    for c in range(C):
+        delta = (part_mean[c] - mean[c]) + (part_low[c] - low[c])
+        spread[c] += part_var[c] * times + delta * delta * between
+        base = part_mean[c] if heavier else mean[c]
+        rest = part_low[c] if heavier else low[c]
+        step = delta * share + rest
+        # Knuth's TwoSum, so that a mean far above the deviations loses nothing over many parts.
+        high = base + step
+        back = high - base
+        low[c] = (base - (high - back)) + (step - back)
+        mean[c] = high
+
+
+def merge(into, double weight, part, double part_weight):
+    """The statistics of two parts as one, in place, by the rule of Chan, Golub & LeVeque (1979).
+
+    Each part is (3, C): a mean's high and low part, and the sum of weighted squared deviations from it. For parts that fade in between,
+    the result is the exponentially weighted variance (West 1979).
+    """
+    cdef double[::1] mean = into[0], low = into[1], spread = into[2]
+    cdef const double[::1] part_mean = part[0], part_low = part[1], part_spread = part[2]
+    cdef Py_ssize_t C = mean.shape[0]
+    cdef Control word
+    if not C == low.shape[0] == spread.shape[0] == part_mean.shape[0] == part_low.shape[0] == part_spread.shape[0]:
+        raise ValueError(f"expected statistics of {C} features, got {[len(row) for row in (*into, *part)]}")
+    if not C:
+        return
+    if not weight:  # a difference to 0 would round the mean to one number
+        mean[:], low[:], spread[:] = part_mean, part_low, part_spread
+        return
+    word = ieee()
+    merge_part(&mean[0], &low[0], &spread[0], weight, &part_mean[0], &part_low[0], &part_spread[0], 1, part_weight, C)
+    as_before(word)
+
+
+def merged(numbers, counts):
+    """BatchStats of several parts together: (size, 3, C) has mean, mean_low and var of each, (size,) how many values it has of each feature.
+
+    They are merged in their order. A part alone, among empty ones, keeps its bits.
+    """
+    cdef const double[:, :, ::1] parts = np.ascontiguousarray(numbers, np.float64)
+    cdef const double[::1] n = np.ascontiguousarray(counts, np.float64)
+    cdef Py_ssize_t C = parts.shape[2]
+    cdef Py_ssize_t first = 0
+    cdef Py_ssize_t i, c
+    cdef double seen
+    cdef bint alone = True
+    cdef BatchStats stats
+    cdef double *row
+    cdef Control word
+    if parts.shape[0] == 0 or parts.shape[0] != n.shape[0] or parts.shape[1] != 3:
+        raise ValueError(f"expected statistics of shape (parts, 3, C) and as many counts, got {np.shape(numbers)} and {np.shape(counts)}")
+    stats = new_stats(C, int(np.sum(n)))
+    if not C:
+        return stats
+    while first < parts.shape[0] - 1 and not n[first]:
+        first += 1
+    if not n[first]:
+        first = 0
+    row = stats.data
+    memcpy(row, &parts[first, 0, 0], 3 * C * sizeof(double))
+    seen = n[first]
+    word = ieee()
+    for i in range(first + 1, parts.shape[0]):
+        if not n[i]:
+            continue
+        if alone:
+            alone = False
+            for c in range(C):
+                row[2 * C + c] *= seen
+        merge_part(row, row + C, row + 2 * C, seen, &parts[i, 0, 0], &parts[i, 1, 0], &parts[i, 2, 0], n[i], n[i], C)
+        seen += n[i]
+    if not alone:
+        for c in range(C):
+            row[2 * C + c] /= seen
+    as_before(word)
     return stats

@@ -47,8 +47,11 @@ class Communicator(Protocol):
     rank: int
     size: int
 
-    def allgather(self, array: Array, /) -> Sequence[Array]:
-        """Return the arrays of all ranks, in their order: float64, C-contiguous, and of one shape on all ranks."""
+    def allgather(self, array: Array, /) -> Sequence[Array] | Array:
+        """Return the arrays of all ranks, in their order, as a list, or as one new array.
+
+        They are of float64, C-contiguous, and of one shape on all ranks.
+        """
 
     def abort(self, code: int, /) -> Any:
         """End all ranks, or make their next exchange fail."""
@@ -60,15 +63,15 @@ class _MPI:
     def __init__(self, comm: Any) -> None:
         self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
 
-    def allgather(self, array: Array, /) -> list[Array]:
+    def allgather(self, array: Array, /) -> Array:
         gathered = np.empty((self.size, *array.shape))
         self._comm.Allgather(array, gathered)
-        return list(gathered)
+        return gathered
 
-    def alltoall(self, array: Array, /) -> list[Array]:
+    def alltoall(self, array: Array, /) -> Array:
         received = np.empty_like(array)
         self._comm.Alltoall(array, received)
-        return list(received)
+        return received
 
     def abort(self, code: int, /) -> Any:
         self._comm.Abort(code)
@@ -114,11 +117,11 @@ class Gloo:
         self._torch.distributed.all_gather(gathered, mine, group=self.group)
         return [tensor.numpy() for tensor in gathered]
 
-    def alltoall(self, array: Array, /) -> list[Array]:
+    def alltoall(self, array: Array, /) -> Array:
         received = np.empty_like(array)
         to, of = self._torch.from_numpy(received), self._torch.from_numpy(array)
         self._torch.distributed.all_to_all_single(to, of, group=self.group)
-        return list(received)
+        return received
 
     def abort(self, code: int, /) -> None:
         """Leave the group: the exchanges of the other ranks then fail."""
@@ -207,7 +210,7 @@ class Group:
         padded[..., :n] = numbers
         to_ranks = np.moveaxis(padded.reshape(*others, size, width), -2, 0)
         communicator: Any = self.comm
-        own = merge(np.stack(communicator.alltoall(np.ascontiguousarray(to_ranks))))
+        own = merge(_in_one(communicator.alltoall(np.ascontiguousarray(to_ranks))))
         return np.concatenate(self.comm.allgather(np.ascontiguousarray(own)), axis=-1)[..., :n]
 
     def tell(self, error: BaseException) -> None:
@@ -240,13 +243,17 @@ class Group:
             raise
 
     def _of_all(self, array: Array) -> Array:
-        return np.stack(self.comm.allgather(array))
+        return _in_one(self.comm.allgather(array))
 
     def __deepcopy__(self, memo: Any) -> Group:
         return self
 
     def __reduce__(self) -> Any:
         return _no_group, ()
+
+
+def _in_one(of_all: Sequence[Array] | Array) -> Array:
+    return of_all if isinstance(of_all, np.ndarray) else np.stack(of_all)
 
 
 def _no_group() -> None:
@@ -294,8 +301,9 @@ def _text(header: Array) -> str:
 
 def in_pairs(of_all: Array, facts: Array | None = None) -> Array:
     """The sum over all ranks, in the order of a tree of pairs; one that `Group.exchange` merges by."""
-    parts = list(of_all)
-    while len(parts) > 1:
-        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
-    summed: Array = parts[0]
-    return summed
+    while (n := len(of_all)) > 1:
+        paired = of_all[: n - n % 2]
+        sums = paired[::2] + paired[1::2]
+        of_all = np.concatenate([sums, of_all[n - 1 :]]) if n % 2 else sums
+    total: Array = of_all[0]
+    return total

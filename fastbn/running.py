@@ -3,58 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .atomic import change
-from .batchstats import BatchStats
+from .batchstats import BatchStats, merge
 from .state import whole
 
 Array = NDArray[np.float64]
-Part = tuple[Array, Array, Array]  # a mean's high and low part, and the sum of weighted squared deviations from it
-
-
-def merge(into: Part, weight: float, part: Part, part_weight: float) -> None:
-    """The statistics of two parts as one, in place, by the rule of Chan, Golub & LeVeque (1979).
-
-    For parts that fade in between, the result is the exponentially weighted variance (West 1979).
-    """
-    mean, low, spread = into
-    if not weight:  # a difference to 0 would round the mean to one number
-        for own, given in zip(into, part, strict=True):
-            own[...] = given
-        return
-    total = weight + part_weight
-    with np.errstate(all="ignore"):  # what is not finite stays in its feature, without a word
-        delta = (part[0] - mean) + (part[1] - low)
-        spread += part[2] + delta * delta * (weight * part_weight / total)
-        if part_weight > weight:  # from the heavier part, the step is no longer than the deviations
-            mean[...], low[...] = part[:2]
-            step = delta * (-weight / total) + low
-        else:
-            step = delta * (part_weight / total) + low
-        # Knuth's TwoSum, so that a mean far above the deviations loses nothing over many parts.
-        high = mean + step
-        back = high - mean
-        low[...] = (mean - (high - back)) + (step - back)
-        mean[...] = high
-
-
-def merged(parts: Sequence[BatchStats]) -> BatchStats:
-    """The statistics of one part or more as one, merged in their order."""
-    filled = [part for part in parts if part.count]
-    if len(filled) <= 1:  # with its own bits
-        return (filled or parts)[0]
-    mean, low, spread = np.zeros((3, len(parts[0].mean)))
-    seen = 0
-    with np.errstate(all="ignore"):
-        for part in filled:
-            merge((mean, low, spread), seen, (part.mean, part.mean_low, part.var * part.count), part.count)
-            seen += part.count
-        return BatchStats(mean, spread / seen, seen, low)
 
 
 class RunningStats:
@@ -217,7 +175,7 @@ class RunningStats:
             return
         self._merge((other._mean, other._low, other._spread), other.count, other.num_batches)
 
-    def _merge(self, part: Part, count: int, batches: int) -> None:
+    def _merge(self, part: tuple[Array, Array, Array], count: int, batches: int) -> None:
         own = self._mean, self._low, self._spread
         merged = self._mean.copy(), self._low.copy(), self._spread.copy()
         merge(merged, self.count, part, count)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from twin import within
 
 import fastbn
+from fastbn import batchstats
 
 
 def batches(seed=0, sizes=(5, 40, 2, 13), c=3):
@@ -91,6 +92,12 @@ def merged(x, sizes, how):
     parts = np.split(x, np.cumsum(sizes)[:-1])
     if how == "updates":
         return fed(parts, None, unbiased=False)
+    if how == "at once":
+        all_stats = [fastbn.moments(part) for part in parts]
+        numbers = [[stats.mean, stats.mean_low, stats.var] for stats in all_stats]
+        running = fastbn.RunningStats(1, None, unbiased=False)
+        running.update(batchstats.merged(numbers, [stats.count for stats in all_stats]))
+        return running
     left = [fed([part], None, unbiased=False) for part in parts]
     while len(left) > 1:
         for one, other in zip(left[::2], left[1::2], strict=False):
@@ -99,7 +106,7 @@ def merged(x, sizes, how):
     return left[0]
 
 
-@pytest.mark.parametrize("how", ["updates", "merges"])
+@pytest.mark.parametrize("how", ["updates", "merges", "at once"])
 @pytest.mark.parametrize("ratio", [0, 1e6, 1e9, 1e12])
 @pytest.mark.parametrize("sizes", [[300], [100, 200], [1, 299], [299, 1], [60] * 5, [1] * 300], ids=str)
 def test_exact_statistics_in_parts_are_as_exact_as_in_one_call(sizes, ratio, how):
@@ -113,6 +120,21 @@ def test_exact_statistics_in_parts_are_as_exact_as_in_one_call(sizes, ratio, how
     assert abs(Fraction(running.mean[0]) + Fraction(running.mean_low[0]) - mean) <= 1e-16 * var**0.5
     assert running.var[0] == pytest.approx(var, rel=2e-15)
     assert running.count == 300
+
+
+def test_parts_merged_at_once_are_checked_and_one_alone_keeps_its_bits():
+    numbers = np.random.default_rng(0).random((3, 3, 4))
+    for counts, kept in (([0, 5, 0], 1), ([0, 0, 0], 0), ([0, 0, 2], 2)):
+        stats = batchstats.merged(numbers, counts)
+        assert np.stack([stats.mean, stats.mean_low, stats.var]).tobytes() == numbers[kept].tobytes()
+        assert stats.count == sum(counts)
+    assert batchstats.merged(numbers[:, :, :0], [1, 2, 3]).mean.shape == (0,)
+    for wrong, counts in ((numbers[:, :2], [1, 2, 3]), (numbers, [1, 2]), (numbers[:0], [])):
+        with pytest.raises(ValueError, match="expected statistics of shape"):
+            batchstats.merged(wrong, counts)
+    rows = np.zeros((3, 4)), np.zeros((3, 5))
+    with pytest.raises(ValueError, match=r"expected statistics of 4 features, got \[4, 4, 4, 5, 5, 5\]"):
+        batchstats.merge(rows[0], 1, rows[1], 1)
 
 
 def test_whole_numbers_beyond_float64s_digits():

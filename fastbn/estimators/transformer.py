@@ -13,9 +13,8 @@ from sklearn.utils import check_array, check_scalar
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .. import functional
-from ..batchstats import BatchStats
+from ..batchstats import BatchStats, merge
 from ..interop import dask
-from ..running import merge
 from ..state import Array
 
 _EPS = 5e-324  # functional wants a positive one: added to a variance of normal size, this one changes nothing

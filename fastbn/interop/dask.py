@@ -17,9 +17,8 @@ import numpy as np
 
 from .. import calls, functional
 from ..arguments import floating
-from ..batchstats import BatchStats
+from ..batchstats import BatchStats, merged
 from ..calls import Constants
-from ..running import merged
 from ..state import Array
 from .layers import library
 
@@ -206,8 +205,9 @@ def _records_of_block(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
 def _merged(parts: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     """One record for each feature, merged in the order of the blocks."""
     k = next(i for i in range(parts.ndim) if i not in axis)
-    rows = np.moveaxis(parts, k, -1)
-    records = _as_records(merged([_stats(rows[i]) for i in np.ndindex(rows.shape[:-1])]))
+    rows = np.moveaxis(parts, k, -1).reshape(-1, parts.shape[k])
+    numbers = np.stack([rows["mean"], rows["mean_low"], rows["var"]], axis=1)
+    records = _as_records(merged(numbers, rows["count"].max(axis=1, initial=0)))
     return np.expand_dims(records, axis) if keepdims else records
 
 
