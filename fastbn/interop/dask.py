@@ -205,7 +205,8 @@ def _records_of_block(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
 def _merged(parts: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     """One record for each feature, merged in the order of the blocks."""
     k = next(i for i in range(parts.ndim) if i not in axis)
-    rows = np.moveaxis(parts, k, -1).reshape(-1, parts.shape[k])
+    rows = np.moveaxis(parts, k, -1)
+    rows = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
     numbers = np.stack([rows["mean"], rows["mean_low"], rows["var"]], axis=1)
     records = _as_records(merged(numbers, rows["count"].max(axis=1, initial=0)))
     return np.expand_dims(records, axis) if keepdims else records
