@@ -24,7 +24,7 @@ BLOCK = 65_536  # rows: 16 MiB of float32
 NPY, ZARR = 'x = da.from_array(Mapped("x.npy"), chunks=(BLOCK, -1))', 'x = da.from_zarr("x.zarr")'
 LOOP = """
 seen = fastbn.RunningStats(COLUMNS, momentum=None, unbiased=False)
-parts = [slice(at, at + BLOCK) for at in range(0, len(x), BLOCK)]
+parts = [slice(at, at + BLOCK) for at in range(0, x.shape[0], BLOCK)]
 for part in parts:
     seen.update(fastbn.moments(x[part]))
 np.lib.format.open_memmap("y.npy", "w+", x.dtype, x.shape)
@@ -55,8 +55,6 @@ class Mapped:  # as docs/how-to/larger-than-memory.md has it
     def __init__(self, path):
         self.path, whole = path, np.load(path, mmap_mode="r")
         self.shape, self.dtype, self.ndim = whole.shape, whole.dtype, whole.ndim
-    def __len__(self):
-        return self.shape[0]
     def __getitem__(self, index):
         return np.load(self.path, mmap_mode="r")[index]
 
