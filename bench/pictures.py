@@ -82,23 +82,28 @@ def curves(sizes: Series, threads: Series, path: Path) -> None:
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
-def scaling(panels: Mapping[str, Mapping[str, Lines]], examples: int, path: Path) -> None:
+def scaling(
+    panels: Mapping[str, Mapping[str, Lines]], measured: Mapping[str, Lines], examples: int, path: Path
+) -> None:
     """Milliseconds of a step against ranks: a row for each kind of messages, a column for each network.
 
-    A line's name is what its colour stands for, a comma, and what its dashes stand for.
+    A line's name is what its colour stands for, a comma, and what its dashes stand for. What was measured of a network
+    stands in the first row, as points of these colours.
     """
     columns = max(map(len, panels.values()))
     figure = Figure(figsize=(4.2 * columns, 3.6 * len(panels) + 0.8), dpi=120, layout="constrained")
-    for row, (messages, networks) in zip(
-        figure.subplots(len(panels), columns, squeeze=False), panels.items(), strict=True
-    ):
+    rows = figure.subplots(len(panels), columns, squeeze=False)
+    for i, (row, (messages, networks)) in enumerate(zip(rows, panels.items(), strict=True)):
         for axes, (network, named) in zip(row, networks.items(), strict=True):
             norms, ways = (list(dict.fromkeys(name.rpartition(", ")[i] for name in named)) for i in (0, 2))
             for name, (ranks, milliseconds) in named.items():
                 norm, _, way = name.rpartition(", ")
                 style = {"color": COLOURS[norms.index(norm)], "linestyle": ("-", "--")[ways.index(way)]}
                 axes.plot(ranks, milliseconds, label=name, linewidth=1.5, **style)
+            for norm, points in measured[network].items() if i == 0 else ():
+                axes.plot(*points, color=COLOURS[norms.index(norm)], marker="o", markersize=5, linestyle="")
             plain_log(axes, "x")
+            axes.set_xticks((1, 10, 100, 1000))
             plain_log(axes, "y")
             axes.set_title(f"{network}\n{messages}", fontsize=10)
             axes.set(xlabel=f"ranks, {examples} examples each", ylabel="ms per step")

@@ -108,7 +108,7 @@ class Copies:
 
     def allgather(self, array: Array, /) -> list[Array]:
         self.brought.append(array.nbytes)
-        return list(np.broadcast_to(array, (self.size, *array.shape)))
+        return [array] * self.size
 
     def abort(self, code: int, /) -> None: ...
 

@@ -30,6 +30,7 @@ from fastbn.ranks import HEADER
 
 HERE = Path(__file__).parent / "results"
 MOST = 1000  # ranks
+LARGE = 8192  # examples of all ranks, where more ranks have fewer each
 RANKS = [*dict.fromkeys(np.geomspace(1, MOST, 61).round().astype(int).tolist())]
 # More ranks than processors, by root.
 OPEN_MPI = {
@@ -211,9 +212,11 @@ batches* have {ghost} examples. *Nothing exchanged*: ghost batches of layers wit
 nothing to exchange but gradients. Times are those of the slowest rank, medians over steps and rounds. All cases were
 measured in turn, round after round, and ratios were taken within a round.
 
+The networks: {networks}.
+
 `python -m bench.scaling` wrote this."""
 WIRES = "messages of this machine", "messages of a cluster (assumed)"
-WAYS = {"allgather": False, "in slices": True}  # of the gradients
+WAYS = {"by allgather": False, "in slices": True}  # of the gradients
 
 
 def ms(seconds: float) -> str:
@@ -335,6 +338,23 @@ class Report:
         head = ["network", "messages", "gradients", f"{SYNC} + 10 %", "twice", f"{GHOSTS} + 10 %", "twice"]
         return lines([*head, f"examples a rank for {SYNC} below + 10 % on 64 ranks"], rows, 3)
 
+    def strong(self) -> str:
+        """The number of ranks that is the fastest for a large batch, and how many times as fast as one rank."""
+        rows = []
+        for network in self.networks:
+            for name, wire in self.wires.items():
+                for way, in_slices in WAYS.items():
+                    row = [network, name, way]
+                    for norm in (SYNC, GHOSTS, APART):
+                        taken = {
+                            k: total(network, norm, k, math.ceil(LARGE / k), self.costs, wire, in_slices=in_slices)
+                            for k in RANKS
+                        }
+                        best = min(taken, key=taken.__getitem__)
+                        row.append(f"{best:,} ({taken[1] / taken[best]:.1f})")
+                    rows.append(row)
+        return lines(["network", "messages", "gradients", SYNC, GHOSTS, APART], rows, 3)
+
     def drawn(self) -> dict[str, dict[str, dict[str, tuple[list[int], list[float]]]]]:
         """By messages and network: what each line is of, ranks and milliseconds."""
         return {
@@ -350,6 +370,17 @@ class Report:
             for name, wire in self.wires.items()
         }  # fmt: skip
 
+    def points(self) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+        """By network and normalization: what was measured where each rank has a processor."""
+        ranks = [1, *(k for k in self.measured["sizes"] if k <= self.measured["machine"]["processors"])]
+        return {
+            network: {
+                norm: (ranks, [1e3 * statistics.median(self.seconds(network, norm, k, PART)) for k in ranks])
+                for norm in (SYNC, GHOSTS, APART)
+            }
+            for network in self.networks
+        }
+
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "scaling.json").write_text(json.dumps(results.to_digits(self.measured)) + "\n")
@@ -360,11 +391,17 @@ class Report:
             "Parts of a step": f"Milliseconds, {PART} examples each, messages of a cluster.\n\n{self.parts()}",
             "Where it stops paying": "Number of ranks from which a step takes so much longer than with ghost batches "
             f"and nothing exchanged, {PART} examples each.\n\n{self.crossings()}",
+            f"A batch of {LARGE:,} examples": "The number of ranks with which a step is the fastest, and how many "
+            f"times as fast as on one rank it is then.\n\n{self.strong()}",
         }
-        text = [INTRODUCTION.format(ghost=GHOST), machine.in_words(self.measured["machine"])]
+        networks = (f"*{name}*: {'-'.join(map(str, NETWORKS[name]))}" for name in self.networks)
+        text = [
+            INTRODUCTION.format(ghost=GHOST, networks="; ".join(networks)),
+            machine.in_words(self.measured["machine"]),
+        ]
         text += [f"## {title}\n\n{section}" for title, section in sections.items()]
         (folder / "scaling.md").write_text("\n\n".join(text) + "\n")
-        pictures.scaling(self.drawn(), PART, folder / "scaling.png")
+        pictures.scaling(self.drawn(), self.points(), PART, folder / "scaling.png")
         print("\n\n".join(text), f"\nwritten: {folder / 'scaling.md'}, scaling.png, scaling.json")
 
 

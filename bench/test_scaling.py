@@ -115,6 +115,7 @@ def test_constants_are_found_again():
 
 def test_scaling_is_drawn(tmp_path):
     line = ([1, 10, 1000], [1.0, 2.0, 30.0])
-    names = {f"{norm}, gradients {way}": line for norm in NORMS for way in ("allgather", "in slices")}
-    pictures.scaling({"here": {"a": names, "b": names}, "there": {"a": names, "b": names}}, 64, tmp_path / "s.png")
+    names = {f"{norm}, gradients {way}": line for norm in NORMS for way in ("by allgather", "in slices")}
+    panels, points = {"a": names, "b": names}, {name: {SYNC: ([1, 2], [1.0, 1.2])} for name in "ab"}
+    pictures.scaling({"here": panels, "there": panels}, points, 64, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")

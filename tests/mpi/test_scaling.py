@@ -25,6 +25,6 @@ def test_it_measures_and_reports(tmp_path):
     assert text.strip() in done.stdout
     tables = [section.count("\n| digits |") for section in text.split("\n## ")[1:]]
     of_norms, of_ranks, of_ways = 4, 3, 4  # rows of the one network
-    assert tables == [of_norms, of_norms, of_norms, of_ranks, of_ways]
+    assert tables == [of_norms, of_norms, of_norms, of_ranks, of_ways, of_ways]
     measured = json.loads((tmp_path / "scaling.json").read_text())
     assert all(s > 0 for part in ("steps", "wire", "work") for row in measured[part] for s in row["seconds"])
