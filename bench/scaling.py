@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,6 +223,12 @@ def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
 
 
+def described(widths: Sequence[int]) -> str:
+    """As "64, 16 of 32, 10"."""
+    runs = ((len([*run]), width) for width, run in groupby(widths))
+    return ", ".join(f"{width}" if count == 1 else f"{count} of {width}" for count, width in runs)
+
+
 def lines(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 2) -> str:
     """A Markdown table, whose first columns are words and the others numbers."""
     rule = "|---" * words + "|--:" * (len(head) - words) + "|"
@@ -394,7 +400,7 @@ class Report:
             f"A batch of {LARGE:,} examples": "The number of ranks with which a step is the fastest, and how many "
             f"times as fast as on one rank it is then.\n\n{self.strong()}",
         }
-        networks = (f"*{name}*: {'-'.join(map(str, NETWORKS[name]))}" for name in self.networks)
+        networks = (f"*{name}*: {described(NETWORKS[name])}" for name in self.networks)
         text = [
             INTRODUCTION.format(ghost=GHOST, networks="; ".join(networks)),
             machine.in_words(self.measured["machine"]),
@@ -446,8 +452,7 @@ def main() -> None:
     if options.redraw:
         Report(json.loads((folder / "scaling.json").read_text())).write(folder)
     else:
-        described = machine.describe()
-        Report({"machine": described, **measure(options.quick)}).write(folder)
+        Report({"machine": machine.describe(), **measure(options.quick)}).write(folder)
 
 
 if __name__ == "__main__":
