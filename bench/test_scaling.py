@@ -61,8 +61,8 @@ def test_work_is_of_ranks_and_numbers(tiny):
 def test_gradients_in_slices_are_received_twice_whatever_the_number_of_ranks(tiny):
     found = scaling.step("tiny", SYNC, 8, 64, costs(), Wire(0, 1), in_slices=True)
     assert found["gradients"] == 2 * 512 * 7 + 2 * 7 * 7 * 8  # 53 numbers are 7 of each of 8 ranks
-    found = scaling.step("tiny", SYNC, 8, 64, costs(gradients=Work(0, 100, 0, 1)), Wire(0, 0), in_slices=True)
-    assert found["gradients"] == 53 * 101
+    found = scaling.step("tiny", SYNC, 8, 64, costs(gradients=Work(1000, 100, 10, 1)), Wire(0, 0), in_slices=True)
+    assert found["gradients"] == 2 * 1080 + 53 * 101
 
 
 def test_a_step_waits_for_the_slowest_rank(tiny):
