@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from bench.machine import processors
 from bench.workers import burst, elapsed, repeats
 from fastbn import BatchNorm, losses, nn, optim, training
 from fastbn.distributed import convert
-from fastbn.parallel import Ranks
-from fastbn.ranks import _MPI, Group
+from fastbn.parallel import ROOM, Ranks
+from fastbn.ranks import _MPI, HEADER, Group
 from fastbn.state import Array
 
 NETWORKS = {
@@ -105,10 +105,16 @@ class Copies:
     def __init__(self, size: int) -> None:
         self.rank, self.size = 0, size
         self.brought: list[int] = []  # bytes
+        self._rows: dict[tuple[int, ...], list[Array]] = {}
 
     def allgather(self, array: Array, /) -> list[Array]:
+        """What each brings lies elsewhere in memory. Of numbers they are those of the first time."""
         self.brought.append(array.nbytes)
-        return [array] * self.size
+        if array.shape == (HEADER,):
+            return [array] * self.size
+        if array.shape not in self._rows:
+            self._rows[array.shape] = list(np.repeat(array[None], self.size, axis=0))
+        return self._rows[array.shape]
 
     def abort(self, code: int, /) -> None: ...
 
@@ -137,12 +143,14 @@ def the_gradients(ranks: int, numbers: int) -> Callable[[], Any]:
     return lambda: all_ranks.add_gradients(model)
 
 
-# What is measured, with which numbers of ranks and of numbers that are exchanged of each.
+MANY = 2, 16, 128, 1000
+# What is measured, with which numbers of ranks, and of numbers or features of each.
 WORK = {
-    "header": (a_header, (2, 16, 128, 1000), (1,)),
-    SYNC: (lambda *sizes: a_layer(SYNC, *sizes), (0, 2, 16, 128, 1000), (16, 1024)),
-    GHOSTS: (lambda *sizes: a_layer(GHOSTS, *sizes), (0, 2, 16, 128, 1000), (16, 1024)),
-    "gradients": (the_gradients, (2, 16, 128), (1000, 30000)),  # in one exchange
+    "header": (a_header, [*product(MANY, (1,))]),
+    SYNC: (partial(a_layer, SYNC), [*product((0, *MANY), (16, 1024))]),
+    GHOSTS: (partial(a_layer, GHOSTS), [*product((0, *MANY), (16, 1024))]),
+    # In one exchange: those of one rank lie in the caches, those of all ranks together mostly do not.
+    "gradients": (the_gradients, [(k, n) for k, n in product((2, 4, 16, 128), (1000, 30000, 10**6)) if k * n <= ROOM]),
 }
 
 
@@ -160,7 +168,7 @@ def main() -> None:
     rounds, seconds, least = (2, 0.0, 3) if options.quick else (5, 0.1, 5)
     steps_of = {case: ([], []) for case in cases(["digits"] if options.quick else [*NETWORKS], sizes)}
     wire = {(k, n): [] for k, n in product(sizes, (64, 2**10, 2**14, 2**17, 2**20))}
-    work = {(what, k, n): [] for what, (_, ks, ns) in WORK.items() for k, n in product(ks, ns)}
+    work = {(what, *pair): [] for what, (_, pairs) in WORK.items() for pair in pairs}
     calls = {key: WORK[key[0]][0](*key[1:]) for key in work} if rank == 0 else {}
     counts = {key: repeats(call, seconds / 10) for key, call in calls.items()}
     _wait(everyone)

@@ -126,17 +126,15 @@ def step(
     *,
     in_slices: bool = False,
     slower: float = 1.0,
-    shared: float = 1.0,
 ) -> dict[str, float]:
     """Seconds of the parts of a step with so many examples on each of the ranks.
 
     in_slices: each rank adds up its own part of the gradients, which all others send it, and sends them the sums.
-    slower: how many times a step takes of its time alone, where others compute at the same time. shared: ranks that
-    share a processor.
+    slower: how many times longer all computing takes: where ranks share a processor, or caches and memory.
     """
     widths = NETWORKS[network]
     compute = costs.compute[network, norm]
-    alone = compute.seconds(examples) * slower * shared
+    alone = compute.seconds(examples) * slower
     if ranks == 1:
         return {"compute": alone}
     sent = exchanged(widths, norm, ranks, examples)
@@ -150,13 +148,13 @@ def step(
         work += count * (gradients.per_number + gradients.per_rank_and_number)
     else:
         work = gradients.seconds(ranks, count, len(sent["gradients"]) // 2)
-    seconds["gradients"] += shared * work
-    seconds["loss and end"] += shared * 2 * costs.work["header"].seconds(ranks, 0)
+    seconds["gradients"] += slower * work
+    seconds["loss and end"] += slower * 2 * costs.work["header"].seconds(ranks, 0)
     for features in widths[1:-1]:
         if norm == SYNC:
-            seconds["statistics"] += shared * costs.work[SYNC].seconds(ranks, features)
+            seconds["statistics"] += slower * costs.work[SYNC].seconds(ranks, features)
         elif norm == GHOSTS:
-            seconds["statistics"] += shared * costs.work[GHOSTS].seconds(ranks * ghosts(examples), features)
+            seconds["statistics"] += slower * costs.work[GHOSTS].seconds(ranks * ghosts(examples), features)
     # The largest of so many Gaussian numbers is about so far above their mean.
     lag = alone * compute.spread * math.sqrt(2 * math.log(ranks))
     return {"compute": alone, "slowest rank": lag, **seconds}
@@ -255,11 +253,9 @@ class Report:
     def modelled(self, network: str, norm: str, ranks: int, examples: int) -> float:
         """What it should have taken here, where ranks may share processors."""
         alone, beside = (self._steps.get((network, norm, k, PART, False)) for k in (1, 2))
-        return total(
-            network, norm, ranks, examples, self.costs, wire_of(self.measured, ranks),
-            slower=results.ratio(beside, alone) if beside else 1.0,
-            shared=max(1.0, ranks / self.measured["machine"]["processors"]),
-        )  # fmt: skip
+        slower = max(1.0, ranks / self.measured["machine"]["processors"])
+        slower *= results.ratio(beside, alone) if beside else 1.0
+        return total(network, norm, ranks, examples, self.costs, wire_of(self.measured, ranks), slower=slower)
 
     def steps(self) -> str:
         sizes = self.measured["sizes"]
