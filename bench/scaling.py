@@ -138,26 +138,25 @@ def step(
     if ranks == 1:
         return {"compute": alone}
     sent = exchanged(widths, norm, ranks, examples)
-    seconds = {what: sum(wire.allgather(ranks, n) for n in sizes) for what, sizes in sent.items()}
+    messages = {what: sum(wire.allgather(ranks, n) for n in sizes) for what, sizes in sent.items()}
+    # The statistics of each ghost batch are merged as those of a rank are.
+    merged = ranks * ghosts(examples) if norm == GHOSTS else ranks
+    of_layers = [costs.work[norm].seconds(merged, c) for c in widths[1:-1]] if norm in (SYNC, GHOSTS) else []
     count, gradients = parameters(widths, norm), costs.work["gradients"]
+    work = {
+        "statistics": sum(of_layers),
+        "gradients": gradients.seconds(ranks, count, len(sent["gradients"]) // 2),
+        "loss and end": 2 * costs.work["header"].seconds(ranks, 0),
+    }
     if in_slices:
-        part = math.ceil(count / ranks)
-        seconds["gradients"] = 2 * wire.allgather(ranks, 8 * HEADER)
-        seconds["gradients"] += wire.alltoall(ranks, 8 * part) + wire.allgather(ranks, 8 * part)
-        work = 2 * (gradients.fixed + ranks * gradients.per_rank)
-        work += count * (gradients.per_number + gradients.per_rank_and_number)
-    else:
-        work = gradients.seconds(ranks, count, len(sent["gradients"]) // 2)
-    seconds["gradients"] += slower * work
-    seconds["loss and end"] += slower * 2 * costs.work["header"].seconds(ranks, 0)
-    for features in widths[1:-1]:
-        if norm == SYNC:
-            seconds["statistics"] += slower * costs.work[SYNC].seconds(ranks, features)
-        elif norm == GHOSTS:
-            seconds["statistics"] += slower * costs.work[GHOSTS].seconds(ranks * ghosts(examples), features)
+        part = 8 * math.ceil(count / ranks)
+        messages["gradients"] = 2 * wire.allgather(ranks, 8 * HEADER)
+        messages["gradients"] += wire.alltoall(ranks, part) + wire.allgather(ranks, part)
+        work["gradients"] = 2 * (gradients.fixed + ranks * gradients.per_rank)
+        work["gradients"] += count * (gradients.per_number + gradients.per_rank_and_number)
     # The largest of so many Gaussian numbers is about so far above their mean.
     lag = alone * compute.spread * math.sqrt(2 * math.log(ranks))
-    return {"compute": alone, "slowest rank": lag, **seconds}
+    return {"compute": alone, "slowest rank": lag, **{what: messages[what] + slower * work[what] for what in work}}
 
 
 def total(*arguments: Any, **options: Any) -> float:
