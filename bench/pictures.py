@@ -79,6 +79,40 @@ def curves(sizes: Series, threads: Series, path: Path) -> None:
     FigureCanvasAgg(figure).print_png(path)
 
 
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def scaling(
+    panels: Mapping[str, Mapping[str, Lines]], measured: Mapping[str, Lines], examples: int, path: Path
+) -> None:
+    """Milliseconds of a step against ranks: a row for each kind of messages, a column for each network.
+
+    A line's name is what its colour stands for, a comma, and what its dashes stand for. What was measured of a network
+    stands in the first row, as points of these colours.
+    """
+    columns = max(map(len, panels.values()))
+    figure = Figure(figsize=(4.2 * columns, 3.6 * len(panels) + 0.8), dpi=120, layout="constrained")
+    rows = figure.subplots(len(panels), columns, squeeze=False)
+    for i, (row, (messages, networks)) in enumerate(zip(rows, panels.items(), strict=True)):
+        for axes, (network, named) in zip(row, networks.items(), strict=True):
+            norms, ways = (list(dict.fromkeys(name.rpartition(", ")[i] for name in named)) for i in (0, 2))
+            for name, (ranks, milliseconds) in named.items():
+                norm, _, way = name.rpartition(", ")
+                style = {"color": COLOURS[norms.index(norm)], "linestyle": ("-", "--")[ways.index(way)]}
+                axes.plot(ranks, milliseconds, label=name, linewidth=1.5, **style)
+            for norm, points in measured[network].items() if i == 0 else ():
+                axes.plot(*points, color=COLOURS[norms.index(norm)], marker="o", markersize=5, linestyle="")
+            plain_log(axes, "x")
+            axes.set_xticks((1, 10, 100, 1000))
+            plain_log(axes, "y")
+            axes.set_title(f"{network}\n{messages}", fontsize=10)
+            axes.set(xlabel=f"ranks, {examples} examples each", ylabel="ms per step")
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    FigureCanvasAgg(figure).print_png(path)
+
+
 def line_style(name: str) -> dict[str, object]:
     """A colour for each operation, fastbn solid, others dashed."""
     operation = name.split()[-1]
