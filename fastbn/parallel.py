@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from .batchnorm import BatchNorm
-from .distributed import SyncBatchNorm
+from .distributed import SyncBatchNorm, summed
 from .nn import Dropout, walk
 from .ranks import Group, in_pairs
 from .runstate import OPTIMIZER_STATE
@@ -61,11 +61,12 @@ class Ranks:
         model: Any,
         optimizer: Any,
         data: Mapping[str, Array | None],
-        arguments: object,
+        arguments: Mapping[str, object],
         file: str | os.PathLike[str] | None,
     ) -> None:
         """ValueError where ranks do not begin alike, or the model would come to differ between them."""
         if self._group is None:
+            self._refuse_ranks(model)
             return
         for layer in walk([model]):
             if not isinstance(layer, BatchNorm) or (layer.running_mean is None and type(layer) is BatchNorm):
@@ -80,16 +81,26 @@ class Ranks:
                 )
         numbers = {name: getattr(optimizer, name) for name in OPTIMIZER_STATE if hasattr(optimizer, name)}
         state = optimizer.state_dict() if hasattr(optimizer, "state_dict") else {}
+        place = "the beginning of fit"
         self._group.exchange(
-            "the beginning of fit",
+            place, alike={f"{name} of fit (its checksum)": _checksum(value) for name, value in arguments.items()}
+        )
+        self._group.exchange(
+            place,
             alike={f"checksum of {name}": _checksum(array) for name, array in data.items()}
             | {
                 "checksum of the model": _checksum(*_described(model), *model.state_dict().values()),
                 "checksum of the optimizer": _checksum(type(optimizer).__name__, numbers, *state.values()),
-                "checksum of fit's arguments": _checksum(arguments),
                 "checksum of the checkpoint": 0 if file is None else _checksum(Path(file).read_bytes()),
             },
         )
+
+    def _refuse_ranks(self, model: Any) -> None:
+        """ValueError, on all ranks, where the model is for several of them and fit is not."""
+        for layer in walk([model]):
+            if isinstance(layer, SyncBatchNorm) and layer.group is not None and layer.group.comm.size > 1:
+                self._group = layer.group
+                raise ValueError(f"expected comm, the processes that {layer!r} is for, got comm=None")
 
     def wait(self, place: str) -> None:
         """Until all ranks are there, and no longer than all are well."""
@@ -124,21 +135,17 @@ class Ranks:
         """The mean of a loss over n examples, n, and how many decisions were right, of all ranks."""
         if self._group is None or self.size == 1:
             return value, n, right, decisions
-        sums = self._group.exchange("the loss of fit", facts=[value * n, n, right, decisions]).facts
+        sums = self._group.exchange("the loss of fit", facts=[float(value) * n, n, right, decisions]).facts
         with np.errstate(all="ignore"):
             total, n, right, decisions = in_pairs(list(sums)).tolist()
         return total / n, int(n), int(right), int(decisions)
 
-    def add_gradients(self, model: Any) -> None:
-        """Every gradient becomes the sum of those of all ranks, rounded once; SyncBatchNorm's are that already."""
+    def backward(self, model: Any, gradient: Array) -> None:
+        """Every gradient becomes the sum of those of all ranks, rounded once; most of SyncBatchNorm's are it already."""
+        with summed() as done:
+            model.backward(gradient)
         if self._group is None or self.size == 1:
             return
-        done = {
-            id(gradient)
-            for layer in walk([model])
-            if isinstance(layer, SyncBatchNorm) and layer.has_gradients_of_all
-            for gradient in layer.grads.values()
-        }
         own = [gradient for gradient in model.grads.values() if id(gradient) not in done]
         most = max(ROOM // self.size, 1)
         flat = np.concatenate([np.ravel(gradient) for gradient in own], dtype=np.float64) if own else np.empty(0)
