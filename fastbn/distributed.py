@@ -316,7 +316,8 @@ def summed() -> Iterator[set[int]]:
 
     Those of ghost batches, and where a layer is frozen, stay this rank's own.
     """
-    before = _summed.set(collected := set())
+    collected: set[int] = set()
+    before = _summed.set(collected)
     try:
         yield collected
     finally:

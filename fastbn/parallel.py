@@ -141,7 +141,7 @@ class Ranks:
         return total / n, int(n), int(right), int(decisions)
 
     def backward(self, model: Any, gradient: Array) -> None:
-        """Every gradient becomes the sum of those of all ranks, rounded once; most of SyncBatchNorm's are it already."""
+        """Every gradient becomes the sum of those of all ranks, rounded once, as most of SyncBatchNorm's are before."""
         with summed() as done:
             model.backward(gradient)
         if self._group is None or self.size == 1:
