@@ -21,7 +21,7 @@ import numpy as np
 from .batchnorm import BatchNorm
 from .distributed import SyncBatchNorm, summed
 from .nn import Dropout, walk
-from .ranks import Group, in_pairs
+from .ranks import Exchanged, Group, RankError, in_pairs
 from .runstate import OPTIMIZER_STATE
 from .state import Array
 from .terminal import CtrlC
@@ -53,8 +53,15 @@ class Ranks:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._group is not None:
-            self._group.end(error)
+        if self._group is None:
+            return
+        with CtrlC() as ctrl_c:
+            try:
+                self._group.end(error)
+            except RankError:
+                if not ctrl_c.pressed:  # else it is Ctrl-C here as there
+                    raise
+            ctrl_c.pressed &= error is None  # which goes on
 
     def begin(
         self,
@@ -81,12 +88,14 @@ class Ranks:
                 )
         numbers = {name: getattr(optimizer, name) for name in OPTIMIZER_STATE if hasattr(optimizer, name)}
         state = optimizer.state_dict() if hasattr(optimizer, "state_dict") else {}
-        place = "the beginning of fit"
-        self._group.exchange(
-            place, alike={f"{name} of fit (its checksum)": _checksum(value) for name, value in arguments.items()}
+        _exchange(
+            self._group,
+            "the arguments of fit",
+            alike={f"{name} of fit (its checksum)": _checksum(value) for name, value in arguments.items()},
         )
-        self._group.exchange(
-            place,
+        _exchange(
+            self._group,
+            "the beginning of fit",
             alike={f"checksum of {name}": _checksum(array) for name, array in data.items()}
             | {
                 "checksum of the model": _checksum(*_described(model), *model.state_dict().values()),
@@ -105,7 +114,7 @@ class Ranks:
     def wait(self, place: str) -> None:
         """Until all ranks are there, and no longer than all are well."""
         if self._group is not None:
-            self._group.exchange(place)
+            _exchange(self._group, place)
 
     # --- a step
 
@@ -135,7 +144,7 @@ class Ranks:
         """The mean of a loss over n examples, n, and how many decisions were right, of all ranks."""
         if self._group is None or self.size == 1:
             return value, n, right, decisions
-        sums = self._group.exchange("the loss of fit", facts=[float(value) * n, n, right, decisions]).facts
+        sums = _exchange(self._group, "the loss of fit", facts=[float(value) * n, n, right, decisions]).facts
         with np.errstate(all="ignore"):
             total, n, right, decisions = in_pairs(list(sums)).tolist()
         return total / n, int(n), int(right), int(decisions)
@@ -152,7 +161,7 @@ class Ranks:
         with np.errstate(all="ignore"):
             for start in range(0, max(flat.size, 1), most):
                 numbers = flat[start : start + most]
-                of_all = self._group.exchange("the gradients of fit", numbers=numbers).numbers
+                of_all = _exchange(self._group, "the gradients of fit", numbers=numbers).numbers
                 if numbers.size:
                     numbers[...] = in_pairs(list(of_all))
             start = 0
@@ -164,13 +173,13 @@ class Ranks:
         """ValueError where the ranks' models have come apart, as by a callback of one rank."""
         if self._group is not None:
             name = f"model after epoch {epoch} (its checksum)"
-            self._group.exchange("the end of an epoch of fit", alike={name: _checksum(*model.state_dict().values())})
+            _exchange(self._group, "the end of an epoch of fit", alike={name: _checksum(*model.state_dict().values())})
 
     def stops(self, here: bool, ctrl_c: CtrlC) -> bool:
         """Whether one of the ranks stops, by a callback or by Ctrl-C, which is then Ctrl-C on all of them."""
         if self._group is None:
             return here or ctrl_c.pressed
-        facts = self._group.exchange("the end of a step of fit", facts=[here, ctrl_c.pressed]).facts
+        facts = _exchange(self._group, "the end of a step of fit", facts=[here, ctrl_c.pressed]).facts
         ctrl_c.pressed |= bool(facts[:, 1].any())
         return bool(facts.any())
 
@@ -181,9 +190,15 @@ class Ranks:
         for layer in walk([model]):
             if isinstance(layer, BatchNorm) and layer.running_mean is not None:
                 both = np.stack([layer.running_mean, layer.running_var])
-                layer.running_mean, layer.running_var = self._group.exchange(
-                    "the average of fit", numbers=both
+                layer.running_mean, layer.running_var = _exchange(
+                    self._group, "the average of fit", numbers=both
                 ).numbers[0]
+
+
+def _exchange(group: Group, place: str, **what: Any) -> Exchanged:
+    """`Group.exchange`, which Ctrl-C does not break off: it acts afterwards."""
+    with CtrlC():
+        return group.exchange(place, **what)
 
 
 def _described(model: Any) -> Iterator[object]:
