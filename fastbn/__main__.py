@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TextIO
 
 import fastbn
 from fastbn.commands import experiment, predict, train
-from fastbn.commands.common import need
+from fastbn.commands.common import need, processes
 from fastbn.distributed import RankError
 from fastbn.labels import printable
 
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None, closed: set[str]) -> None:
+    if "--mpi" in (sys.argv[1:] if argv is None else argv):  # before argparse prints anything
+        processes()
     try:
         args = _parser().parse_args(argv)
         if "check" in args:

@@ -11,6 +11,10 @@ torch.distributed, or anything that has the four members of `Communicator`.
 
 from __future__ import annotations
 
+import contextlib
+import zlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -23,12 +27,17 @@ from .batchnorm import BatchNorm
 from .batchstats import BatchStats, merged
 from .nn import walk
 from .ranks import Communicator, Gloo, Group, RankError, in_pairs
+from .running import averaged
 from .state import Array, Float
 
 __all__ = ["Communicator", "Gloo", "RankError", "SyncBatchNorm", "convert"]
 
 FORWARD, BACKWARD = "a forward of SyncBatchNorm", "a backward of SyncBatchNorm"
 GHOSTS = "a forward of SyncBatchNorm in ghost batches"
+SETTINGS = "settings of SyncBatchNorm (their checksum)"
+
+# The ids of the gradients that became sums over all ranks, while `summed` collects them.
+_summed: ContextVar[set[int] | None] = ContextVar("_summed", default=None)
 
 
 class Shared(NamedTuple):
@@ -66,9 +75,9 @@ class SyncBatchNorm(BatchNorm):
     Raises
     ------
     ValueError
-        A training forward where num_features, or the dimensions, the feature axis or the dtype of x differ between
-        ranks, or where all ranks together have a single value of each feature. Every rank raises it. Or what
-        `fastbn.BatchNorm` raises; the other ranks then raise the next one.
+        A training forward where num_features or other settings of the layer, or the dimensions, the feature axis or
+        the dtype of x differ between ranks, or where all ranks together have a single value of each feature. Every rank
+        raises it. Or what `fastbn.BatchNorm` raises; the other ranks then raise the next one.
     RankError
         Another rank failed, which the message names with its error, or is at another place in the program.
 
@@ -120,10 +129,9 @@ class SyncBatchNorm(BatchNorm):
         return self._group
 
     @property
-    def has_gradients_of_all(self) -> bool:
-        """Whether the next backward's gradients are sums over all ranks. Of ghost batches, and where the layer is
-        frozen, they are this rank's own."""
-        return self._saved is not None and self._saved[0] is backward
+    def _talks(self) -> bool:
+        """Whether a forward is now one over all ranks."""
+        return self._group is not None and self.training and not self.frozen
 
     @overload
     def __call__(
@@ -132,7 +140,7 @@ class SyncBatchNorm(BatchNorm):
     @overload
     def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array: ...
     def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array:
-        if self._group is None or not self.training or self.frozen:
+        if self._group is None or not self._talks:
             return super().__call__(x, out, mask=mask)
         if self._ghost_size is not None:
             return self._forward_in_ghosts(self._group, x, out, mask)
@@ -159,7 +167,7 @@ class SyncBatchNorm(BatchNorm):
             raise
         alike = {
             "num_features": self.num_features, "dimensions of x": a.ndim, "feature axis": axis,
-            "bytes of an element": a.itemsize,
+            "bytes of an element": a.itemsize, SETTINGS: self._settings(),
         }  # fmt: skip
         facts, (mean, low, var) = group.exchange(
             FORWARD, alike=alike, facts=[local.count], numbers=numbers, merge=_merged
@@ -191,7 +199,8 @@ class SyncBatchNorm(BatchNorm):
         except BaseException as error:
             group.tell(error)
             raise
-        facts = group.exchange(GHOSTS, alike={"num_features": self.num_features}, facts=[len(stats)]).facts[:, 0]
+        alike = {"num_features": self.num_features, SETTINGS: self._settings()}
+        facts = group.exchange(GHOSTS, alike=alike, facts=[len(stats)]).facts[:, 0]
         try:
             numbers = np.zeros((int(facts.max()), 3, self.num_features))
             for row, part in zip(numbers, stats, strict=False):
@@ -208,20 +217,34 @@ class SyncBatchNorm(BatchNorm):
         self._take(taken, (batches.backward, x, parts, True) if kept else None)
         return y
 
+    def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
+        """Return dx, and fill ``grads``, see `fastbn.BatchNorm.backward`."""
+        try:
+            return super().backward(dy, out)
+        except RuntimeError as error:
+            if self._saved is None and self._group is not None and self._talks and self._ghost_size is None:
+                self._group.tell(error)  # there is no x, while the other ranks may be in `backward` below
+            raise
+
+    def _settings(self) -> int:
+        """What makes y and the running statistics, beside num_features and axis, as one number."""
+        learns, tracks = self._weight is not None, self._running_mean is not None
+        settings = (
+            self._eps, self._momentum, learns, tracks, self._activation, self._unbiased, self._ghost_size, self._renorm,
+        )  # fmt: skip
+        return zlib.crc32(repr(settings).encode())
+
     def _take(self, all_stats: list[BatchStats], saved: Any) -> None:
         """The running statistics after these batches, with all else that a forward changes."""
         tracked, changed = self.num_batches_tracked, []
         if self._running_mean is not None and self._running_var is not None:
-            mean, var = self._running_mean, self._running_var
-            with np.errstate(all="ignore"):
-                for stats in all_stats:
-                    if stats.count:
-                        tracked += 1
-                        factor = 1 / tracked if self._momentum is None else self._momentum
-                        correction = stats.count / (stats.count - 1) if self._unbiased else 1.0
-                        mean = (1 - factor) * mean + factor * stats.mean
-                        var = (1 - factor) * var + factor * (stats.var * correction)
-            changed = [(self._running_mean, mean), (self._running_var, var)]
+            average = self._running_mean, self._running_var
+            for stats in all_stats:
+                if stats.count:
+                    tracked += 1
+                    momentum = 1 / tracked if self._momentum is None else self._momentum
+                    average = averaged(average, stats, momentum, self._unbiased)
+            changed = [(self._running_mean, average[0]), (self._running_var, average[1])]
         change(changed, (self, "num_batches_tracked", tracked), (self, "_saved", saved))
 
     def _corrections(self, stats: BatchStats) -> tuple[Array, Array] | None:
@@ -286,7 +309,23 @@ def backward(
                 r, d = corrections
                 dweight_of_all = r * dweight_of_all + d * dbias_of_all
             change([(dweight, dweight_of_all), (dbias, dbias_of_all)])
+            if (collected := _summed.get()) is not None:
+                collected |= {id(dweight), id(dbias)}
     return out
+
+
+@contextlib.contextmanager
+def summed() -> Iterator[set[int]]:
+    """The ids of the gradients that become sums over all ranks within, wherever in a model their layers are.
+
+    Those of ghost batches, and where a layer is frozen, stay this rank's own.
+    """
+    collected: set[int] = set()
+    before = _summed.set(collected)
+    try:
+        yield collected
+    finally:
+        _summed.reset(before)
 
 
 def _merged(of_all: Array, counts: Array) -> Array:
@@ -299,7 +338,7 @@ def convert(model: Any, comm: Any) -> Any:
     """Let every BatchNorm of a model normalise over all ranks.
 
     The layers stay the same objects with the same arrays, so that an optimizer keeps its meaning. Only their class
-    changes, to `SyncBatchNorm`.
+    changes, to `SyncBatchNorm`. What a layer of your own holds is not seen: make that a `SyncBatchNorm` yourself.
 
     Parameters
     ----------

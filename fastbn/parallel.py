@@ -19,9 +19,9 @@ from typing import Any, Self
 import numpy as np
 
 from .batchnorm import BatchNorm
-from .distributed import SyncBatchNorm
+from .distributed import SyncBatchNorm, summed
 from .nn import Dropout, walk
-from .ranks import Group, in_pairs
+from .ranks import Exchanged, Group, RankError, in_pairs
 from .runstate import OPTIMIZER_STATE
 from .state import Array
 from .terminal import CtrlC
@@ -53,19 +53,27 @@ class Ranks:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._group is not None:
-            self._group.end(error)
+        if self._group is None:
+            return
+        with CtrlC() as ctrl_c:
+            try:
+                self._group.end(error)
+            except RankError:
+                if not ctrl_c.pressed:  # else it is Ctrl-C here as there
+                    raise
+            ctrl_c.pressed &= error is None  # which goes on
 
     def begin(
         self,
         model: Any,
         optimizer: Any,
         data: Mapping[str, Array | None],
-        arguments: object,
+        arguments: Mapping[str, object],
         file: str | os.PathLike[str] | None,
     ) -> None:
         """ValueError where ranks do not begin alike, or the model would come to differ between them."""
         if self._group is None:
+            self._refuse_ranks(model)
             return
         for layer in walk([model]):
             if not isinstance(layer, BatchNorm) or (layer.running_mean is None and type(layer) is BatchNorm):
@@ -80,21 +88,33 @@ class Ranks:
                 )
         numbers = {name: getattr(optimizer, name) for name in OPTIMIZER_STATE if hasattr(optimizer, name)}
         state = optimizer.state_dict() if hasattr(optimizer, "state_dict") else {}
-        self._group.exchange(
+        _exchange(
+            self._group,
+            "the arguments of fit",
+            alike={f"{name} of fit (its checksum)": _checksum(value) for name, value in arguments.items()},
+        )
+        _exchange(
+            self._group,
             "the beginning of fit",
             alike={f"checksum of {name}": _checksum(array) for name, array in data.items()}
             | {
                 "checksum of the model": _checksum(*_described(model), *model.state_dict().values()),
                 "checksum of the optimizer": _checksum(type(optimizer).__name__, numbers, *state.values()),
-                "checksum of fit's arguments": _checksum(arguments),
                 "checksum of the checkpoint": 0 if file is None else _checksum(Path(file).read_bytes()),
             },
         )
 
+    def _refuse_ranks(self, model: Any) -> None:
+        """ValueError, on all ranks, where the model is for several of them and fit is not."""
+        for layer in walk([model]):
+            if isinstance(layer, SyncBatchNorm) and layer.group is not None and layer.group.comm.size > 1:
+                self._group = layer.group
+                raise ValueError(f"expected comm, the processes that {layer!r} is for, got comm=None")
+
     def wait(self, place: str) -> None:
         """Until all ranks are there, and no longer than all are well."""
         if self._group is not None:
-            self._group.exchange(place)
+            _exchange(self._group, place)
 
     # --- a step
 
@@ -124,28 +144,25 @@ class Ranks:
         """The mean of a loss over n examples, n, and how many decisions were right, of all ranks."""
         if self._group is None or self.size == 1:
             return value, n, right, decisions
-        sums = self._group.exchange("the loss of fit", facts=[value * n, n, right, decisions]).facts
+        sums = _exchange(self._group, "the loss of fit", facts=[float(value) * n, n, right, decisions]).facts
         with np.errstate(all="ignore"):
             total, n, right, decisions = in_pairs(sums).tolist()
         return total / n, int(n), int(right), int(decisions)
 
-    def add_gradients(self, model: Any) -> None:
-        """Every gradient becomes the sum of those of all ranks, rounded once; SyncBatchNorm's are that already."""
+    def backward(self, model: Any, gradient: Array) -> None:
+        """Every gradient becomes the sum of those of all ranks, rounded once, as most of SyncBatchNorm's are before."""
+        with summed() as done:
+            model.backward(gradient)
         if self._group is None or self.size == 1:
             return
-        done = {
-            id(gradient)
-            for layer in walk([model])
-            if isinstance(layer, SyncBatchNorm) and layer.has_gradients_of_all
-            for gradient in layer.grads.values()
-        }
         own = [gradient for gradient in model.grads.values() if id(gradient) not in done]
         most = ROOM if self._group.merges_slices else max(ROOM // self.size, 1)
         flat = np.concatenate([np.ravel(gradient) for gradient in own], dtype=np.float64) if own else np.empty(0)
         with np.errstate(all="ignore"):
             for start in range(0, max(flat.size, 1), most):
                 numbers = flat[start : start + most]
-                numbers[...] = self._group.exchange("the gradients of fit", numbers=numbers, merge=in_pairs).numbers
+                summed_up = _exchange(self._group, "the gradients of fit", numbers=numbers, merge=in_pairs)
+                numbers[...] = summed_up.numbers
             start = 0
             for gradient in own:
                 gradient[...] = flat[start : start + gradient.size].reshape(gradient.shape)
@@ -155,13 +172,13 @@ class Ranks:
         """ValueError where the ranks' models have come apart, as by a callback of one rank."""
         if self._group is not None:
             name = f"model after epoch {epoch} (its checksum)"
-            self._group.exchange("the end of an epoch of fit", alike={name: _checksum(*model.state_dict().values())})
+            _exchange(self._group, "the end of an epoch of fit", alike={name: _checksum(*model.state_dict().values())})
 
     def stops(self, here: bool, ctrl_c: CtrlC) -> bool:
         """Whether one of the ranks stops, by a callback or by Ctrl-C, which is then Ctrl-C on all of them."""
         if self._group is None:
             return here or ctrl_c.pressed
-        facts = self._group.exchange("the end of a step of fit", facts=[here, ctrl_c.pressed]).facts
+        facts = _exchange(self._group, "the end of a step of fit", facts=[here, ctrl_c.pressed]).facts
         ctrl_c.pressed |= bool(facts[:, 1].any())
         return bool(facts.any())
 
@@ -172,9 +189,15 @@ class Ranks:
         for layer in walk([model]):
             if isinstance(layer, BatchNorm) and layer.running_mean is not None:
                 both = np.stack([layer.running_mean, layer.running_var])
-                layer.running_mean, layer.running_var = self._group.exchange(
-                    "the average of fit", numbers=both
+                layer.running_mean, layer.running_var = _exchange(
+                    self._group, "the average of fit", numbers=both
                 ).numbers[0]
+
+
+def _exchange(group: Group, place: str, **what: Any) -> Exchanged:
+    """`Group.exchange`, which Ctrl-C does not break off: it acts afterwards."""
+    with CtrlC():
+        return group.exchange(place, **what)
 
 
 def _described(model: Any) -> Iterator[object]:

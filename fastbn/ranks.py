@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -61,9 +62,15 @@ class _MPI:
     """A communicator of mpi4py, whose own allgather pickles."""
 
     def __init__(self, comm: Any) -> None:
+        if not comm:
+            raise ValueError("expected a communicator of processes that this one is among, got MPI.COMM_NULL")
+        if comm.Is_inter():  # its Allgather gives what the other group's processes brought
+            raise ValueError("expected a communicator of one group of processes, got an intercommunicator")
         self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
 
     def allgather(self, array: Array, /) -> Array:
+        if not self._comm:
+            raise ValueError("expected a communicator that is still there, got one after its Free()")
         gathered = np.empty((self.size, *array.shape))
         self._comm.Allgather(array, gathered)
         return gathered
@@ -74,7 +81,9 @@ class _MPI:
         return received
 
     def abort(self, code: int, /) -> Any:
-        self._comm.Abort(code)
+        if self._comm:  # else all ranks, which freed it together, have the error
+            traceback.print_exc()  # nothing after Abort is executed
+            self._comm.Abort(code)
 
 
 class Gloo:

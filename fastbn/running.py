@@ -15,6 +15,17 @@ from .state import whole
 Array = NDArray[np.float64]
 
 
+def averaged(average: tuple[Array, Array], stats: BatchStats, momentum: float, unbiased: bool) -> tuple[Array, Array]:
+    """An exponentially weighted mean and variance after one more batch."""
+    mean, var = average
+    correction = stats.count / (stats.count - 1) if unbiased else 1.0
+    with np.errstate(all="ignore"):
+        return (
+            (1 - momentum) * mean + momentum * stats.mean,
+            (1 - momentum) * var + momentum * (stats.var * correction),
+        )
+
+
 class RunningStats:
     """Mean and variance of each feature over many batches.
 
@@ -141,10 +152,7 @@ class RunningStats:
             return
         if self.unbiased and stats.count == 1:
             raise ValueError("expected more than 1 value per feature for an unbiased variance, got 1")
-        correction = stats.count / (stats.count - 1) if self.unbiased else 1.0
-        with np.errstate(all="ignore"):
-            mean = (1 - self.momentum) * self._mean + self.momentum * stats.mean
-            spread = (1 - self.momentum) * self._spread + self.momentum * (stats.var * correction)
+        mean, spread = averaged((self._mean, self._spread), stats, self.momentum, self.unbiased)
         counts = self._counts(self.count + stats.count, self.num_batches + 1, self._rest * (1 - self.momentum))
         change([(self._mean, mean), (self._spread, spread)], *counts)
 

@@ -212,7 +212,10 @@ def fit(
         if checkpoint is not None:
             file = RunFile(checkpoint, model, optimizer, mean, arguments | arrays)
         resumed = resume and checkpoint is not None and os.path.exists(checkpoint)
-        alike = [arguments, epochs, patience, clip_norm, schedule is None, checkpoint is None, resume]
+        alike = arguments | {
+            "epochs": epochs, "patience": patience, "clip_norm": clip_norm, "schedule": schedule is None,
+            "checkpoint": checkpoint is None, "resume": resume,
+        }  # fmt: skip
         ranks.begin(model, optimizer, arrays, alike, checkpoint if resumed else None)
         if resumed:
             state = file.load(best_wanted=patience is not None)
@@ -367,8 +370,7 @@ def _step(
     value, n, right, decisions = ranks.mean(value, len(x), *_right(loss, prediction, target))
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} at epoch {state.epoch}, step {state.step + 1}")
-    model.backward(gradient if n == len(x) else gradient * (len(x) / n))
-    ranks.add_gradients(model)
+    ranks.backward(model, gradient if n == len(x) else gradient * (len(x) / n))
     if clip_norm is not None:
         norm = _clip(model.grads, clip_norm)
         if not math.isfinite(norm):

@@ -294,9 +294,8 @@ def test_every_layout_is_one_process(layout, out, masked):
         assert given is None or y is given
         y = y.copy()
         if out == "in_place":
-            if given is not None:
-                with pytest.raises(RuntimeError, match="did not overwrite x"):
-                    layer.backward(y)
+            with pytest.raises(RuntimeError, match="did not overwrite x"):  # or RankError, with the other's words
+                layer.backward(y)
             return y, None, layer.running_var
         gradient = np.take(dy, np.arange(9)[rows], n).copy()
         dx = layer.backward(gradient, gradient if out == "given" else None)
@@ -441,6 +440,49 @@ def test_an_error_on_one_rank_is_raised_on_all_and_changes_nothing():
     for rank in (0, 2):
         assert isinstance(found[rank], RuntimeError)
         assert str(found[rank]).startswith("rank 1 of 3 failed: ValueError: expected x with 3 features")
+
+
+@pytest.mark.parametrize("lost", ["no forward", "x overwritten"])
+def test_a_backward_without_x_on_one_rank_is_raised_on_all(lost):
+    def program(comm):
+        layer = SyncBatchNorm(3, comm=comm)
+        x = np.random.default_rng(0).standard_normal((4, 3))
+        if lost == "x overwritten" or comm.rank != 1:
+            layer(x, x if comm.rank == 1 else None)
+        layer.backward(np.ones((4, 3)))
+
+    found = errors(3, program)
+    words = "expected a forward before backward, and one that did not overwrite x"
+    assert (type(found[1]), str(found[1])) == (RuntimeError, words)
+    assert {str(found[r]) for r in (0, 2)} == {f"rank 1 of 3 failed: RuntimeError: {words}"}
+
+
+@pytest.mark.parametrize("ghost_size", [None, 2])
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ({}, {"momentum": 0.2}), ({"momentum": None}, {"momentum": 0.1}), ({}, {"eps": 1e-3}), ({}, {"affine": False}),
+        ({}, {"track_running_stats": False}), ({}, {"activation": "relu"}), ({}, {"unbiased": False}),
+        ({}, {"renorm": (2, 1)}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_differ_raise_the_same_everywhere(here, there, ghost_size):
+    layers = {}
+
+    def program(comm):
+        options = here if comm.rank == 0 else there
+        layer = layers[comm.rank] = SyncBatchNorm(3, comm=comm, ghost_size=ghost_size, **options)
+        layer(np.random.default_rng(0).standard_normal((4, 3)))
+
+    found = errors(3, program)
+    assert len({str(e) for e in found}) == 1
+    assert "expected the same settings of SyncBatchNorm (their checksum) on all ranks, got [" in str(found[0])
+    assert all(layer.num_batches_tracked == 0 for layer in layers.values())
+
+
+def test_numbers_of_threads_may_differ():
+    together(2, lambda comm: SyncBatchNorm(3, comm=comm, num_threads=1 + comm.rank)(np.eye(3)))
 
 
 def test_an_error_in_backward_is_raised_on_all():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_distributed import Slicing, Thread, errors, together
 
-from fastbn import BatchNorm, losses, nn, optim, parallel, training
-from fastbn.distributed import convert
+from fastbn import BatchNorm, losses, nn, optim, parallel, schedules, training
+from fastbn.distributed import SyncBatchNorm, convert
 
 X = np.random.default_rng(0).standard_normal((103, 6))
 LABELS = (X.sum(axis=1) > 0).astype(int) + (X[:, 0] > 1)
@@ -173,6 +173,42 @@ def test_gradients_of_layers_that_exchange_nothing_are_added_up(kind):
         np.testing.assert_allclose(results[0][1][name], a, rtol=1e-7, atol=1e-9, err_msg=name)
 
 
+class Residual:
+    """A layer of one's own, which holds batch normalization where `convert` and `fit` do not look."""
+
+    def __init__(self, norm):
+        self.inner = nn.Sequential(nn.Dense(12, 12, bias=False, seed=3, dtype="float64"), norm)
+        self.params, self.grads = self.inner.params, self.inner.grads
+        self.training, self.state_dict, self.train = True, self.inner.state_dict, self.inner.train
+
+    def __call__(self, x):
+        return x + self.inner(x)
+
+    def backward(self, dy):
+        return dy + self.inner.backward(dy, input_grad=True)
+
+
+def test_gradients_within_a_layer_of_ones_own_are_added_up_once():
+    def program(comm):
+        norm = BatchNorm(12, dtype="float64") if comm is None else SyncBatchNorm(12, dtype="float64", comm=comm)
+        first, last = network()[0], nn.Dense(12, 3, seed=2, dtype="float64")
+        return trained(comm, model=nn.Sequential(first, Residual(norm), last))
+
+    alone, results = program(None), well(together(3, program))
+    assert all(same_bits(results[0], other) for other in results)
+    np.testing.assert_allclose(results[0][0]["loss"], alone[0]["loss"], rtol=1e-9)
+    for name, a in alone[1].items():
+        np.testing.assert_allclose(results[0][1][name], a, rtol=1e-7, atol=1e-9, err_msg=name)
+
+
+def test_the_loss_of_all_is_a_mean_in_float64():
+    def loss(prediction, target):
+        return np.float32(0.1), losses.softmax_cross_entropy(prediction, target)[1]
+
+    for history, *_ in well(together(3, lambda comm: trained(comm, loss=loss))):
+        np.testing.assert_allclose(history["loss"], np.float32(0.1), rtol=1e-12)
+
+
 # --- Dropout, and trainings that go on
 
 
@@ -240,7 +276,9 @@ DIFFERENT = {
     "checksum of the model": {"make": lambda: network(momentum=0.2)},
     "checksum of the model ": {"make": lambda: network(seed=6)},
     "checksum of the optimizer": {"lr": 0.2},
-    "checksum of fit's arguments": {"epochs": 3},
+    "epochs of fit (its checksum)": {"epochs": 3},
+    "seed of fit (its checksum)": {"seed": 3},
+    "schedule of fit (its checksum)": {"schedule": schedules.cosine()},
 }
 
 
@@ -328,6 +366,23 @@ def test_batch_norm_of_one_rank_alone_is_refused():
         return fit(convert(network(), other), comm)
 
     assert "to have the comm of fit" in well(together(2, of_another_group))[0]
+
+
+@pytest.mark.parametrize("forgotten", [[0, 1, 2], [1]], ids=str)
+def test_fit_without_the_comm_of_its_layers_is_refused(forgotten):
+    models = {}
+
+    def program(comm):
+        models[comm.rank] = model = convert(network(), comm)
+        optimizer = optim.SGD(model, 0.1)
+        training.fit(model, DATA, losses.softmax_cross_entropy, optimizer, epochs=1, batch_size=32, progress=False,
+                     comm=None if comm.rank in forgotten else comm)  # fmt: skip
+
+    for rank, error in enumerate(errors(3, program)):
+        words = "ValueError: expected comm, the processes that SyncBatchNorm(12, "
+        assert (f"{type(error).__name__}: {error}" if rank in forgotten else str(error)).endswith("got comm=None")
+        assert words in f"{type(error).__name__}: {error}"
+        assert models[rank][1].num_batches_tracked == 0
 
 
 # --- what ends a training

@@ -91,6 +91,18 @@ def need(uses: dict[str, str], extra: str = "train") -> None:
             raise ImportError(f'{use} {package}: pip install "fastbn[{extra}]"')
 
 
+def processes() -> Any:
+    """mpi4py's communicator of all processes, of which the first one alone prints from here on, errors too."""
+    need({"mpi4py": "--mpi needs"}, "mpi")
+    try:
+        from mpi4py import MPI
+    except RuntimeError as error:  # mpi4py without a library of MPI
+        raise ImportError(f"--mpi needs MPI: pip install mpich ({str(error).partition(chr(10))[0]})") from error
+    if MPI.COMM_WORLD.Get_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return MPI.COMM_WORLD
+
+
 def say(message: str) -> None:
     """Print on standard error: standard output has results alone, which another program may read."""
     print(printable(message), file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from fastbn import checkpoint, data, distributed, nn, optim, schedules, training
 from fastbn.files import write_whole
 from fastbn.parallel import Ranks
 
-from .common import add_data, aligned, folder, load, making, naming, need, real_number, say, whole_number
+from .common import add_data, aligned, folder, load, making, naming, need, processes, real_number, say, whole_number
 from .resume import same_options
 from .tasks import Classification, Regression, kind_of, task_of
 
@@ -106,15 +105,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, write, print."""
     need({"safetensors": "saving the model needs", "matplotlib": "learning curves need"})
-    comm = None
-    if args.mpi:
-        need({"mpi4py": "--mpi needs"}, "mpi")
-        from mpi4py import MPI
-
-        comm = MPI.COMM_WORLD
+    comm = processes() if args.mpi else None
     with Ranks(comm) as ranks:  # what fails on one of them is an error of all
-        if ranks.rank:  # rank 0 alone prints, also the error that may end all
-            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         printed = _run(args, comm, ranks)
     if printed is not None:
         results, detail, alone, task, files = printed

@@ -124,6 +124,35 @@ def steps_until(what):
             raise ZeroDivisionError("outside the layer")
 
 
+def refused(what):
+    """What each rank raises for such a communicator, in the layer and in fit."""
+    part = COMM.Split(RANK % 2, RANK)
+    comm = MPI.COMM_NULL if what == "null" else COMM.Dup()
+    if what == "inter":
+        comm = part.Create_intercomm(0, COMM, 1 - RANK % 2)
+    said = []
+    try:
+        layer = SyncBatchNorm(3, comm=comm)
+        if what == "freed":
+            comm.Free()
+        layer(np.eye(3))
+    except Exception as error:
+        said.append(f"{type(error).__name__}: {error}")
+    try:
+        trained(comm, network())
+    except Exception as error:
+        said.append(f"{type(error).__name__}: {error}")
+    return COMM.gather(said)
+
+
+def broken_off():
+    """An exchange that fails on rank 1 when the others have made it."""
+    layer = SyncBatchNorm(3, comm=COMM)
+    if RANK == 1:
+        layer.group.comm.allgather = lambda array: 1 / 0
+    layer(np.eye(3))
+
+
 # --- fit
 
 
@@ -220,6 +249,25 @@ def interrupted_command(*arguments):
     optim.Adam.step = counting
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(["train", "--mpi", *arguments]))
+
+
+def interrupted_at_the_end(*arguments):
+    """`fastbn train --mpi`, where all get a Ctrl-C while rank 0 writes and the others wait for it."""
+    from fastbn.__main__ import main
+    from fastbn.commands.tasks import Classification
+
+    pids = COMM.allgather(os.getpid())
+
+    def draw(self, *arguments):
+        for pid in pids[1:]:
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.5)
+        os.kill(pids[0], signal.SIGINT)
+        time.sleep(10)
+
+    Classification.draw = draw
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return COMM.gather(main(["train", "--mpi", *arguments]))
 
 
 if __name__ == "__main__":

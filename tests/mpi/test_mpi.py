@@ -105,6 +105,26 @@ def test_what_is_taken_is_taken_on_every_rank(size, what):
         assert all(math.isfinite(v) for v in var) == (what != "nan")
 
 
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("null", "got MPI.COMM_NULL"), ("inter", "got an intercommunicator"), ("freed", "after its Free()")],
+)
+def test_communicators_that_cannot_do_are_refused_on_every_rank(what, words):
+    in_fit = "got MPI.COMM_NULL" if what == "freed" else words
+    for layer, fit in program(3, "refused", what):
+        assert layer.startswith("ValueError: expected a communicator ")
+        assert layer.endswith(words)
+        assert fit.startswith("ValueError: expected a communicator ")
+        assert fit.endswith(in_fit)
+
+
+def test_an_exchange_that_is_broken_off_ends_all_ranks_and_says_why():
+    _, err, status, took = mpiexec(3, "-m", "mpi4py", Path(__file__).with_name("programs.py"), "broken_off")
+    assert status != 0
+    assert "ZeroDivisionError: division by zero" in err
+    assert took < 30
+
+
 def alive(err):
     """Those of the ranks, which have said their numbers, that still run 5 seconds later."""
     pids = [int(pid) for pid in re.findall(r"pid (\d+)", err)]
@@ -218,6 +238,33 @@ def test_the_command_line_goes_on_with_another_number_of_ranks(tmp_path):
     assert status == 0, err
     assert out.count("held-out data") == 1
     assert not list((tmp_path / "out").glob("unfinished*"))
+
+
+def test_ctrl_c_while_rank_0_writes_is_ctrl_c_on_all(tmp_path):
+    for package in ("sklearn", "safetensors", "matplotlib"):
+        pytest.importorskip(package)
+    where = Path(__file__).with_name("programs.py")
+    arguments = "interrupted_at_the_end", "--no-batchnorm", "--epochs", 1, "--out", tmp_path / "out"
+    out, err, status, _ = mpiexec(3, where, *arguments)
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1]) == [130, 130, 130]
+    assert err.count("fastbn: interrupted: the same command with --resume goes on where it stopped") == 1
+
+
+@pytest.mark.parametrize("wrong", [["--epochs", 0], ["--quiet"], ["--help"]], ids=str)
+def test_what_argparse_says_is_said_once(wrong):
+    out, err, status, _ = command(3, *wrong)
+    assert status == (0 if wrong == ["--help"] else 2)
+    assert (out + err).count("usage: fastbn") == 1
+
+
+def test_mpi4py_without_mpi():
+    run = subprocess.run(
+        [sys.executable, "-m", "fastbn", "train", "--mpi"], capture_output=True, text=True,
+        env=os.environ | ENVIRONMENT | {"MPI4PY_LIBMPI": os.devnull},
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert re.fullmatch(r"fastbn: error: --mpi needs MPI: pip install mpich \(.*\)\n", run.stderr)
 
 
 @pytest.mark.parametrize("wrong", [["--data", "nowhere.csv"], ["--out", os.devnull]], ids=" ".join)
