@@ -84,7 +84,7 @@ class SyncBatchNorm(BatchNorm):
     Notes
     -----
     A training forward exchanges 64 numbers of float64, and then 3 for each feature; a backward 64, and then 2 for each
-    feature. The parts are merged by the rule of Chan, Golub & LeVeque (1979): if they are many, each rank merges those
+    feature. The parts are merged by the rule of Chan, Golub & LeVeque (1979). If they are many, each rank merges those
     of some of the features, and tells the others.
 
     The gradients of weight and bias are sums over all ranks already: do not add them up again.
