@@ -166,7 +166,8 @@ def main() -> None:
     sizes = [k for k in (2, 4) if k <= everyone.Get_size()]
     comms = {k: everyone.Split(int(rank >= k), rank) for k in (1, *sizes)}
     rounds, seconds, least = (2, 0.0, 3) if options.quick else (5, 0.1, 5)
-    steps_of = {case: ([], []) for case in cases(["digits"] if options.quick else [*NETWORKS], sizes)}
+    chosen = cases(["digits"] if options.quick else [*NETWORKS], sizes)
+    steps_of = {case: ([], []) for case in everyone.bcast(chosen)}  # a rank may be bound to one processor
     wire = {(k, n): [] for k, n in product(sizes, (64, 2**10, 2**14, 2**17, 2**20))}
     work = {(what, *pair): [] for what, (_, pairs) in WORK.items() for pair in pairs}
     calls = {key: WORK[key[0]][0](*key[1:]) for key in work} if rank == 0 else {}

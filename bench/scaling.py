@@ -32,10 +32,10 @@ HERE = Path(__file__).parent / "results"
 MOST = 1000  # ranks
 LARGE = 8192  # examples of all ranks, where more ranks have fewer each
 RANKS = [*dict.fromkeys(np.geomspace(1, MOST, 61).round().astype(int).tolist())]
-# More ranks than processors, by root.
+# More ranks than processors, bound to none of them, by root.
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_MCA_hwloc_default_binding_policy": "none",
 }  # fmt: skip
 
 
