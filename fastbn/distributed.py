@@ -128,11 +128,6 @@ class SyncBatchNorm(BatchNorm):
         """The ranks; None for a layer that was unpickled."""
         return self._group
 
-    @property
-    def _talks(self) -> bool:
-        """Whether a forward is now one over all ranks."""
-        return self._group is not None and self.training and not self.frozen
-
     @overload
     def __call__(
         self, x: NDArray[Float], out: NDArray[Float] | None = None, *, mask: ArrayLike | None = None
@@ -140,15 +135,20 @@ class SyncBatchNorm(BatchNorm):
     @overload
     def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array: ...
     def __call__(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array:
-        if self._group is None or not self._talks:
+        group = self._spoken_to()
+        if group is None:
             return super().__call__(x, out, mask=mask)
         if self._ghost_size is not None:
-            return self._forward_in_ghosts(self._group, x, out, mask)
-        return self._forward_together(self._group, x, out, mask)
+            return self._forward_in_ghosts(group, x, out, mask)
+        return self._forward_together(group, x, out, mask)
 
     def forward(self, x: ArrayLike, out: Array | None = None, *, mask: ArrayLike | None = None) -> Array:
         """The same as calling the layer, see `fastbn.BatchNorm.forward`."""
         return self(x, out, mask=mask)
+
+    def _spoken_to(self) -> Group | None:
+        """The ranks, where a forward is now one over all of them."""
+        return self._group if self.training and not self.frozen else None
 
     def _forward_together(self, group: Group, x: ArrayLike, out: Array | None, mask: ArrayLike | None) -> Array:
         constants = self._constants
@@ -222,8 +222,9 @@ class SyncBatchNorm(BatchNorm):
         try:
             return super().backward(dy, out)
         except RuntimeError as error:
-            if self._saved is None and self._group is not None and self._talks and self._ghost_size is None:
-                self._group.tell(error)  # there is no x, while the other ranks may be in `backward` below
+            group = self._spoken_to()
+            if self._saved is None and group is not None and self._ghost_size is None:
+                group.tell(error)  # x is missing here, while the other ranks may be in an exchange
             raise
 
     def _settings(self) -> int:

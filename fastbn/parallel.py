@@ -72,20 +72,23 @@ class Ranks:
         file: str | os.PathLike[str] | None,
     ) -> None:
         """ValueError where ranks do not begin alike, or the model would come to differ between them."""
-        if self._group is None:
-            self._refuse_ranks(model)
-            return
         for layer in walk([model]):
-            if not isinstance(layer, BatchNorm) or (layer.running_mean is None and type(layer) is BatchNorm):
+            if not isinstance(layer, BatchNorm):
                 continue
-            if isinstance(layer, SyncBatchNorm) and layer.group is not None:
-                if layer.group.given != self._group.given:
-                    raise ValueError(f"expected {layer!r} to have the comm of fit: distributed.convert(model, comm)")
-            elif not layer.frozen:
-                raise ValueError(
-                    f"expected SyncBatchNorm, got {layer!r}, whose running averages would be those of a rank's own "
-                    "examples: distributed.convert(model, comm)"
-                )
+            group = layer.group if isinstance(layer, SyncBatchNorm) else None
+            if group is None:
+                if self._group is not None and not layer.frozen:
+                    raise ValueError(
+                        f"expected SyncBatchNorm, got {layer!r}, whose statistics would be those of a rank's own "
+                        "examples: distributed.convert(model, comm)"
+                    )
+            elif self._group is None:
+                if group.comm.size > 1 and not layer.frozen:
+                    raise ValueError(f"expected comm, the processes that {layer!r} is for, got comm=None")
+            elif group.given != self._group.given:
+                raise ValueError(f"expected {layer!r} to have the comm of fit: distributed.convert(model, comm)")
+        if self._group is None:
+            return
         numbers = {name: getattr(optimizer, name) for name in OPTIMIZER_STATE if hasattr(optimizer, name)}
         state = optimizer.state_dict() if hasattr(optimizer, "state_dict") else {}
         _exchange(
@@ -103,13 +106,6 @@ class Ranks:
                 "checksum of the checkpoint": 0 if file is None else _checksum(Path(file).read_bytes()),
             },
         )
-
-    def _refuse_ranks(self, model: Any) -> None:
-        """ValueError, on all ranks, where the model is for several of them and fit is not."""
-        for layer in walk([model]):
-            if isinstance(layer, SyncBatchNorm) and layer.group is not None and layer.group.comm.size > 1:
-                self._group = layer.group
-                raise ValueError(f"expected comm, the processes that {layer!r} is for, got comm=None")
 
     def wait(self, place: str) -> None:
         """Until all ranks are there, and no longer than all are well."""

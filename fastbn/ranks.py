@@ -162,6 +162,10 @@ class Group:
                 raise TypeError(
                     f"expected comm with rank, size, allgather and abort, got {type(comm).__name__} without {name}"
                 )
+        if not 0 <= self.comm.rank < self.comm.size:  # such as -1, where a process is in no group of torch.distributed
+            raise ValueError(
+                f"expected comm with a rank from 0 on, below size, got {self.comm.rank} of {self.comm.size}"
+            )
 
     def exchange(
         self,

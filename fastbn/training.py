@@ -152,7 +152,7 @@ def fit(
     checkpoint, which all ranks read; another number of ranks, or one process, may go on with it. Callbacks are called
     on every rank. Where one of them returns True, or somebody presses Ctrl-C, all ranks end after the same step. An
     error on one rank is raised there, and the others raise a `fastbn.distributed.RankError` with its words. Where data,
-    model, optimizer or arguments differ between ranks, or a BatchNorm would keep running averages of one rank's
+    model, optimizer or arguments differ between ranks, or a BatchNorm would take the statistics of one rank's
     examples, all raise a ValueError.
 
     Examples

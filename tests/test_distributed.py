@@ -766,6 +766,9 @@ def test_files_and_folded_networks_have_a_batch_norm(tmp_path):
 
 
 def test_bad_communicators_are_refused():
+    for rank, size in ((-1, -1), (2, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"rank from 0 on, below size, got {rank} of {size}"):
+            convert(BatchNorm(3), Thread(rank, size, None, None))
     with pytest.raises(TypeError, match="comm with rank, size, allgather and abort, got int without rank"):
         SyncBatchNorm(3, comm=1)
     with pytest.raises(TypeError):
