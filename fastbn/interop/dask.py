@@ -185,8 +185,6 @@ def _checked(x: Any, axis: int) -> tuple[Any, np.dtype[Any], int]:
 
 def _records(x: Any, k: int) -> Any:
     """The statistics of x: a dask array of RECORDs, (C,), in the chunks of x's features."""
-    if x.ndim == 1:  # a reduction needs an axis
-        x, k = x[np.newaxis], 1
     over = [i for i in range(x.ndim) if i != k]
     at_once = MERGED_AT_ONCE.get(len(over), 2)
     return library("dask.array", "dask").reduction(

@@ -7,6 +7,7 @@ import signal
 import time
 import weakref
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,17 @@ def test_blocks_are_merged_in_their_order(sizes, ratio):
         for name in ("mean", "mean_low", "var"):
             assert getattr(stats, name)[features].tobytes() == getattr(running, name).tobytes()
         assert stats.count == running.count
+
+
+def test_blocks_along_two_axes_are_merged_in_the_order_of_their_positions():
+    a = np.random.default_rng(0).standard_normal((40, 5, 30)) + 1e6
+    running = RunningStats(5, momentum=None, unbiased=False)
+    for row in np.split(a, 4):
+        for part in np.split(row, 3, axis=2):
+            running.update(fastbn.moments(part))
+    stats = moments(da.from_array(a, chunks=(10, 5, 10))).compute()
+    for name in ("mean", "mean_low", "var"):
+        assert getattr(stats, name).tobytes() == getattr(running, name).tobytes()
 
 
 @pytest.mark.parametrize(("shape", "chunks"), [((1000, 2), (1, 2)), ((20, 2, 24), 1), ((5, 6, 2, 5), 1)], ids=str)
@@ -330,6 +342,18 @@ def test_the_same_call_has_the_same_name():
     assert names[0] == names[1] != names[2]
 
 
+def test_blocks_that_stand_in_the_memory_of_workers(cluster):
+    a = np.random.default_rng(0).standard_normal((90, 4)).astype("f4")
+    x = da.from_array(a, chunks=(10, 3))
+    expected, stats = dask.compute(batch_norm(x, training=True), moments(x))
+    with distributed.Client(cluster) as client:
+        there = client.persist(x)
+        assert batch_norm(there, training=True).compute(scheduler="distributed").tobytes() == expected.tobytes()
+        scaler = BatchNormTransformer()
+        with dask.config.set(scheduler="distributed"):
+            assert scaler.fit(there).mean_.tobytes() == stats.mean.tobytes()
+
+
 @pytest.mark.parametrize("broken", ["moments", "batch_norm"])
 def test_a_worker_that_is_killed_changes_nothing(broken, tmp_path):
     a = np.random.default_rng(0).standard_normal((400, 6)) + 1e6
@@ -355,6 +379,17 @@ def test_a_worker_that_is_killed_changes_nothing(broken, tmp_path):
     assert before != after
     assert (bits(got) == bits(expected)) if broken == "moments" else got.tobytes() == expected.tobytes()
     assert time.monotonic() - started < 60
+
+
+def test_recipes_of_the_bench_run(tmp_path, monkeypatch):
+    pytest.importorskip("zarr")
+    larger = pytest.importorskip("bench.larger")
+    monkeypatch.setenv("PYTHONPATH", str(Path(fastbn.__file__).parents[1]))
+    larger.write_files(tmp_path, larger.BLOCK + 1)
+    for name in ("moments, Zarr", "batch_norm, npy to npy stack", "a loop without dask, npy to npy"):
+        seconds, most = larger.measure(name, tmp_path, 10**9)
+        assert 0 < seconds < 30
+        assert 3e7 < most < 1e9
 
 
 # --- errors
@@ -534,6 +569,7 @@ def test_what_the_transformer_refuses_leaves_it_as_it_was():
         assert seen in said(call, x[:, :2])
     assert said(fitted.inverse_transform, x[:, :2]) == "ValueError: expected X with 3 features, got 2"
     assert said(new.transform, x).startswith("NotFittedError")
+    assert fitted.fit(x[:, :2]).n_features_in_ == 2
 
 
 def test_nothing_of_dask_is_imported_for_numpy(python):
