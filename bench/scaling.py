@@ -26,7 +26,7 @@ from bench import machine, pictures, results
 from bench.ranks import APART, GHOST, GHOSTS, NETWORKS, NONE, PART, SYNC, WHOLE
 from bench.workers import environment
 from fastbn.parallel import ROOM
-from fastbn.ranks import HEADER
+from fastbn.ranks import HEADER, SLICED_FROM
 
 HERE = Path(__file__).parent / "results"
 MOST = 1000  # ranks
@@ -56,6 +56,16 @@ class Wire(NamedTuple):
         """Seconds until every rank has sent so many bytes to each, one rank after the other."""
         return (self.latency + self.per_byte * nbytes) * (ranks - 1)
 
+    def seconds(self, ranks: int, sent: Sequence["Sent"], in_slices: bool) -> float:
+        total = 0.0
+        for numbers, merged in sent:
+            if merged and is_sliced(ranks, numbers, in_slices):
+                part = 8 * math.ceil(numbers / ranks)
+                total += self.alltoall(ranks, part) + self.allgather(ranks, part)
+            else:
+                total += self.allgather(ranks, 8 * numbers)
+        return total
+
 
 class Work(NamedTuple):
     """Seconds that NumPy and Python take around an exchange, on each rank."""
@@ -65,10 +75,22 @@ class Work(NamedTuple):
     per_rank: float
     per_rank_and_number: float
 
-    def seconds(self, ranks: float, numbers: float, exchanges: int = 1) -> float:
-        """Of so many exchanges, which bring so many numbers together."""
+    def seconds(self, ranks: float, numbers: float, exchanges: int = 1, sliced: bool = False) -> float:
+        """Of so many exchanges, which bring so many numbers together. In slices, a rank merges as many as it brings."""
         each = self.fixed + ranks * self.per_rank
-        return exchanges * each + numbers * (self.per_number + ranks * self.per_rank_and_number)
+        merged = 1 if sliced else ranks
+        return exchanges * each + numbers * (self.per_number + merged * self.per_rank_and_number)
+
+
+class Sent(NamedTuple):
+    """What each rank brings to an exchange."""
+
+    numbers: int  # of float64
+    merged: bool  # on each rank alike, or by each rank a slice
+
+
+def is_sliced(ranks: int, numbers: int, in_slices: bool) -> bool:
+    return in_slices and ranks * numbers >= SLICED_FROM
 
 
 class Compute(NamedTuple):
@@ -102,17 +124,17 @@ def ghosts(examples: int) -> int:
     return max(1, math.ceil(examples / GHOST) - (examples % GHOST == 1))
 
 
-def exchanged(widths: Sequence[int], norm: str, ranks: int, examples: int) -> dict[str, list[int]]:
-    """Bytes that each rank brings to each allgather of a step."""
-    header = 8 * HEADER
+def exchanged(widths: Sequence[int], norm: str, ranks: int, examples: int, in_slices: bool) -> dict[str, list[Sent]]:
+    """What each rank brings to the exchanges of a step."""
+    header = Sent(HEADER, False)
     layers: dict[str, Any] = {
-        SYNC: lambda c: [header, 24 * c, header, 16 * c],
-        GHOSTS: lambda c: [header, header, 24 * c * ghosts(examples)],
+        SYNC: lambda c: [header, Sent(3 * c, True), header, Sent(2 * c, True)],
+        GHOSTS: lambda c: [header, header, Sent(3 * c * ghosts(examples), False)],
     }
-    of_layers = [n for c in widths[1:-1] for n in layers.get(norm, lambda c: [])(c)]
-    count, most = parameters(widths, norm), ROOM // ranks
+    of_layers = [sent for c in widths[1:-1] for sent in layers.get(norm, lambda c: [])(c)]
+    count, most = parameters(widths, norm), ROOM if in_slices else ROOM // ranks
     parts = [min(most, count - start) for start in range(0, count, most)]
-    gradients = [n for part in parts for n in (header, 8 * part)]
+    gradients = [sent for part in parts for sent in (header, Sent(part, True))]
     return {"statistics": of_layers, "gradients": gradients, "loss and end": [header, header]}
 
 
@@ -124,12 +146,12 @@ def step(
     costs: Costs,
     wire: Wire,
     *,
-    in_slices: bool = False,
+    in_slices: bool = True,
     slower: float = 1.0,
 ) -> dict[str, float]:
     """Seconds of the parts of a step with so many examples on each of the ranks.
 
-    in_slices: each rank adds up its own part of the gradients, which all others send it, and sends them the sums.
+    in_slices: each rank merges a slice of many numbers for all others, as fastbn does. Else all merge all of them.
     slower: how many times longer all computing takes: where ranks share a processor, or caches and memory.
     """
     widths = NETWORKS[network]
@@ -137,23 +159,23 @@ def step(
     alone = compute.seconds(examples) * slower
     if ranks == 1:
         return {"compute": alone}
-    sent = exchanged(widths, norm, ranks, examples)
-    messages = {what: sum(wire.allgather(ranks, n) for n in sizes) for what, sizes in sent.items()}
-    # The statistics of each ghost batch are merged as those of a rank are.
-    merged = ranks * ghosts(examples) if norm == GHOSTS else ranks
-    of_layers = [costs.work[norm].seconds(merged, c) for c in widths[1:-1]] if norm in (SYNC, GHOSTS) else []
-    count, gradients = parameters(widths, norm), costs.work["gradients"]
+    sent = exchanged(widths, norm, ranks, examples, in_slices)
+    messages = {what: wire.seconds(ranks, of_what, in_slices) for what, of_what in sent.items()}
+    of_layers = []
+    for c in widths[1:-1] if norm in (SYNC, GHOSTS) else ():
+        # The statistics of each ghost batch are taken in as those of a rank are.
+        merged = ranks * ghosts(examples) if norm == GHOSTS else ranks
+        of_layers.append(
+            costs.work[norm].seconds(merged, c, sliced=norm == SYNC and is_sliced(ranks, 3 * c, in_slices))
+        )
+    count = parameters(widths, norm)
     work = {
         "statistics": sum(of_layers),
-        "gradients": gradients.seconds(ranks, count, len(sent["gradients"]) // 2),
+        "gradients": costs.work["gradients"].seconds(
+            ranks, count, len(sent["gradients"]) // 2, is_sliced(ranks, min(count, ROOM), in_slices)
+        ),
         "loss and end": 2 * costs.work["header"].seconds(ranks, 0),
     }
-    if in_slices:
-        part = 8 * math.ceil(count / ranks)
-        messages["gradients"] = 2 * wire.allgather(ranks, 8 * HEADER)
-        messages["gradients"] += wire.alltoall(ranks, part) + wire.allgather(ranks, part)
-        work["gradients"] = 2 * (gradients.fixed + ranks * gradients.per_rank)
-        work["gradients"] += count * (gradients.per_number + gradients.per_rank_and_number)
     # The largest of so many Gaussian numbers is about so far above their mean.
     lag = alone * compute.spread * math.sqrt(2 * math.log(ranks))
     return {"compute": alone, "slowest rank": lag, **{what: messages[what] + slower * work[what] for what in work}}
@@ -213,7 +235,7 @@ The networks: {networks}.
 
 `python -m bench.scaling` wrote this."""
 WIRES = "messages of this machine", "messages of a cluster (assumed)"
-WAYS = {"by allgather": False, "in slices": True}  # of the gradients
+WAYS = {"merged in slices": True, "merged by all": False}  # of gradients and statistics
 
 
 def ms(seconds: float) -> str:
@@ -317,11 +339,11 @@ class Report:
         for network in self.networks:
             for k in (16, 128, MOST):
                 by = {norm: step(network, norm, k, PART, self.costs, CLUSTER) for norm in (SYNC, GHOSTS, APART)}
-                sliced = step(network, APART, k, PART, self.costs, CLUSTER, in_slices=True)
+                by_all = step(network, APART, k, PART, self.costs, CLUSTER, in_slices=False)
                 parts = [by[APART]["compute"] + by[APART]["slowest rank"], by[SYNC]["statistics"]]
-                parts += [by[GHOSTS]["statistics"], by[APART]["gradients"], sliced["gradients"]]
+                parts += [by[GHOSTS]["statistics"], by[APART]["gradients"], by_all["gradients"]]
                 rows.append([network, f"{k:,}", *map(ms, [*parts, by[APART]["loss and end"]])])
-        head = ["network", "ranks", "compute, slowest rank", SYNC, GHOSTS, "gradients", "gradients in slices"]
+        head = ["network", "ranks", "compute, slowest rank", SYNC, GHOSTS, "gradients", "gradients merged by all"]
         return lines([*head, "loss and end"], rows, 1)
 
     def crossings(self) -> str:
@@ -336,7 +358,7 @@ class Report:
                         row.append(first_ranks(network, norm, factor, **given))
                     row += [least_examples(network, 64, 1.1, **given)]
                     rows.append(row)
-        head = ["network", "messages", "gradients", f"{SYNC} + 10 %", "twice", f"{GHOSTS} + 10 %", "twice"]
+        head = ["network", "messages", "numbers", f"{SYNC} + 10 %", "twice", f"{GHOSTS} + 10 %", "twice"]
         return lines([*head, f"examples a rank for {SYNC} below + 10 % on 64 ranks"], rows, 3)
 
     def strong(self) -> str:
@@ -354,14 +376,14 @@ class Report:
                         best = min(taken, key=taken.__getitem__)
                         row.append(f"{best:,} ({taken[1] / taken[best]:.1f})")
                     rows.append(row)
-        return lines(["network", "messages", "gradients", SYNC, GHOSTS, APART], rows, 3)
+        return lines(["network", "messages", "numbers", SYNC, GHOSTS, APART], rows, 3)
 
     def drawn(self) -> dict[str, dict[str, dict[str, tuple[list[int], list[float]]]]]:
         """By messages and network: what each line is of, ranks and milliseconds."""
         return {
             name: {
                 network: {
-                    f"{norm}, gradients {way}": (RANKS, [
+                    f"{norm}, {way}": (RANKS, [
                         1e3 * total(network, norm, k, PART, self.costs, wire, in_slices=in_slices) for k in RANKS
                     ])
                     for way, in_slices in WAYS.items() for norm in (SYNC, GHOSTS, APART)

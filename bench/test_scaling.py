@@ -58,11 +58,17 @@ def test_work_is_of_ranks_and_numbers(tiny):
     assert scaling.step("tiny", SYNC, 8, 64, costs(header=work), free)["loss and end"] == 2 * 1080
 
 
-def test_gradients_in_slices_are_received_twice_whatever_the_number_of_ranks(tiny):
-    found = scaling.step("tiny", SYNC, 8, 64, costs(), Wire(0, 1), in_slices=True)
-    assert found["gradients"] == 2 * 512 * 7 + 2 * 7 * 7 * 8  # 53 numbers are 7 of each of 8 ranks
-    found = scaling.step("tiny", SYNC, 8, 64, costs(gradients=Work(1000, 100, 10, 1)), Wire(0, 0), in_slices=True)
-    assert found["gradients"] == 2 * 1080 + 53 * 101
+def test_slices_are_received_twice_whatever_the_number_of_ranks(tiny, monkeypatch):
+    monkeypatch.setattr(scaling, "SLICED_FROM", 8 * 15)  # three times the 5 features of one layer
+    found = scaling.step("tiny", SYNC, 8, 64, costs(), Wire(0, 1))
+    assert found["gradients"] == 512 * 7 + 2 * 7 * 7 * 8  # 53 numbers are 7 of each of 8 ranks
+    assert found["statistics"] == 4 * 512 * 7 + (2 * 8 * 2 + 8 * 10 + 8 * 9 + 8 * 6) * 7
+    work = Work(1000, 100, 10, 1)
+    found = scaling.step("tiny", SYNC, 8, 64, costs(gradients=work, sync=work), Wire(0, 0))
+    assert found["gradients"] == 1080 + 53 * 101
+    assert found["statistics"] == 2 * 1080 + 5 * 101 + 3 * 108
+    found = scaling.step("tiny", SYNC, 8, 64, costs(gradients=work), Wire(0, 0), in_slices=False)
+    assert found["gradients"] == 1080 + 53 * 108
 
 
 def test_a_step_waits_for_the_slowest_rank(tiny):
@@ -102,8 +108,8 @@ def test_the_model_counts_what_fit_exchanges(norm, examples, room, tiny, monkeyp
     data = rng.standard_normal((9 * examples, 6), dtype=np.float32), rng.integers(0, 2, 9 * examples)
     training.fit(model, data, losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=1, batch_size=3 * examples,
                  comm=comm, on_step=on_step, progress=False)  # fmt: skip
-    expected = scaling.exchanged(ranks.NETWORKS["tiny"], norm, 3, examples)
-    assert steps[1] == sum(map(Counter, expected.values()), Counter())
+    expected = scaling.exchanged(ranks.NETWORKS["tiny"], norm, 3, examples, in_slices=False)
+    assert steps[1] == Counter(8 * sent.numbers for of_what in expected.values() for sent in of_what)
 
 
 def test_constants_are_found_again():
@@ -115,7 +121,7 @@ def test_constants_are_found_again():
 
 def test_scaling_is_drawn(tmp_path):
     line = ([1, 10, 1000], [1.0, 2.0, 30.0])
-    names = {f"{norm}, gradients {way}": line for norm in NORMS for way in ("by allgather", "in slices")}
+    names = {f"{norm}, {way}": line for norm in NORMS for way in scaling.WAYS}
     panels, points = {"a": names, "b": names}, {name: {SYNC: ([1, 2], [1.0, 1.2])} for name in "ab"}
     pictures.scaling({"here": panels, "there": panels}, points, 64, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -77,7 +77,9 @@ class Ranks:
                 continue
             group = layer.group if isinstance(layer, SyncBatchNorm) else None
             if group is None:
-                if self._group is not None and not layer.frozen:
+                # Ghost batches are of a rank's own examples everywhere; what is averaged over them is not.
+                apart = layer.ghost_size is not None and layer.running_mean is None
+                if self._group is not None and not layer.frozen and not apart:
                     raise ValueError(
                         f"expected SyncBatchNorm, got {layer!r}, whose statistics would be those of a rank's own "
                         "examples: distributed.convert(model, comm)"
@@ -149,18 +151,21 @@ class Ranks:
         """Every gradient becomes the sum of those of all ranks, rounded once, as most of SyncBatchNorm's are before."""
         with summed() as done:
             model.backward(gradient)
+        self.add([gradient for gradient in model.grads.values() if id(gradient) not in done])
+
+    def add(self, gradients: Sequence[Array]) -> None:
+        """Each of them becomes the sum of those of all ranks, rounded once."""
         if self._group is None or self.size == 1:
             return
-        own = [gradient for gradient in model.grads.values() if id(gradient) not in done]
+        flat = np.concatenate([np.empty(0), *map(np.ravel, gradients)], dtype=np.float64)
         most = ROOM if self._group.merges_slices else max(ROOM // self.size, 1)
-        flat = np.concatenate([np.ravel(gradient) for gradient in own], dtype=np.float64) if own else np.empty(0)
         with np.errstate(all="ignore"):
             for start in range(0, max(flat.size, 1), most):
                 numbers = flat[start : start + most]
                 summed_up = _exchange(self._group, "the gradients of fit", numbers=numbers, merge=in_pairs)
                 numbers[...] = summed_up.numbers
             start = 0
-            for gradient in own:
+            for gradient in gradients:
                 gradient[...] = flat[start : start + gradient.size].reshape(gradient.shape)
                 start += gradient.size
 

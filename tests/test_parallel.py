@@ -370,6 +370,17 @@ def test_batch_norm_of_one_rank_alone_is_refused():
     assert "to have the comm of fit" in well(together(2, of_another_group))[0]
 
 
+def test_ghost_batches_without_averages_exchange_gradients_alone():
+    def program(comm):
+        model = network(ghost_size=8, track_running_stats=False)
+        training.fit(model, DATA, losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=1, batch_size=32,
+                     progress=False, comm=comm)  # fmt: skip
+        return model.state_dict()
+
+    first, other = well(together(2, program))
+    assert all((first[k] == a).all() for k, a in other.items())
+
+
 def test_fit_without_the_comm_of_its_layers_is_refused():
     def program(comm):
         return trained(None, model=convert(network(), comm))
