@@ -372,7 +372,10 @@ def test_batch_norm_of_one_rank_alone_is_refused():
 
 def test_ghost_batches_without_averages_exchange_gradients_alone():
     def program(comm):
-        model = network(ghost_size=8, track_running_stats=False)
+        options = {"ghost_size": 8, "track_running_stats": False, "dtype": "float64"}
+        model = nn.Sequential(
+            nn.Dense(6, 12, seed=0, dtype="float64"), BatchNorm(12, **options), nn.Dense(12, 3, seed=1)
+        )
         training.fit(model, DATA, losses.softmax_cross_entropy, optim.SGD(model, 0.1), epochs=1, batch_size=32,
                      progress=False, comm=comm)  # fmt: skip
         return model.state_dict()
