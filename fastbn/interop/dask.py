@@ -74,7 +74,7 @@ def moments(x: Any, axis: int = 1) -> Any:
     >>> moments(x).compute().mean
     array([ 3., 30.])
     """
-    x, _, k = _checked(x, axis)
+    _, k = _checked(x, axis)
     return library("dask", "dask").delayed(_stats, pure=True)(_records(x, k))
 
 
@@ -144,7 +144,7 @@ def batch_norm(
     >>> y.compute().round(2).ravel().tolist()
     [-1.34, -0.45, 0.45, 1.34]
     """
-    x, dtype, k = _checked(x, axis)
+    dtype, k = _checked(x, axis)
     Constants(eps=eps, activation=activation)  # for their errors
     if (running_mean is None) != (running_var is None):
         raise ValueError("expected both running_mean and running_var or neither, got one of them")
@@ -167,8 +167,8 @@ def is_dask(x: Any) -> bool:
     return isinstance(x, getattr(sys.modules.get("dask.array"), "Array", ()))
 
 
-def _checked(x: Any, axis: int) -> tuple[Any, np.dtype[Any], int]:
-    """x, the dtype of y, and the feature axis from 0."""
+def _checked(x: Any, axis: int) -> tuple[np.dtype[Any], int]:
+    """The dtype of y, and the feature axis from 0."""
     da = library("dask.array", "dask")
     if not isinstance(x, da.Array):
         raise TypeError(f"expected x to be a dask array, got {type(x).__name__}")
@@ -180,7 +180,7 @@ def _checked(x: Any, axis: int) -> tuple[Any, np.dtype[Any], int]:
             f"expected a known number of features along axis {axis} of x, got chunks of unknown size: "
             "x.compute_chunk_sizes() finds it"
         )
-    return x, meta.dtype, k
+    return meta.dtype, k
 
 
 def _records(x: Any, k: int) -> Any:
