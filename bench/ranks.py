@@ -1,10 +1,12 @@
 """What bench.scaling measures, on every rank: mpiexec -n 4 python -m mpi4py -m bench.ranks FILE [--quick]
 
-1. Steps of `training.fit`: by ranks together, by one alone, and by ranks at the same time, each for itself.
+1. Steps of `training.fit`: by ranks together, by one alone, and by two at the same time, each for itself.
 2. An allgather of few bytes and of many.
-3. What Python and NumPy do around the exchanges of a step: rank 0 alone, among up to 1,000 `Copies` of itself.
+3. What Python and NumPy do around the exchanges of a step: two ranks at the same time, each among up to 1,000 `Copies`
+   of itself.
 
-Ranks that are not measured sleep, because one that waits for a message of MPI keeps its processor busy.
+Two at the same time share caches and memory, as ranks of one machine do. Ranks that are not measured sleep, because one
+that waits for a message of MPI keeps its processor busy.
 """
 
 import argparse
@@ -48,11 +50,11 @@ class Case(NamedTuple):
     together: bool  # else each rank trains for itself, at the same time
 
 
-def cases(networks: list[str], sizes: list[int]) -> list[Case]:
+def cases(networks: list[str], sizes: list[int], beside: int) -> list[Case]:
     found = []
     for network, norm in product(networks, NORMS):
-        found += [Case(network, norm, 1, n, False) for n in (PART // 4, PART, WHOLE)]
-        found += [Case(network, norm, k, PART, False) for k in sizes[:1] if k <= processors()]
+        apart = dict.fromkeys([(1, PART), (1, WHOLE), *((beside, n) for n in (PART // 4, PART, WHOLE))])
+        found += [Case(network, norm, k, n, False) for k, n in apart]
         together = dict.fromkeys((k, n) for k in sizes for n in (PART, WHOLE // k))
         found += [Case(network, norm, k, n, True) for k, n in together]
     return found
@@ -166,12 +168,12 @@ def main() -> None:
     sizes = [k for k in (2, 4) if k <= everyone.Get_size()]
     comms = {k: everyone.Split(int(rank >= k), rank) for k in (1, *sizes)}
     rounds, seconds, least = (2, 0.0, 3) if options.quick else (5, 0.1, 5)
-    chosen = cases(["digits"] if options.quick else [*NETWORKS], sizes)
-    steps_of = {case: ([], []) for case in everyone.bcast(chosen)}  # a rank may be bound to one processor
+    beside = everyone.bcast(min(2, processors(), everyone.Get_size()))
+    steps_of = {case: ([], []) for case in cases(["digits"] if options.quick else [*NETWORKS], sizes, beside)}
     wire = {(k, n): [] for k, n in product(sizes, (64, 2**10, 2**14, 2**17, 2**20))}
     work = {(what, *pair): [] for what, (_, pairs) in WORK.items() for pair in pairs}
-    calls = {key: WORK[key[0]][0](*key[1:]) for key in work} if rank == 0 else {}
-    counts = {key: repeats(call, seconds / 10) for key, call in calls.items()}
+    calls = {key: WORK[key[0]][0](*key[1:]) for key in work} if rank < beside else {}
+    counts = everyone.bcast({key: repeats(call, seconds / 10) for key, call in calls.items()} if rank == 0 else None)
     _wait(everyone)
     for turn in range(rounds):
         order = [*steps_of, *wire, *work]
@@ -192,10 +194,14 @@ def main() -> None:
                 if rank == 0:
                     wire[key].append(max(times))
             elif key in calls:
-                work[key].append(burst(calls[key], counts[key]))
+                comms[beside].Barrier()
+                times = comms[beside].gather(burst(calls[key], counts[key]))
+                if rank == 0:
+                    work[key].append(max(times))
     if rank == 0:
         measured = {
             "sizes": sizes,
+            "beside": beside,
             "steps": [c._asdict() | {"seconds": s, "spread": spread} for c, (s, spread) in steps_of.items()],
             "wire": [{"ranks": k, "bytes": 8 * n, "seconds": s} for (k, n), s in wire.items()],
             "work": [{"what": what, "ranks": k, "numbers": n, "seconds": s} for (what, k, n), s in work.items()],

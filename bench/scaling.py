@@ -94,7 +94,7 @@ def is_sliced(ranks: int, numbers: int, in_slices: bool) -> bool:
 
 
 class Compute(NamedTuple):
-    """What a step takes on one rank alone."""
+    """What a step takes without exchanges, while another rank computes beside it."""
 
     fixed: float
     per_example: float
@@ -147,16 +147,16 @@ def step(
     wire: Wire,
     *,
     in_slices: bool = True,
-    slower: float = 1.0,
+    shared: float = 1.0,
 ) -> dict[str, float]:
     """Seconds of the parts of a step with so many examples on each of the ranks.
 
     in_slices: each rank merges a slice of many numbers for all others, as fastbn does. Else all merge all of them.
-    slower: how many times longer all computing takes: where ranks share a processor, or caches and memory.
+    shared: how many ranks share a processor.
     """
     widths = NETWORKS[network]
     compute = costs.compute[network, norm]
-    alone = compute.seconds(examples) * slower
+    alone = compute.seconds(examples) * shared
     if ranks == 1:
         return {"compute": alone}
     sent = exchanged(widths, norm, ranks, examples, in_slices)
@@ -178,7 +178,7 @@ def step(
     }
     # The largest of so many Gaussian numbers is about so far above their mean.
     lag = alone * compute.spread * math.sqrt(2 * math.log(ranks))
-    return {"compute": alone, "slowest rank": lag, **{what: messages[what] + slower * work[what] for what in work}}
+    return {"compute": alone, "slowest rank": lag, **{what: messages[what] + shared * work[what] for what in work}}
 
 
 def total(*arguments: Any, **options: Any) -> float:
@@ -205,7 +205,7 @@ def wire_of(measured: Mapping[str, Any], ranks: int) -> Wire:
 
 def costs_of(measured: Mapping[str, Any]) -> Costs:
     compute, work = {}, {}
-    steps = [row for row in measured["steps"] if row["ranks"] == 1]
+    steps = [row for row in measured["steps"] if row["ranks"] == measured["beside"] and not row["together"]]
     for network, norm in dict.fromkeys((row["network"], row["norm"]) for row in steps):
         rows = [row for row in steps if (row["network"], row["norm"]) == (network, norm)]
         line = fitted((statistics.median(row["seconds"]) for row in rows), [(1, row["examples"]) for row in rows])
@@ -273,10 +273,8 @@ class Report:
 
     def modelled(self, network: str, norm: str, ranks: int, examples: int) -> float:
         """What it should have taken here, where ranks may share processors."""
-        alone, beside = (self._steps.get((network, norm, k, PART, False)) for k in (1, 2))
-        slower = max(1.0, ranks / self.measured["machine"]["processors"])
-        slower *= results.ratio(beside, alone) if beside else 1.0
-        return total(network, norm, ranks, examples, self.costs, wire_of(self.measured, ranks), slower=slower)
+        shared = max(1.0, ranks / self.measured["machine"]["processors"])
+        return total(network, norm, ranks, examples, self.costs, wire_of(self.measured, ranks), shared=shared)
 
     def steps(self) -> str:
         sizes = self.measured["sizes"]

@@ -50,7 +50,7 @@ def test_work_is_of_ranks_and_numbers(tiny):
     of_layer = {2: 1000 + 20 + 5 * (100 + 2), 8: 1000 + 80 + 5 * (100 + 8)}
     assert {k: work.seconds(k, 5) for k in of_layer} == of_layer
     free = Wire(0, 0)
-    found = scaling.step("tiny", SYNC, 8, 64, costs(sync=work), free, slower=2)
+    found = scaling.step("tiny", SYNC, 8, 64, costs(sync=work), free, shared=2)
     assert found["statistics"] == 2 * (2 * 1080 + 8 * 108)
     # Each of two ghost batches of 8 ranks is merged as a rank is.
     assert scaling.step("tiny", GHOSTS, 8, 64, costs(ghosts=work), free)["statistics"] == 2 * 1160 + 8 * 116
@@ -74,7 +74,7 @@ def test_slices_are_received_twice_whatever_the_number_of_ranks(tiny, monkeypatc
 def test_a_step_waits_for_the_slowest_rank(tiny):
     given = costs(Compute(1, 0.5, 0.1)), Wire(0, 0)
     assert scaling.step("tiny", SYNC, 1, 64, *given) == {"compute": 33}
-    found = scaling.step("tiny", SYNC, 8, 64, *given, slower=6)
+    found = scaling.step("tiny", SYNC, 8, 64, *given, shared=6)
     assert found["compute"] == 33 * 6
     assert found["slowest rank"] == pytest.approx(33 * 6 * 0.1 * math.sqrt(2 * math.log(8)))
 
