@@ -12,4 +12,6 @@ cdef class BatchStats:
     cdef cnp.ndarray row(self, Py_ssize_t i)
 
 
+cdef void average_part(double *mean, double *var, const double *part_mean, const double *part_var, double count, double factor, bint unbiased,
+                       Py_ssize_t C) noexcept nogil
 cdef BatchStats new_stats(Py_ssize_t C, Py_ssize_t count, bint renormalised=*)

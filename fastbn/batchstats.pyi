@@ -9,6 +9,14 @@ _Float64 = NDArray[np.float64]
 Part = Sequence[_Float64] | _Float64
 
 def merge(into: Part, weight: float, part: Part, part_weight: float) -> None: ...
+def averaged(
+    average: tuple[_Float64, _Float64],
+    numbers: ArrayLike,
+    counts: ArrayLike,
+    momentum: float | None,
+    tracked: int,
+    unbiased: bool,
+) -> tuple[_Float64, _Float64, int]: ...
 def merged(numbers: ArrayLike, counts: ArrayLike) -> BatchStats: ...
 
 @disjoint_base

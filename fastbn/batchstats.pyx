@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
-"""BatchStats: what a batch's forward hands to its backward; and how the statistics of parts become one."""
+"""BatchStats: what a batch's forward hands to its backward; and how the statistics of several batches become one, or an average."""
 import operator
 import sys
 
@@ -191,3 +191,39 @@ def merged(numbers, counts):
             row[2 * C + c] /= seen
     as_before(word)
     return stats
+
+
+cdef void average_part(double *mean, double *var, const double *part_mean, const double *part_var, double count, double factor, bint unbiased,
+                       Py_ssize_t C) noexcept nogil:
+    """``(1 - factor)*old + factor*batch`` into running averages."""
+    cdef double correction = count / (count - 1) if unbiased else 1.0
+    cdef Py_ssize_t c
+    for c in range(C):
+        mean[c] = (1 - factor) * mean[c] + factor * part_mean[c]
+        var[c] = (1 - factor) * var[c] + factor * (part_var[c] * correction)
+
+
+def averaged(average, numbers, counts, momentum, Py_ssize_t tracked, bint unbiased):
+    """(mean, var) and their number of batches, after further batches: (size, 2, C) has mean and var of each, (size,) its count.
+
+    Empty batches do not count. With momentum None, all batches weigh the same.
+    """
+    cdef const double[:, :, ::1] parts = np.ascontiguousarray(numbers, np.float64)
+    cdef const double[::1] n = np.ascontiguousarray(counts, np.float64)
+    cdef cnp.ndarray mean = np.array(average[0], np.float64)
+    cdef cnp.ndarray var = np.array(average[1], np.float64)
+    cdef Py_ssize_t C = parts.shape[2]
+    cdef Py_ssize_t i
+    cdef Control word
+    if parts.shape[0] != n.shape[0] or parts.shape[1] != 2 or np.shape(mean) != (C,) or np.shape(var) != (C,):
+        raise ValueError(f"expected statistics of shape (batches, 2, {len(mean)}) and as many counts, got {np.shape(numbers)} and {np.shape(counts)}")
+    cdef double given = 0 if momentum is None else momentum
+    cdef bint alike = momentum is None
+    word = ieee()
+    for i in range(parts.shape[0] if C else 0):
+        if n[i]:
+            tracked += 1
+            average_part(<double *>cnp.PyArray_DATA(mean), <double *>cnp.PyArray_DATA(var), &parts[i, 0, 0], &parts[i, 1, 0], n[i],
+                         1.0 / tracked if alike else given, unbiased, C)
+    as_before(word)
+    return mean, var, tracked

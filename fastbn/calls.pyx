@@ -34,7 +34,7 @@ from fastbn.arguments cimport (
     usable_as,
     writable,
 )
-from fastbn.batchstats cimport BatchStats, new_stats
+from fastbn.batchstats cimport BatchStats, average_part, new_stats
 from fastbn.kernels cimport machine, memory
 from fastbn.kernels.cut cimport NARROW_LANES
 from fastbn.kernels.job cimport Activation, Job, Kernel, Table
@@ -281,8 +281,6 @@ cdef void average(Constants constants, Call c, double factor) noexcept:
     cdef Py_ssize_t m = job.M * job.S
     cdef double *running_mean
     cdef double *running_var
-    cdef double correction
-    cdef Py_ssize_t i
     cdef Control word
     if constants.mean is None or m == 0:
         return
@@ -290,10 +288,7 @@ cdef void average(Constants constants, Call c, double factor) noexcept:
     running_mean = <double *>cnp.PyArray_DATA(<cnp.ndarray>constants.mean)
     running_var = <double *>cnp.PyArray_DATA(<cnp.ndarray>constants.var)
     word = ieee()
-    correction = (<double>m / (m - 1) if constants.unbiased else 1.0)
-    for i in range(job.C):
-        running_mean[i] = (1 - factor) * running_mean[i] + factor * job.mean[i]
-        running_var[i] = (1 - factor) * running_var[i] + factor * (job.var[i] * correction)
+    average_part(running_mean, running_var, job.mean, job.var, m, factor, constants.unbiased, job.C)
     as_before(word)
 
 

@@ -24,10 +24,9 @@ from . import batches, calls
 from .arguments import checked_mask
 from .atomic import change
 from .batchnorm import BatchNorm
-from .batchstats import BatchStats, merged
+from .batchstats import BatchStats, averaged, merged
 from .nn import walk
 from .ranks import Communicator, Gloo, Group, RankError, in_pairs
-from .running import averaged
 from .state import Array, Float
 
 __all__ = ["Communicator", "Gloo", "RankError", "SyncBatchNorm", "convert"]
@@ -187,7 +186,7 @@ class SyncBatchNorm(BatchNorm):
         if y is not out:
             np.copyto(np.asarray(out), y)
         shared = Shared(group, by, stats, valid, corrections)
-        self._take([stats], (backward, x, shared, True) if kept else None)
+        self._take(np.array([[mean, var]]), [count], (backward, x, shared, True) if kept else None)
         return out
 
     def _forward_in_ghosts(self, group: Group, x: ArrayLike, out: Array | None, mask: ArrayLike | None) -> Array:
@@ -209,12 +208,8 @@ class SyncBatchNorm(BatchNorm):
             group.tell(error)
             raise
         of_all = group.exchange(GHOSTS, numbers=numbers).numbers
-        taken = [
-            BatchStats(mean, var, int(count[0]))
-            for n, rows in zip(facts, of_all, strict=False)
-            for mean, var, count in rows[: int(n)]
-        ]
-        self._take(taken, (batches.backward, x, parts, True) if kept else None)
+        taken = np.concatenate([rows[: int(n)] for n, rows in zip(facts, of_all, strict=False)])
+        self._take(taken[:, :2], taken[:, 2, 0], (batches.backward, x, parts, True) if kept else None)
         return y
 
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
@@ -235,17 +230,13 @@ class SyncBatchNorm(BatchNorm):
         )  # fmt: skip
         return zlib.crc32(repr(settings).encode())
 
-    def _take(self, all_stats: list[BatchStats], saved: Any) -> None:
-        """The running statistics after these batches, with all else that a forward changes."""
+    def _take(self, numbers: Array, counts: ArrayLike, saved: Any) -> None:
+        """The running statistics after batches of these means and variances, with all else that a forward changes."""
         tracked, changed = self.num_batches_tracked, []
         if self._running_mean is not None and self._running_var is not None:
-            average = self._running_mean, self._running_var
-            for stats in all_stats:
-                if stats.count:
-                    tracked += 1
-                    momentum = 1 / tracked if self._momentum is None else self._momentum
-                    average = averaged(average, stats, momentum, self._unbiased)
-            changed = [(self._running_mean, average[0]), (self._running_var, average[1])]
+            before = self._running_mean, self._running_var
+            mean, var, tracked = averaged(before, numbers, counts, self._momentum, tracked, self._unbiased)
+            changed = [(self._running_mean, mean), (self._running_var, var)]
         change(changed, (self, "num_batches_tracked", tracked), (self, "_saved", saved))
 
     def _corrections(self, stats: BatchStats) -> tuple[Array, Array] | None:

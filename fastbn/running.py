@@ -9,21 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .atomic import change
-from .batchstats import BatchStats, merge
+from .batchstats import BatchStats, averaged, merge
 from .state import whole
 
 Array = NDArray[np.float64]
-
-
-def averaged(average: tuple[Array, Array], stats: BatchStats, momentum: float, unbiased: bool) -> tuple[Array, Array]:
-    """An exponentially weighted mean and variance after one more batch."""
-    mean, var = average
-    correction = stats.count / (stats.count - 1) if unbiased else 1.0
-    with np.errstate(all="ignore"):
-        return (
-            (1 - momentum) * mean + momentum * stats.mean,
-            (1 - momentum) * var + momentum * (stats.var * correction),
-        )
 
 
 class RunningStats:
@@ -152,7 +141,8 @@ class RunningStats:
             return
         if self.unbiased and stats.count == 1:
             raise ValueError("expected more than 1 value per feature for an unbiased variance, got 1")
-        mean, spread = averaged((self._mean, self._spread), stats, self.momentum, self.unbiased)
+        numbers = np.stack([stats.mean, stats.var])[np.newaxis]
+        mean, spread, _ = averaged((self._mean, self._spread), numbers, [stats.count], self.momentum, 0, self.unbiased)
         counts = self._counts(self.count + stats.count, self.num_batches + 1, self._rest * (1 - self.momentum))
         change([(self._mean, mean), (self._spread, spread)], *counts)
 
