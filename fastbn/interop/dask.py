@@ -64,7 +64,8 @@ def moments(x: Any, axis: int = 1) -> Any:
     `fastbn.moments` computes each block. Then 16 neighbours at a time are merged, in the order of the blocks, by the
     rule of Chan, Golub & LeVeque (1979). (Along two axes these are 4 by 4, along more axes 2 by 2 by ...). So the bits
     depend on the chunks, and neither on dask's scheduler nor on the number of workers. An array of one block has the
-    bits of `fastbn.moments`. Two ways to cut an array differ by a few units of rounding.
+    bits of `fastbn.moments`, if it lies in C or Fortran order; blocks that lie otherwise are copied into C order first.
+    Two ways to cut an array differ by a few units of rounding.
 
     Examples
     --------
@@ -196,6 +197,8 @@ def _records(x: Any, k: int) -> Any:
 def _records_of_block(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     """RECORDs with x's dimensions, all of length 1 but that of the features."""
     k = next(i for i in range(x.ndim) if i not in axis)
+    if isinstance(x, np.ndarray) and not (x.flags.c_contiguous or x.flags.f_contiguous):
+        x = x.copy()  # in C order, as it would arrive in another process: the order decides bits
     stats = calls.moments(Constants(axis=k, num_threads=1), x)
     return np.expand_dims(_as_records(stats), axis)
 

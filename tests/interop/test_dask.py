@@ -168,7 +168,7 @@ def test_no_task_gathers_many_results(shape, chunks, split_every):
 @pytest.mark.parametrize("where", [*PLACES, "cluster"])
 def test_every_scheduler_gives_the_same_bits(where, dtype, cluster):
     a = (np.random.default_rng(0).standard_normal((500, 6, 11)) * 3 + 1e4).astype(dtype)
-    x = da.from_array(a, chunks=(9, 4, 6))
+    x = da.from_array(a, chunks=(29, 4, 6))
     lazy = moments(x), batch_norm(x, weight=np.arange(6), training=True, activation="relu")
     stats, y = dask.compute(*lazy)
     if where == "cluster":
@@ -178,6 +178,18 @@ def test_every_scheduler_gives_the_same_bits(where, dtype, cluster):
         again = dask.compute(*lazy, **PLACES[where])
     assert bits(again[0]) == bits(stats)
     assert again[1].tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", ">f8"])
+@pytest.mark.parametrize("order", [(0, 2, 1), (2, 0, 1)])
+def test_a_block_that_has_been_sent_gives_the_same_bits(order, dtype):
+    """Its axes may lie in memory in another order then: in C order, if they lay neither so nor in Fortran's."""
+    a = (np.random.default_rng(0).standard_normal((60, 40, 50)) + 1e6).astype(dtype)
+    x = da.from_array(a, chunks=(30, 40, 20)).transpose(order)
+    sent = x.map_blocks(
+        lambda block: distributed.protocol.deserialize(*distributed.protocol.serialize(block)), dtype=dtype
+    )
+    assert bits(moments(x).compute()) == bits(moments(sent).compute())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
