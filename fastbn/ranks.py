@@ -11,9 +11,6 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import functools
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -27,10 +24,9 @@ __all__ = ["Communicator", "Gloo", "Group", "RankError", "in_pairs"]
 HEADER = 64  # float64 numbers: the two below, facts, and the bytes of a text: the place in the program, or an error
 HAS_FAILED, AT_END, FACTS, TEXT = 0, 1, 2, 16
 _ROOM = 8 * (HEADER - TEXT)  # bytes of the text
-# Numbers that a rank would receive in all, from which on they are merged in slices.
+# Number of float64 values of all ranks together from which they are merged in slices.
 SLICED_FROM = 1 << 17
-END, LEFT = "the end of what the ranks do together", "the end of its program"
-AT = {END: 1, LEFT: 2}  # what a header says of them: whoever has left is past all other ends
+END = "the end of what the ranks do together"
 
 
 class RankError(RuntimeError):
@@ -70,18 +66,13 @@ class _MPI:
             raise ValueError("expected a communicator of processes that this one is among, got MPI.COMM_NULL")
         if comm.Is_inter():  # its Allgather gives what the other group's processes brought
             raise ValueError("expected a communicator of one group of processes, got an intercommunicator")
-        from mpi4py import MPI
-
         self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
-        self._is_all = comm == MPI.COMM_WORLD
 
     def allgather(self, array: Array, /) -> Array:
         if not self._comm:
             raise ValueError("expected a communicator that is still there, got one after its Free()")
         gathered = np.empty((self.size, *array.shape))
         self._comm.Allgather(array, gathered)
-        if self._is_all:
-            _leave_together()
         return gathered
 
     def alltoall(self, array: Array, /) -> Array:
@@ -93,23 +84,6 @@ class _MPI:
         if self._comm:  # else all ranks, which freed it together, have the error
             traceback.print_exc()  # nothing after Abort is executed
             self._comm.Abort(code)
-
-
-@functools.cache
-def _leave_together() -> None:
-    """From the first exchange of all processes on, each ends with one more: who waits for it in a layer hears of that.
-
-    MPI's own end would wait for the others, for ever. Of several parts of the processes, it would be a question which
-    to leave first.
-    """
-    from mpi4py import MPI
-
-    def leave() -> None:
-        if not MPI.Is_finalized():
-            with contextlib.suppress(RankError):
-                Group(MPI.COMM_WORLD).end(None, LEFT)
-
-    atexit.register(leave)
 
 
 class Gloo:
@@ -256,7 +230,7 @@ class Group:
         """Take part in the exchange that the others are at, by an error, which the caller then raises."""
         self._heard(_header("", [], error))
 
-    def end(self, error: BaseException | None, place: str = END) -> None:
+    def end(self, error: BaseException | None) -> None:
         """The end of what is done together, by success or by an error: no rank goes on before all have come here.
 
         Raises RankError where all is well here, but not on another rank.
@@ -264,9 +238,9 @@ class Group:
         wrong = None
         try:
             while True:
-                headers = self._heard(_header(place, [], error))
-                wrong = wrong or _what_is_wrong(headers, place, [])
-                if (headers[:, AT_END] >= AT[place]).all():
+                headers = self._heard(_header(END, [], error))
+                wrong = wrong or _what_is_wrong(headers, END, [])
+                if headers[:, AT_END].all():
                     break  # else, whoever was elsewhere has now heard that something is wrong, and comes here
         except BaseException:
             if error is None:
@@ -301,7 +275,7 @@ def _no_group() -> None:
 
 def _header(place: str, facts: Sequence[float], error: BaseException | None = None) -> Array:
     header = np.zeros(HEADER)
-    header[HAS_FAILED], header[AT_END] = error is not None, AT.get(place, 0)
+    header[HAS_FAILED], header[AT_END] = error is not None, place == END
     header[FACTS : FACTS + len(facts)] = facts
     text = place if error is None else _words(error)
     header[TEXT:] = np.frombuffer(text.encode(errors="replace")[:_ROOM].ljust(_ROOM, b"\0"))

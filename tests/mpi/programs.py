@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import twin
 
 from fastbn import BatchNorm, losses, nn, optim, ranks, training
-from fastbn.distributed import RankError, SyncBatchNorm, convert
+from fastbn.distributed import SyncBatchNorm, convert
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.Get_rank(), COMM.Get_size()
@@ -143,24 +143,6 @@ def refused(what):
     except Exception as error:
         said.append(f"{type(error).__name__}: {error}")
     return COMM.gather(said)
-
-
-def leaves(how):
-    """Rank 1 is done after a few steps, in which the others go on."""
-    layer = SyncBatchNorm(3, comm=COMM)
-    try:
-        for step in range(10**9):
-            if RANK == 1 and step == 5:
-                if how == "error":
-                    raise ZeroDivisionError("outside the layer")
-                return
-            if how == "fit":
-                trained(COMM, network())
-            else:
-                layer.backward(layer(np.eye(3)))
-    except RankError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(3)
 
 
 def broken_off():

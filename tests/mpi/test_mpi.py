@@ -125,19 +125,6 @@ def test_an_exchange_that_is_broken_off_ends_all_ranks_and_says_why():
     assert took < 30
 
 
-@pytest.mark.parametrize("how", ["done", "error", "fit"])
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_rank_that_leaves_its_program_ends_the_others(size, how):
-    """Without ``-m mpi4py``, which would end all ranks after an error, and none after fewer steps."""
-    _, err, status, took = mpiexec(size, Path(__file__).with_name("programs.py"), "leaves", how, limit=40)
-    print(size, how, took)
-    assert status != 0
-    place = "the arguments of fit" if how == "fit" else "a forward of SyncBatchNorm"
-    words = f"RankError: expected all ranks in {place}, got rank 1 in the end of its program"
-    assert err.count(words) == size - 1
-    assert how != "error" or "ZeroDivisionError: outside the layer" in err
-
-
 def alive(err):
     """Those of the ranks, which have said their numbers, that still run 5 seconds later."""
     pids = [int(pid) for pid in re.findall(r"pid (\d+)", err)]
