@@ -75,7 +75,9 @@ def moments(x: Any, axis: int = 1) -> Any:
     array([ 3., 30.])
     """
     _, k = _checked(x, axis)
-    return library("dask", "dask").delayed(_stats, pure=True)(_records(x, k))
+    # Part by part: delayed would rename all that an array needs, and some graphs (P2P rechunking) do not outlive that.
+    parts = _records(x, k).to_delayed().tolist()
+    return library("dask", "dask").delayed(_stats, pure=True)(parts)
 
 
 def batch_norm(
@@ -217,7 +219,9 @@ def _as_records(stats: BatchStats) -> Array:
     return records
 
 
-def _stats(records: Array) -> BatchStats:
+def _stats(parts: list[Array]) -> BatchStats:
+    """Statistics of all features from their records, of which each part has some."""
+    records = np.concatenate(parts)
     count = int(records["count"].max(initial=0))  # the same for all features
     return BatchStats(records["mean"], records["var"], count, records["mean_low"])
 
@@ -226,7 +230,7 @@ def _normalized(
     x: Array, records: Array, weight: Array | None, bias: Array | None, *, eps: float, axis: int, activation: str | None
 ) -> Array:
     """A block, by statistics of all blocks."""
-    stats = _stats(records)
+    stats = _stats([records])
     if stats.count == 1:
         raise ValueError("Expected more than 1 value per channel when training, got 1 in all blocks together")
     constants = Constants(-1, weight, bias, eps, axis=axis, activation=activation, num_threads=1)
