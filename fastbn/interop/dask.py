@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from copy import copy
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -157,8 +159,7 @@ def batch_norm(
     affine = _of_features(weight, "weight", x, k), _of_features(bias, "bias", x, k)
     if training:
         records = _records(x, k)
-        x = library("dask.graph_manipulation", "dask").bind(x, records, seed=records.name)
-        return _by_blocks(_normalized, x, dtype, k, records, *affine, eps=eps, activation=activation)
+        return _by_blocks(_normalized, _again(x, records), dtype, k, records, *affine, eps=eps, activation=activation)
     mean, var = _of_features(running_mean, "running_mean", x, k), _of_features(running_var, "running_var", x, k)
     options = {"eps": eps, "activation": activation, "num_threads": 1}
     return _by_blocks(functional.batch_norm, x, dtype, k, mean, var, *affine, **options)
@@ -193,6 +194,43 @@ def _records(x: Any, k: int) -> Any:
         x, _records_of_block, _merged, combine=_merged, axis=tuple(over), split_every=dict.fromkeys(over, at_once),
         dtype=RECORD, meta=np.empty(0, RECORD),
     )  # fmt: skip
+
+
+def _again(x: Any, records: Any) -> Any:
+    """x, computed once more after the records."""
+    try:
+        node: Any = import_module("dask._task_spec").GraphNode
+    except ImportError:  # dask before 2024.9
+        node = ()
+    graph = x.__dask_graph__()
+    layers = {name: _cloneable(layer, node) for name, layer in graph.layers.items()}
+    x = library("dask.array", "dask").Array(type(graph)(layers, graph.dependencies), x.name, x.chunks, meta=x._meta)
+    return library("dask.graph_manipulation", "dask").bind(x, records, seed=records.name)
+
+
+def _cloneable(layer: Any, node: Any) -> Any:
+    """The layer, with a `clone` that gives tasks of class `node` the new names of what they need.
+
+    The clones of dask 2024.12 to (at least) 2026.8 need the old ones (dask issue 12455). These stay in memory.
+    """
+    clone_key = import_module("dask.base").clone_key
+
+    def clone(keys: set[Any], seed: Any, bind_to: Any = None) -> tuple[Any, bool]:
+        again, bound = layer.clone(keys, seed, bind_to)
+        for key, task in tasks.items():
+            if key in keys and (needs := task.dependencies & keys):
+                new = clone_key(key, seed)
+                again.mapping[new] = task.substitute({need: clone_key(need, seed) for need in needs}, key=new)
+        return again, bound
+
+    if type(layer).clone is not import_module("dask.highlevelgraph").Layer.clone:
+        return layer
+    tasks = {key: task for key, task in layer.items() if isinstance(task, node)}
+    if any(type(task).__module__ != node.__module__ for task in tasks.values()):
+        return layer  # P2P rechunking: a second one of the same name fails
+    copied = copy(layer)
+    copied.clone = clone
+    return copied
 
 
 def _records_of_block(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
