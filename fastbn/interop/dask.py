@@ -198,36 +198,42 @@ def _records(x: Any, k: int) -> Any:
 
 def _again(x: Any, records: Any) -> Any:
     """x, computed once more after the records."""
-    try:
-        node: Any = import_module("dask._task_spec").GraphNode
-    except ImportError:  # dask before 2024.9
-        node = ()
     graph = x.__dask_graph__()
-    layers = {name: _cloneable(layer, node) for name, layer in graph.layers.items()}
+    try:
+        spec = import_module("dask._task_spec")
+    except ImportError:  # dask before 2024.9 has no such tasks
+        layers = graph.layers
+    else:
+        layers = {name: _cloneable(layer, spec) for name, layer in graph.layers.items()}
     x = library("dask.array", "dask").Array(type(graph)(layers, graph.dependencies), x.name, x.chunks, meta=x._meta)
     return library("dask.graph_manipulation", "dask").bind(x, records, seed=records.name)
 
 
-def _cloneable(layer: Any, node: Any) -> Any:
-    """The layer, with a `clone` that gives tasks of class `node` the new names of what they need.
+def _cloneable(layer: Any, spec: Any) -> Any:
+    """The layer, with a `clone` that gives tasks the new names of what they need.
 
     The clones of dask 2024.12 to (at least) 2026.8 need the old ones (dask issue 12455). These stay in memory.
     """
-    clone_key = import_module("dask.base").clone_key
-
-    def clone(keys: set[Any], seed: Any, bind_to: Any = None) -> tuple[Any, bool]:
-        again, bound = layer.clone(keys, seed, bind_to)
-        for key, task in tasks.items():
-            if key in keys and (needs := task.dependencies & keys):
-                new = clone_key(key, seed)
-                again.mapping[new] = task.substitute({need: clone_key(need, seed) for need in needs}, key=new)
-        return again, bound
-
     if type(layer).clone is not import_module("dask.highlevelgraph").Layer.clone:
         return layer
-    tasks = {key: task for key, task in layer.items() if isinstance(task, node)}
-    if any(type(task).__module__ != node.__module__ for task in tasks.values()):
+    tasks = {key: task for key, task in layer.items() if isinstance(task, spec.GraphNode)}
+    if any(type(task).__module__ != spec.__name__ for task in tasks.values()):
         return layer  # P2P rechunking: a second one of the same name fails
+    data = {key for key, task in tasks.items() if isinstance(task, spec.DataNode)}
+    clone_key, bind = import_module("dask.base").clone_key, import_module("dask.graph_manipulation").chunks.bind
+
+    def clone(keys: set[Any], seed: Any, bind_to: Any) -> tuple[Any, bool]:
+        again, bound = layer.clone(keys, seed, bind_to)
+        for key, task in tasks.items():
+            needs = task.dependencies & keys
+            if key in keys and (needs or key in data):
+                new = clone_key(key, seed)
+                made = task.substitute({need: clone_key(need, seed) for need in needs}, key=new)
+                # Data wait for nothing: a task that has to wait for them, too, lets other blocks go first.
+                waits = needs <= data and key not in data
+                again.mapping[new] = spec.Task(new, bind, made, spec.TaskRef(bind_to)) if waits else made
+        return again, bound
+
     copied = copy(layer)
     copied.clone = clone
     return copied
