@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from copy import copy
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -76,7 +78,9 @@ def moments(x: Any, axis: int = 1) -> Any:
     array([ 3., 30.])
     """
     _, k = _checked(x, axis)
-    return library("dask", "dask").delayed(_stats, pure=True)(_records(x, k))
+    # Part by part: delayed would rename all that an array needs, and some graphs (P2P rechunking) do not outlive that.
+    parts = _records(x, k).to_delayed().tolist()
+    return library("dask", "dask").delayed(_stats, pure=True)(parts)
 
 
 def batch_norm(
@@ -156,8 +160,7 @@ def batch_norm(
     affine = _of_features(weight, "weight", x, k), _of_features(bias, "bias", x, k)
     if training:
         records = _records(x, k)
-        x = library("dask.graph_manipulation", "dask").bind(x, records, seed=records.name)
-        return _by_blocks(_normalized, x, dtype, k, records, *affine, eps=eps, activation=activation)
+        return _by_blocks(_normalized, _again(x, records), dtype, k, records, *affine, eps=eps, activation=activation)
     mean, var = _of_features(running_mean, "running_mean", x, k), _of_features(running_var, "running_var", x, k)
     options = {"eps": eps, "activation": activation, "num_threads": 1}
     return _by_blocks(functional.batch_norm, x, dtype, k, mean, var, *affine, **options)
@@ -194,6 +197,49 @@ def _records(x: Any, k: int) -> Any:
     )  # fmt: skip
 
 
+def _again(x: Any, records: Any) -> Any:
+    """x, computed once more after the records."""
+    graph = x.__dask_graph__()
+    try:
+        spec = import_module("dask._task_spec")
+    except ImportError:  # dask before 2024.9 has no such tasks
+        layers = graph.layers
+    else:
+        layers = {name: _cloneable(layer, spec) for name, layer in graph.layers.items()}
+    x = library("dask.array", "dask").Array(type(graph)(layers, graph.dependencies), x.name, x.chunks, meta=x._meta)
+    return library("dask.graph_manipulation", "dask").bind(x, records, seed=records.name)
+
+
+def _cloneable(layer: Any, spec: Any) -> Any:
+    """The layer, with a `clone` that gives tasks the new names of what they need.
+
+    The clones of dask 2024.12 to (at least) 2026.8 need the old ones (dask issue 12455). These stay in memory.
+    """
+    if type(layer).clone is not import_module("dask.highlevelgraph").Layer.clone:
+        return layer
+    tasks = {key: task for key, task in layer.items() if isinstance(task, spec.GraphNode)}
+    if any(type(task).__module__ != spec.__name__ for task in tasks.values()):
+        return layer  # P2P rechunking: a second one of the same name fails
+    data = {key for key, task in tasks.items() if isinstance(task, spec.DataNode)}
+    clone_key, bind = import_module("dask.base").clone_key, import_module("dask.graph_manipulation").chunks.bind
+
+    def clone(keys: set[Any], seed: Any, bind_to: Any) -> tuple[Any, bool]:
+        again, bound = layer.clone(keys, seed, bind_to)
+        for key, task in tasks.items():
+            needs = task.dependencies & keys
+            if key in keys and (needs or key in data):
+                new = clone_key(key, seed)
+                made = task.substitute({need: clone_key(need, seed) for need in needs}, key=new)
+                # Data wait for nothing: a task that has to wait for them, too, lets other blocks go first.
+                waits = needs <= data and key not in data
+                again.mapping[new] = spec.Task(new, bind, made, spec.TaskRef(bind_to)) if waits else made
+        return again, bound
+
+    copied = copy(layer)
+    copied.clone = clone
+    return copied
+
+
 def _records_of_block(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     """RECORDs with x's dimensions, all of length 1 but that of the features."""
     k = next(i for i in range(x.ndim) if i not in axis)
@@ -220,7 +266,9 @@ def _as_records(stats: BatchStats) -> Array:
     return records
 
 
-def _stats(records: Array) -> BatchStats:
+def _stats(parts: list[Array]) -> BatchStats:
+    """Statistics of all features from their records, of which each part has some."""
+    records = np.concatenate(parts)
     count = int(records["count"].max(initial=0))  # the same for all features
     return BatchStats(records["mean"], records["var"], count, records["mean_low"])
 
@@ -229,7 +277,7 @@ def _normalized(
     x: Array, records: Array, weight: Array | None, bias: Array | None, *, eps: float, axis: int, activation: str | None
 ) -> Array:
     """A block, by statistics of all blocks."""
-    stats = _stats(records)
+    stats = _stats([records])
     if stats.count == 1:
         raise ValueError("Expected more than 1 value per channel when training, got 1 in all blocks together")
     constants = Constants(-1, weight, bias, eps, axis=axis, activation=activation, num_threads=1)
