@@ -151,7 +151,8 @@ WORK = {
     "header": (a_header, [*product(MANY, (1,))]),
     SYNC: (partial(a_layer, SYNC), [*product((0, *MANY), (16, 1024))]),
     GHOSTS: (partial(a_layer, GHOSTS), [*product((0, *MANY), (16, 1024))]),
-    # In one exchange: those of one rank lie in the caches, those of all ranks together mostly do not.
+    # In one exchange, where all ranks merge all numbers (Copies has no alltoall), and no more than fit sends at a time.
+    # Those of one rank lie in the caches, those of all ranks together mostly do not.
     "gradients": (the_gradients, [(k, n) for k, n in product((2, 4, 16, 128), (1000, 30000, 10**6)) if k * n <= ROOM]),
 }
 

@@ -216,7 +216,7 @@ def averaged(average, numbers, counts, momentum, Py_ssize_t tracked, bint unbias
     cdef Py_ssize_t i
     cdef Control word
     if parts.shape[0] != n.shape[0] or parts.shape[1] != 2 or np.shape(mean) != (C,) or np.shape(var) != (C,):
-        raise ValueError(f"expected statistics of shape (batches, 2, {len(mean)}) and as many counts, got {np.shape(numbers)} and {np.shape(counts)}")
+        raise ValueError(f"expected statistics of shape (batches, 2, {C}) and as many counts, got {np.shape(numbers)} and {np.shape(counts)}")
     cdef double given = 0 if momentum is None else momentum
     cdef bint alike = momentum is None
     word = ieee()

@@ -60,8 +60,8 @@ class SyncBatchNorm(BatchNorm):
     all ranks in, in the order of ranks.
 
     Every rank must make the layer with the same arguments, and call it and its backward as often as the others and in
-    the same order. An error within the layer on one rank is raised on all, and the running statistics stay as they
-    were.
+    the same order. An error before the exchange, such as a wrong x, on one rank is raised on all, and the running
+    statistics stay as they were.
 
     Parameters
     ----------
@@ -76,15 +76,19 @@ class SyncBatchNorm(BatchNorm):
     ValueError
         A training forward where num_features or other settings of the layer, or the dimensions, the feature axis or
         the dtype of x differ between ranks, or where all ranks together have a single value of each feature. Every rank
-        raises it. Or what `fastbn.BatchNorm` raises; the other ranks then raise the next one.
+        raises it. Or what `fastbn.BatchNorm` raises; the other ranks then raise the next one. Or a comm that is an
+        intercommunicator, or one that this process is not among.
+    TypeError
+        comm lacks what a `Communicator` has.
     RankError
         Another rank failed, which the message names with its error, or is at another place in the program.
 
     Notes
     -----
     A training forward exchanges 64 numbers of float64, and then 3 for each feature; a backward 64, and then 2 for each
-    feature. The parts are merged by the rule of Chan, Golub & LeVeque (1979). If they are many, each rank merges those
-    of some of the features, and tells the others.
+    feature. With ghost_size, a forward exchanges 128, and then 3 for each feature and ghost batch; a backward nothing.
+    The parts are merged by the rule of Chan, Golub & LeVeque (1979). If all ranks together bring 131,072 numbers or
+    more, each rank merges those of some of the features, and tells the others.
 
     The gradients of weight and bias are sums over all ranks already: do not add them up again.
 
@@ -161,13 +165,13 @@ class SyncBatchNorm(BatchNorm):
             given = a if valid is None else batches.gather(a, axis, valid)
             local = calls.moments(by, given)
             numbers = np.stack([local.mean, local.mean_low, local.var])
+            alike = {
+                "num_features": self.num_features, "dimensions of x": a.ndim, "feature axis": axis,
+                "bytes of an element": a.itemsize, SETTINGS: self._settings(),
+            }  # fmt: skip
         except BaseException as error:
             group.tell(error)
             raise
-        alike = {
-            "num_features": self.num_features, "dimensions of x": a.ndim, "feature axis": axis,
-            "bytes of an element": a.itemsize, SETTINGS: self._settings(),
-        }  # fmt: skip
         facts, (mean, low, var) = group.exchange(
             FORWARD, alike=alike, facts=[local.count], numbers=numbers, merge=_merged
         )
@@ -193,12 +197,13 @@ class SyncBatchNorm(BatchNorm):
         """Ghost batches are local; only the running statistics are those of all."""
         try:
             averaging = self._momentum, self.num_batches_tracked
+            # Its running averages, of this rank's ghost batches, are for renormalisation alone.
             y, parts, kept, _, _ = batches.forward(self._constants, x, out, mask, True, self._ghost_size, averaging)
             stats = [part.stats for part in parts if part.stats.count]
+            alike = {"num_features": self.num_features, SETTINGS: self._settings()}
         except BaseException as error:
             group.tell(error)
             raise
-        alike = {"num_features": self.num_features, SETTINGS: self._settings()}
         facts = group.exchange(GHOSTS, alike=alike, facts=[len(stats)]).facts[:, 0]
         try:
             numbers = np.zeros((int(facts.max()), 3, self.num_features))
@@ -207,8 +212,8 @@ class SyncBatchNorm(BatchNorm):
         except BaseException as error:
             group.tell(error)
             raise
-        of_all = group.exchange(GHOSTS, numbers=numbers).numbers
-        taken = np.concatenate([rows[: int(n)] for n, rows in zip(facts, of_all, strict=False)])
+        # Ranks with fewer ghost batches than others have empty ones behind them.
+        taken = group.exchange(GHOSTS, numbers=numbers).numbers.reshape(-1, 3, self.num_features)
         self._take(taken[:, :2], taken[:, 2, 0], (batches.backward, x, parts, True) if kept else None)
         return y
 
@@ -321,7 +326,7 @@ def summed() -> Iterator[set[int]]:
 
 
 def _merged(of_all: Array, counts: Array) -> Array:
-    """Means in two parts, and variances: (3, C) of (size, 3, C)."""
+    """Means in two parts, and variances: (3, C) of (size, 3, C). An array, since slices of it are put together."""
     stats = merged(of_all, counts[:, 0])
     return np.stack([stats.mean, stats.mean_low, stats.var])
 
@@ -348,7 +353,8 @@ def convert(model: Any, comm: Any) -> Any:
     ------
     TypeError
         comm lacks what a `Communicator` has, or a BatchNorm is of a class of your own, whose training is not known.
-        Nothing has been changed then.
+    ValueError
+        comm is an intercommunicator, or one that this process is not among. After either, nothing has been changed.
 
     Examples
     --------

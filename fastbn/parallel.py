@@ -28,7 +28,7 @@ from .terminal import CtrlC
 
 __all__ = ["Ranks"]
 
-# Numbers that a rank is sent at one time: 32 MB.
+# Float64 values, 32 MB of them: a rank brings no more to an exchange, or receives no more where all ranks merge.
 ROOM = 1 << 22
 # Values that a Dropout of one rank takes in one step, at most: the next step's begin behind them.
 STEP_OF_A_STREAM = 1 << 64
@@ -59,9 +59,9 @@ class Ranks:
             try:
                 self._group.end(error)
             except RankError:
-                if not ctrl_c.pressed:  # else it is Ctrl-C here as there
+                if not ctrl_c.pressed:  # most often, another rank ended by the same Ctrl-C
                     raise
-            ctrl_c.pressed &= error is None  # which goes on
+            ctrl_c.pressed &= error is None  # an error of this rank's own goes on instead
 
     def begin(
         self,
@@ -81,8 +81,8 @@ class Ranks:
                 apart = layer.ghost_size is not None and layer.running_mean is None
                 if self._group is not None and not layer.frozen and not apart:
                     raise ValueError(
-                        f"expected SyncBatchNorm, got {layer!r}, whose statistics would be those of a rank's own "
-                        "examples: distributed.convert(model, comm)"
+                        f"expected SyncBatchNorm with comm, got {layer!r}, whose statistics would be those of a rank's "
+                        "own examples: distributed.convert(model, comm)"
                     )
             elif self._group is None:
                 if group.comm.size > 1 and not layer.frozen:
@@ -148,7 +148,7 @@ class Ranks:
         return total / n, int(n), int(right), int(decisions)
 
     def backward(self, model: Any, gradient: Array) -> None:
-        """Every gradient becomes the sum of those of all ranks, rounded once, as most of SyncBatchNorm's are before."""
+        """Every gradient becomes the sum of those of all ranks, rounded once; SyncBatchNorm's are that already."""
         with summed() as done:
             model.backward(gradient)
         self.add([gradient for gradient in model.grads.values() if id(gradient) not in done])
@@ -158,16 +158,15 @@ class Ranks:
         if self._group is None or self.size == 1:
             return
         flat = np.concatenate([np.empty(0), *map(np.ravel, gradients)], dtype=np.float64)
-        most = ROOM if self._group.merges_slices else max(ROOM // self.size, 1)
+        most = ROOM if self._group.can_slice else max(ROOM // self.size, 1)
         with np.errstate(all="ignore"):
             for start in range(0, max(flat.size, 1), most):
                 numbers = flat[start : start + most]
                 summed_up = _exchange(self._group, "the gradients of fit", numbers=numbers, merge=in_pairs)
                 numbers[...] = summed_up.numbers
-            start = 0
-            for gradient in gradients:
-                gradient[...] = flat[start : start + gradient.size].reshape(gradient.shape)
-                start += gradient.size
+            ends = np.cumsum([gradient.size for gradient in gradients], dtype=np.intp)
+            for gradient, part in zip(gradients, np.split(flat, ends), strict=False):
+                gradient[...] = part.reshape(gradient.shape)
 
     def check_same(self, model: Any, epoch: int) -> None:
         """ValueError where the ranks' models have come apart, as by a callback of one rank."""
@@ -184,7 +183,7 @@ class Ranks:
         return bool(facts.any())
 
     def take_first(self, model: Any) -> None:
-        """The running averages of all ranks become those of rank 0: of the same numbers, matrix products may differ."""
+        """The running averages of all ranks become those of rank 0: matrix products of the same numbers may differ."""
         if self._group is None or self.size == 1:
             return
         for layer in walk([model]):
@@ -202,7 +201,7 @@ def _exchange(group: Group, place: str, **what: Any) -> Exchanged:
 
 
 def _described(model: Any) -> Iterator[object]:
-    """What makes two models one, but for their arrays."""
+    """What two equal models share beside their arrays."""
     for layer in walk([model]):
         yield type(layer).__name__, layer.training, getattr(layer, "frozen", False)
         if type(layer).__module__.startswith("fastbn."):

@@ -1,18 +1,19 @@
 """Processes, or *ranks*, that compute one thing together: how they exchange numbers, and what fails on one of them.
 
 # Design: ranks exchange float64 arrays of one size, and numbers are merged in the order of ranks: so all have the same
-# bits, whatever the library's own order of reduction is. Few numbers are gathered and merged on every rank. Of many,
-# each rank merges a slice, and the slices are gathered: a rank then receives each number twice, where it would receive
-# it from every other rank. Each exchange begins with a header, in which a rank says where in the program it is, what it
-# brings, or what went wrong on it. An error on one rank is raised on all, and none waits for numbers that never come.
-# An exchange that is broken off between its header and its numbers (Ctrl-C, no memory) cannot be made good: the rank
-# then ends all of them.
+# bits, whatever the library's own order of reduction is. Few numbers are gathered, and every rank merges all of them.
+# If there are many, each rank merges one slice, and the slices are gathered: a rank then receives at most twice as many
+# numbers as it brings, whatever the number of ranks. Each exchange begins with a header, in which a rank says where in
+# the program it is, what it brings, or what went wrong on it. An error on one rank is raised on all, and none waits for
+# numbers that never come. An exchange that is broken off between its header and its numbers (Ctrl-C, no memory) cannot
+# be made good: the rank then ends all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +22,9 @@ from .state import Array
 
 __all__ = ["Communicator", "Gloo", "Group", "RankError", "in_pairs"]
 
-HEADER = 64  # float64 numbers: the two below, facts, and the bytes of a text: the place in the program, or an error
+# Float64 values of a header: whether something failed, whether the rank is at the end, facts, and the bytes of a text,
+# which is the place in the program or an error.
+HEADER = 64
 HAS_FAILED, AT_END, FACTS, TEXT = 0, 1, 2, 16
 _ROOM = 8 * (HEADER - TEXT)  # bytes of the text
 # Number of float64 values of all ranks together from which they are merged in slices.
@@ -37,7 +40,7 @@ class Communicator(Protocol):
     """What is asked of a library for messages. A communicator of mpi4py is taken as it is, without these names.
 
     There may be a fifth member, ``alltoall(array)``, which sends ``array[r]`` to rank r and returns what the ranks have
-    sent to this one, in their order. With many ranks or many numbers it saves messages and memory.
+    sent to this one, as `allgather` does. With many ranks or many numbers it saves time and memory.
 
     Attributes
     ----------
@@ -115,9 +118,9 @@ class Gloo:
             import torch.distributed
         except ImportError as error:
             raise ImportError('this needs torch: pip install "fastbn[torch]"') from error
-        self._torch, self.group = torch, group
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise RuntimeError('expected torch.distributed.init_process_group("gloo") to be called before')
+        self._torch, self.group = torch, torch.distributed.group.WORLD if group is None else group
         self.rank, self.size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
     def allgather(self, array: Array, /) -> list[Array]:
@@ -189,10 +192,9 @@ class Group:
             What should be alike differs. Either is raised on all ranks.
         """
         alike = {} if alike is None else alike
-        brought = np.empty(0) if numbers is None else np.ascontiguousarray(numbers, np.float64)
-        header = _header(place, [*alike.values(), brought.size, *facts])
-        try:
-            headers = self._of_all(header)
+        with self._or_abort():
+            brought = np.empty(0) if numbers is None else np.ascontiguousarray(numbers, np.float64)
+            headers = self._of_all(_header(place, [*alike.values(), brought.size, *facts]))
             wrong = _what_is_wrong(headers, place, [*alike, "count of numbers"])
             first = FACTS + len(alike) + 1
             known = headers[:, first : first + len(facts)]
@@ -200,19 +202,17 @@ class Group:
                 of_all = np.empty(0)
             elif merge is None:
                 of_all = self._of_all(brought)
-            elif self.merges_slices and self.comm.size * brought.size >= SLICED_FROM:
+            elif self.can_slice and self.comm.size * brought.size >= SLICED_FROM:
                 of_all = self._of_slices(brought, lambda slices: merge(slices, known))
             else:
                 of_all = merge(self._of_all(brought), known)
-        except BaseException:
-            self.comm.abort(1)
-            raise
         if wrong is not None:
             raise wrong[0](wrong[1])
         return Exchanged(known, of_all)
 
     @property
-    def merges_slices(self) -> bool:
+    def can_slice(self) -> bool:
+        """Whether each rank can merge a slice of many numbers for all others."""
         return hasattr(self.comm, "alltoall")
 
     def _of_slices(self, numbers: Array, merge: Callable[[Array], Array]) -> Array:
@@ -228,7 +228,8 @@ class Group:
 
     def tell(self, error: BaseException) -> None:
         """Take part in the exchange that the others are at, by an error, which the caller then raises."""
-        self._heard(_header("", [], error))
+        with self._or_abort():
+            self._of_all(_header("", [], error))
 
     def end(self, error: BaseException | None) -> None:
         """The end of what is done together, by success or by an error: no rank goes on before all have come here.
@@ -238,7 +239,8 @@ class Group:
         wrong = None
         try:
             while True:
-                headers = self._heard(_header(END, [], error))
+                with self._or_abort():
+                    headers = self._of_all(_header(END, [], error))
                 wrong = wrong or _what_is_wrong(headers, END, [])
                 if headers[:, AT_END].all():
                     break  # else, whoever was elsewhere has now heard that something is wrong, and comes here
@@ -248,9 +250,11 @@ class Group:
         if error is None and wrong is not None:
             raise wrong[0](wrong[1])
 
-    def _heard(self, header: Array) -> Array:
+    @contextlib.contextmanager
+    def _or_abort(self) -> Iterator[None]:
+        """What fails within ends all ranks: the others may wait for it."""
         try:
-            return self._of_all(header)
+            yield
         except BaseException:
             self.comm.abort(1)
             raise
@@ -276,7 +280,7 @@ def _no_group() -> None:
 def _header(place: str, facts: Sequence[float], error: BaseException | None = None) -> Array:
     header = np.zeros(HEADER)
     header[HAS_FAILED], header[AT_END] = error is not None, place == END
-    header[FACTS : FACTS + len(facts)] = facts
+    header[FACTS:TEXT][: len(facts)] = facts  # an error, if they are too many
     text = place if error is None else _words(error)
     header[TEXT:] = np.frombuffer(text.encode(errors="replace")[:_ROOM].ljust(_ROOM, b"\0"))
     return header

@@ -122,8 +122,8 @@ def fit(
     comm : mpi4py communicator, or `fastbn.distributed.Communicator`, optional
         Processes, or ranks, that train together. Each calls fit with the same arguments and takes its part of every
         mini-batch, and of the validation data. The mini-batches are those of one process, whose training this one is,
-        but for rounding. Every BatchNorm must be a `fastbn.distributed.SyncBatchNorm` of this comm. The loss must be a
-        mean over examples. See Notes.
+        but for rounding. Every BatchNorm must be a `fastbn.distributed.SyncBatchNorm` of this comm, be frozen, or have
+        ghost_size and no running averages. The loss must be a mean over examples. See Notes.
 
     Returns
     -------
@@ -152,8 +152,7 @@ def fit(
     checkpoint, which all ranks read; another number of ranks, or one process, may go on with it. Callbacks are called
     on every rank. Where one of them returns True, or somebody presses Ctrl-C, all ranks end after the same step. An
     error on one rank is raised there, and the others raise a `fastbn.distributed.RankError` with its words. Where data,
-    model, optimizer or arguments differ between ranks, or a BatchNorm would take the statistics of one rank's
-    examples, all raise a ValueError.
+    model, optimizer or arguments differ between ranks, or a BatchNorm is none of those above, all raise a ValueError.
 
     Examples
     --------

@@ -383,9 +383,10 @@ def test_empty_ranks_and_single_examples():
     assert [r[3] for r in results] == [1, 1, 1]
 
 
-def test_nothing_on_all_ranks_changes_nothing():
+@pytest.mark.parametrize("ghost_size", [None, 4])
+def test_nothing_on_all_ranks_changes_nothing(ghost_size):
     def program(comm):
-        layer = SyncBatchNorm(3, comm=comm)
+        layer = SyncBatchNorm(3, comm=comm, ghost_size=ghost_size)
         y = layer(np.empty((0, 3), np.float32))
         dx = layer.backward(y)
         return y.shape, dx.shape, layer.num_batches_tracked, layer.running_var.tolist(), layer.grads["weight"].tolist()

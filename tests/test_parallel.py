@@ -356,12 +356,12 @@ def test_batch_norm_of_one_rank_alone_is_refused():
 
     for options in ({}, {"track_running_stats": False}):
         said = well(together(2, lambda comm, options=options: fit(network(**options), comm)))
-        assert "expected SyncBatchNorm, got BatchNorm(12" in said[0]
+        assert "expected SyncBatchNorm with comm, got BatchNorm(12" in said[0]
 
     def unpickled(comm):
         return fit(pickle.loads(pickle.dumps(convert(network(), comm))), comm)
 
-    assert "expected SyncBatchNorm" in well(together(2, unpickled))[1]
+    assert "expected SyncBatchNorm with comm, got SyncBatchNorm" in well(together(2, unpickled))[1]
 
     def of_another_group(comm):
         other = Thread(comm.rank, comm.size, comm._barrier, comm._places)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from .. import calls
+from ..atomic import change
 
 __all__ = ["FAST", "FastBatchNorm1d", "FastBatchNorm2d", "FastBatchNorm3d", "Standardize"]
 
@@ -40,18 +41,19 @@ def _forward(x: Any, constants: Any, factor: float | None) -> Any:
 def _gradients(dy: Any, x: Any, weight: Any, eps: float, stats: Any, training: bool) -> Any:
     """With respect to x, weight and bias."""
     if torch._C._functorch.is_legacy_batchedtensor(dy):  # of autograd.grad(is_grads_batched=True)
-        mean, var = (torch.from_numpy(a.astype(_array(x).dtype)) for a in (stats.mean, stats.var))
+        mean, var = (torch.tensor(a, dtype=x.dtype) for a in (stats.mean, stats.var))
         return torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, var, mean, (var + eps).rsqrt(), training, eps, [True, True, True]
         )
     constants = calls.Constants(-1, _array(weight), None, eps)
     dx, *own = calls.backward(constants, _array(dy), _array(x), stats, training, None)
-    return torch.from_numpy(dx), *(torch.from_numpy(gradient.astype(dx.dtype, copy=False)) for gradient in own)
+    with np.errstate(all="ignore"):  # as torch.nn: what is beyond the dtype becomes an infinity, without a word
+        return torch.from_numpy(dx), *(torch.from_numpy(gradient.astype(dx.dtype, copy=False)) for gradient in own)
 
 
-def _is_written(tensor: Any) -> None:
+def _mark_written(tensor: Any) -> None:
     """Let PyTorch know: it refuses the backward of whatever needs the values of before."""
-    if not tensor.is_inference():
+    if tensor is not None and not tensor.is_inference():
         increment_version(tensor)
 
 
@@ -91,7 +93,10 @@ class _Backward(torch.autograd.Function):
 
 
 class _Kept:
-    """What the calls of a module have in common, as long as its tensors lie where they lay."""
+    """What the calls of a module have in common, as long as its tensors lie where they lay.
+
+    It holds their memory until the next call: that of a module which has moved to a GPU, too.
+    """
 
     def __init__(self, key: Any, features: int, eps: float, own: Any) -> None:
         weight, bias, mean, var, self.count = map(_array, own)
@@ -120,10 +125,10 @@ class _Fast:
             own = parameters["weight"], parameters["bias"], *[buffers[name] for name in _BUFFERS]
         except KeyError:  # parametrized
             own = self.weight, self.bias, *[getattr(self, name) for name in _BUFFERS]
-        kept = self._kept(input, own)
+        kept = self._find_kept(input, own)
         if kept is None:
             return self._otherwise(input)
-        weight, bias, mean, var, count = own
+        weight, bias, mean, _, count = own
         # In training without tracking, PyTorch leaves running statistics alone that were there before.
         tracking = self.training and self.track_running_stats
         factor = None
@@ -142,16 +147,16 @@ class _Fast:
         else:
             y, _ = _forward(input, constants, factor)
         if tracking:
-            if count is not None:
-                kept.count += 1
-                _is_written(count)
+            written = [] if count is None else [(kept.count, kept.count + 1)]
             if mean is not None:
-                for tensor, average, buffer in zip((mean, var), kept.averages, kept.buffers, strict=True):
-                    buffer[...] = average
-                    _is_written(tensor)
+                written += zip(kept.buffers, kept.averages, strict=True)
+            with np.errstate(all="ignore"):
+                change(written)
+            for tensor in own[2:]:
+                _mark_written(tensor)
         return y
 
-    def _kept(self: Any, x: torch.Tensor, own: Any) -> _Kept | None:
+    def _find_kept(self: Any, x: torch.Tensor, own: Any) -> _Kept | None:
         """What the kernels need beside x; None where they do not take what the module has."""
         features = x.shape[1]
         where = [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in own]

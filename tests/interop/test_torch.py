@@ -670,6 +670,17 @@ def test_modules_of_inference_mode_and_parametrized_ones_are_torchs():
     torch.testing.assert_close(results[:2], results[2:], rtol=1e-4, atol=1e-4)
 
 
+def test_what_float32_does_not_hold_becomes_infinite_without_a_word():
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for norm in pair(1):
+            x = (torch.arange(40.0).reshape(8, 5) * 1e25).requires_grad_()
+            norm(x).backward(torch.full((8, 5), 3e38))
+            results.append([norm.running_var, norm.num_batches_tracked, norm.bias.grad])
+    torch.testing.assert_close(*results)
+
+
 def test_writing_running_statistics_is_seen_by_pytorch():
     norm = FastBatchNorm1d(5)
     held = torch.ones(5, requires_grad=True)

@@ -137,7 +137,7 @@ def alive(err):
     return pids
 
 
-@pytest.mark.parametrize("what", ["kill", "error"])
+@pytest.mark.parametrize("what", ["kill", "error", "error while others receive"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_that_is_killed_or_fails_outside_the_layer_ends_all(size, what):
     _, err, status, took = mpiexec(size, "-m", "mpi4py", Path(__file__).with_name("programs.py"), "steps_until", what)
