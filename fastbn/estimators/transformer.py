@@ -143,7 +143,7 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         stats: BatchStats = dask.moments(_table(X)).compute()
         # What scikit-learn's checks refuse of an array in memory.
         if not stats.count:
-            raise ValueError("expected X with at least 1 sample, got none")
+            raise ValueError(f"expected X with at least 1 {'sample' if X.shape[1] else 'feature'}, got none")
         wrong = np.flatnonzero(~np.isfinite(stats.mean))
         if len(wrong):
             raise ValueError(f"expected finite numbers in X, got NaN or an infinity in column {wrong[0]}")

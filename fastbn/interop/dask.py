@@ -138,7 +138,9 @@ def batch_norm(
 
     With ``training=True`` each block of x is computed twice: once for the statistics and, after these, once more for y.
     Otherwise dask would keep every block in memory from the first use to the second. If x takes longer to compute than
-    to read, and its blocks fit into memory, persist it first.
+    to read, and its blocks fit into memory, persist it first. Where one such call takes the result of another, each of
+    them doubles the work: store or persist what lies between. Where x itself goes into the same computation, as in
+    ``x + batch_norm(x, training=True)``, dask keeps its blocks: compute the statistics first, by `moments`.
 
     Examples
     --------
@@ -200,12 +202,10 @@ def _records(x: Any, k: int) -> Any:
 def _again(x: Any, records: Any) -> Any:
     """x, computed once more after the records."""
     graph = x.__dask_graph__()
-    try:
-        spec = import_module("dask._task_spec")
-    except ImportError:  # dask before 2024.9 has no such tasks
-        layers = graph.layers
-    else:
-        layers = {name: _cloneable(layer, spec) for name, layer in graph.layers.items()}
+    layers = graph.layers
+    spec: Any = sys.modules.get("dask._task_spec")
+    if hasattr(getattr(spec, "GraphNode", None), "substitute"):  # dask 2024.12 and later
+        layers = {name: _cloneable(layer, spec) for name, layer in layers.items()}
     x = library("dask.array", "dask").Array(type(graph)(layers, graph.dependencies), x.name, x.chunks, meta=x._meta)
     return library("dask.graph_manipulation", "dask").bind(x, records, seed=records.name)
 

@@ -618,6 +618,7 @@ def test_what_the_transformer_refuses_leaves_it_as_it_was():
         for fit in (scaler.fit, scaler.partial_fit):
             assert said(fit, da.from_array(wrong, chunks=(30, 2))) == words
             assert said(fit, x[:0]) == "ValueError: expected X with at least 1 sample, got none"
+            assert said(scaler.fit, x[:, :0]) == "ValueError: expected X with at least 1 feature, got none"
             assert said(fit, x[:, 0]) == "ValueError: expected X of shape (n_samples, n_features), got shape (200,)"
             assert said(fit, x.astype("f2")).startswith("TypeError: expected x of dtype float32 or float64")
     assert vars(new) == {"momentum": None}
