@@ -147,7 +147,8 @@ class BatchNormTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         wrong = np.flatnonzero(~np.isfinite(stats.mean))
         if len(wrong):
             raise ValueError(f"expected finite numbers in X, got NaN or an infinity in column {wrong[0]}")
-        self._checked(X, reset=first)
+        if first:
+            self._checked(X, reset=True)
         return stats
 
     def transform(self, X: ArrayLike) -> Any:
