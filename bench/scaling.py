@@ -132,7 +132,7 @@ def exchanged(widths: Sequence[int], norm: str, ranks: int, examples: int, in_sl
         GHOSTS: lambda c: [header, header, Sent(3 * c * ghosts(examples), False)],
     }
     of_layers = [sent for c in widths[1:-1] for sent in layers.get(norm, lambda c: [])(c)]
-    count, most = parameters(widths, norm), ROOM if in_slices else ROOM // ranks
+    count, most = math.ceil(parameters(widths, norm) / 2), ROOM if in_slices else ROOM // ranks  # two of float32 in one
     parts = [min(most, count - start) for start in range(0, count, most)]
     gradients = [sent for part in parts for sent in (header, Sent(part, True))]
     return {"statistics": of_layers, "gradients": gradients, "loss and end": [header, header]}
@@ -172,7 +172,7 @@ def step(
     work = {
         "statistics": sum(of_layers),
         "gradients": costs.work["gradients"].seconds(
-            ranks, count, len(sent["gradients"]) // 2, is_sliced(ranks, min(count, ROOM), in_slices)
+            ranks, count, len(sent["gradients"]) // 2, is_sliced(ranks, min(count // 2, ROOM), in_slices)
         ),
         "loss and end": 2 * costs.work["header"].seconds(ranks, 0),
     }

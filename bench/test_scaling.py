@@ -36,7 +36,7 @@ def test_messages_cost_what_their_number_and_bytes_say(size, norm, extra, tiny):
     found = scaling.step("tiny", norm, size, 64, costs(), WIRE)
     short = math.log2(size) + 0.512 * (size - 1)
     assert found["loss and end"] == pytest.approx(2 * short)
-    assert found["gradients"] == pytest.approx(short + math.log2(size) + 8e-3 * (53 + extra) * (size - 1))
+    assert found["gradients"] == pytest.approx(short + math.log2(size) + 8e-3 * (54 + extra) / 2 * (size - 1))
     statistics = {
         SYNC: 2 * (2 * short + 2 * math.log2(size)) + 8 * 40e-3 * (size - 1),
         GHOSTS: 2 * (2 * short + math.log2(size)) + 8 * 2 * 24e-3 * (size - 1),
@@ -61,7 +61,7 @@ def test_work_is_of_ranks_and_numbers(tiny):
 def test_slices_are_received_twice_whatever_the_number_of_ranks(tiny, monkeypatch):
     monkeypatch.setattr(scaling, "SLICED_FROM", 8 * 15)  # three times the 5 features of one layer
     found = scaling.step("tiny", SYNC, 8, 64, costs(), Wire(0, 1))
-    assert found["gradients"] == 512 * 7 + 2 * 7 * 7 * 8  # 53 numbers are 7 of each of 8 ranks
+    assert found["gradients"] == 512 * 7 + 2 * 7 * 4 * 8  # 53 numbers in 27 are 4 of each of 8 ranks
     assert found["statistics"] == 4 * 512 * 7 + (2 * 8 * 2 + 8 * 10 + 8 * 9 + 8 * 6) * 7
     work = Work(1000, 100, 10, 1)
     found = scaling.step("tiny", SYNC, 8, 64, costs(gradients=work, sync=work), Wire(0, 0))

@@ -157,12 +157,16 @@ class Ranks:
         """Each of them becomes the sum of those of all ranks, rounded once."""
         if self._group is None or self.size == 1:
             return
-        flat = np.concatenate([np.empty(0), *map(np.ravel, gradients)], dtype=np.float64)
+        narrow = all(gradient.dtype == np.float32 for gradient in gradients)
+        count = sum(gradient.size for gradient in gradients)
+        flat = np.zeros(count + narrow * count % 2, np.float32 if narrow else np.float64)
+        np.concatenate([flat[:0], *map(np.ravel, gradients)], out=flat[:count])
+        packed, merge = flat.view(np.float64), _in_pairs_of_float32 if narrow else in_pairs
         most = ROOM if self._group.can_slice else max(ROOM // self.size, 1)
         with np.errstate(all="ignore"):
-            for start in range(0, max(flat.size, 1), most):
-                numbers = flat[start : start + most]
-                summed_up = _exchange(self._group, "the gradients of fit", numbers=numbers, merge=in_pairs)
+            for start in range(0, max(packed.size, 1), most):
+                numbers = packed[start : start + most]
+                summed_up = _exchange(self._group, "the gradients of fit", numbers=numbers, merge=merge)
                 numbers[...] = summed_up.numbers
             ends = np.cumsum([gradient.size for gradient in gradients], dtype=np.intp)
             for gradient, part in zip(gradients, np.split(flat, ends), strict=False):
@@ -198,6 +202,12 @@ def _exchange(group: Group, place: str, **what: Any) -> Exchanged:
     """`Group.exchange`, which Ctrl-C does not break off: it acts afterwards."""
     with CtrlC():
         return group.exchange(place, **what)
+
+
+def _in_pairs_of_float32(of_all: Array, facts: Array) -> Array:
+    """`in_pairs`, in float64, of float32 numbers of which one of float64 holds two: half as much is sent."""
+    total = in_pairs(of_all.view(np.float32).astype(np.float64))
+    return total.astype(np.float32).view(np.float64)
 
 
 def _described(model: Any) -> Iterator[object]:

@@ -54,7 +54,8 @@ class Communicator(Protocol):
     def allgather(self, array: Array, /) -> Sequence[Array] | Array:
         """Return the arrays of all ranks, in their order, as a list, or as one new array.
 
-        They are of float64, C-contiguous, and of one shape on all ranks.
+        They are of float64, C-contiguous, and of one shape on all ranks. Every byte must arrive as it is: some numbers
+        are other things, such as text, packed as float64.
         """
 
     def abort(self, code: int, /) -> Any:
@@ -219,12 +220,15 @@ class Group:
         """What merge makes of the numbers of all ranks, each of which merges a slice."""
         *others, n = numbers.shape
         size, width = self.comm.size, -(-n // self.comm.size)
-        padded = np.zeros((*others, size * width))
-        padded[..., :n] = numbers
-        to_ranks = np.moveaxis(padded.reshape(*others, size, width), -2, 0)
+        if n < size * width:
+            padded = np.zeros((*others, size * width))
+            padded[..., :n] = numbers
+            numbers = padded
+        to_ranks = np.moveaxis(numbers.reshape(*others, size, width), -2, 0)
         communicator: Any = self.comm
         own = merge(_in_one(communicator.alltoall(np.ascontiguousarray(to_ranks))))
-        return np.concatenate(self.comm.allgather(np.ascontiguousarray(own)), axis=-1)[..., :n]
+        slices = np.moveaxis(self._of_all(np.ascontiguousarray(own)), 0, -2)
+        return slices.reshape(*own.shape[:-1], size * width)[..., :n]
 
     def tell(self, error: BaseException) -> None:
         """Take part in the exchange that the others are at, by an error, which the caller then raises."""

@@ -111,6 +111,27 @@ def test_gradients_travel_in_pieces(monkeypatch):
     assert same_bits(whole[0], well(together(2, trained))[0])
 
 
+@pytest.mark.parametrize("rank_of", [Thread, Slicing])
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "float64"), ("float64", "float64")], ids=str)
+def test_gradients_are_summed_in_float64_and_rounded_once(monkeypatch, dtypes, rank_of):
+    monkeypatch.setattr("fastbn.ranks.SLICED_FROM", 0)
+    rng = np.random.default_rng(0)
+    parts = [
+        (rng.standard_normal((3, *shape)) * 1e3).astype(d) for d, shape in zip(dtypes, [(5, 3), (4,)], strict=True)
+    ]
+    parts[0][1, 2, 2], parts[1][0, 1], parts[0][2, 0, :2] = np.nan, np.inf, 3e38
+
+    def program(comm):
+        gradients = [part[comm.rank].copy() for part in parts]
+        parallel.Ranks(comm).add(gradients)
+        return [gradient.tobytes() for gradient in gradients]
+
+    with np.errstate(all="ignore"):
+        wide = [part.astype(np.float64) for part in parts]
+        expected = [((w[0] + w[1]) + w[2]).astype(part.dtype).tobytes() for w, part in zip(wide, parts, strict=True)]
+    assert well(together(3, program, rank_of=rank_of)) == [expected] * 3
+
+
 def test_gradients_merged_in_slices_have_the_same_bits(monkeypatch):
     gathered = well(together(3, trained))
     monkeypatch.setattr("fastbn.ranks.SLICED_FROM", 0)
