@@ -6,9 +6,9 @@ from typing_extensions import disjoint_base
 
 _Float64 = NDArray[np.float64]
 # A mean's high and low part, and the sum of weighted squared deviations from it.
-Part = Sequence[_Float64] | _Float64
+_Part = Sequence[_Float64] | _Float64
 
-def merge(into: Part, weight: float, part: Part, part_weight: float) -> None: ...
+def merge(into: _Part, weight: float, part: _Part, part_weight: float) -> None: ...
 def averaged(
     average: tuple[_Float64, _Float64],
     numbers: ArrayLike,
