@@ -9,7 +9,6 @@ import json
 import os
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from bench.peers import PEERS, prepare, prepare_pass
 from bench.workers import Entrant, Worker, contest, environment
 
 FEATURES = 256
-HERE = Path(__file__).parent / "results"
 SIZES = [2**k for k in range(14, 31, 2)]  # bytes of x
 AGAINST_THREADS = (128, 64, 56, 56)
 # x, dy, y and dx in two processes, and room for what making and checking them needs.
@@ -101,12 +99,8 @@ def against_threads(counts: list[int], rounds: int, seconds: float) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; the figures mean nothing")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: the family's folder of bench/results")
-    options = parser.parse_args()
-    if options.quick and options.output is None:
-        parser.error("expected --output with --quick, whose figures must not replace the measured ones")
+    options, folder = machine.parsed(parser)
     described = machine.describe()
-    folder = options.output or HERE / described["family"]
     rounds, seconds = (3, 0.001) if options.quick else (7, 0.008)
     series = against_size(SIZES[:4] if options.quick else SIZES, rounds, seconds)
     most = machine.processors()

@@ -1,5 +1,6 @@
 """The machine that figures were measured on, and what else it was doing."""
 
+import argparse
 import os
 import platform
 import re
@@ -8,7 +9,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("fastbn", "numpy", "torch", "jax", "onnxruntime", "scikit-learn", "numba", "numexpr")
+
+
+def parsed(parser: argparse.ArgumentParser, file: str | None = None) -> tuple[argparse.Namespace, Path]:
+    """The options of a parser that has --quick, and the folder of the results: the processor family's, or --output's.
+
+    With `file`, which is kept there, --redraw is an option too.
+    """
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: the family's folder of bench/results")
+    if file is not None:
+        parser.add_argument("--redraw", action="store_true", help=f"from the {file} there, without measuring")
+    options = parser.parse_args()
+    if options.quick and options.output is None:
+        parser.error("expected --output with --quick, whose figures must not replace the measured ones")
+    folder = options.output or RESULTS / caches()["family"]
+    if file is not None and options.redraw and not (folder / file).is_file():
+        parser.error(f"expected a report to draw again, got no {folder / file}")
+    return options, folder
 
 
 def processors() -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
+from bench.machine import RESULTS
 
-RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "speed.md"
 SEEN_FROM_PAGE = "../../bench/results"
 MARKS = "<!-- python -m bench.overview writes this -->", "<!-- to here -->"

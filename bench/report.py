@@ -17,7 +17,6 @@ from bench.cases import LAYOUTS, OPERATIONS, Case
 from bench.peers import PEERS, Peer, prepare, prepare_pass
 from bench.workers import Entrant, Worker, contest, environment
 
-HERE = Path(__file__).parent / "results"
 ALLOCATING = "PyTorch F.batch_norm"
 LAUNCHES = 3
 READ = 65536  # fewest elements that reads are measured on
@@ -196,19 +195,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1, and 2 where there are as many processors")
     parser.add_argument("--quick", action="store_true", help="a few shapes and rounds")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: the family's folder of bench/results")
-    parser.add_argument("--redraw", action="store_true", help="from the speed.json there, without measuring")
-    options = parser.parse_args()
-    if options.quick and options.output is None:
-        parser.error("expected --output with --quick, whose figures must not replace the measured ones")
+    options, folder = machine.parsed(parser, "speed.json")
     if min(options.threads or [1]) < 1:
         parser.error(f"expected --threads of at least 1, got {min(options.threads)}")
-    folder = options.output or HERE / machine.caches()["family"]
     if options.redraw:
-        measured = folder / "speed.json"
-        if not measured.is_file():
-            parser.error(f"expected a report to draw again, got no {measured}")
-        write(json.loads(measured.read_text()), folder)
+        write(json.loads((folder / "speed.json").read_text()), folder)
         return
     launches = 1 if options.quick else LAUNCHES
     variants = list(dict.fromkeys(loop.variant for loop in limit.loops()))

@@ -28,7 +28,6 @@ from bench.workers import environment
 from fastbn.parallel import ROOM
 from fastbn.ranks import HEADER, SLICED_FROM
 
-HERE = Path(__file__).parent / "results"
 MOST = 1000  # ranks
 LARGE = 8192  # examples of all ranks, where more ranks have fewer each
 RANKS = [*dict.fromkeys(np.geomspace(1, MOST, 61).round().astype(int).tolist())]
@@ -458,12 +457,7 @@ def measure(quick: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 ranks, one network; the figures mean nothing")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: the family's folder of bench/results")
-    parser.add_argument("--redraw", action="store_true", help="from the scaling.json there, without measuring")
-    options = parser.parse_args()
-    if options.quick and options.output is None:
-        parser.error("expected --output with --quick, whose figures must not replace the measured ones")
-    folder = options.output or HERE / machine.caches()["family"]
+    options, folder = machine.parsed(parser, "scaling.json")
     if options.redraw:
         Report(json.loads((folder / "scaling.json").read_text())).write(folder)
     else:

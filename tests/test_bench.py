@@ -177,7 +177,7 @@ def test_a_report_is_written_and_drawn_again_from_its_json(tmp_path):
 
 
 def test_a_report_goes_into_the_folder_of_the_family(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(described, "RESULTS", tmp_path)
     monkeypatch.setattr(described, "caches", lambda: {"family": "made-up"})
     (tmp_path / "made-up").mkdir()
     (tmp_path / "made-up" / "speed.json").write_text(report.compact(a_report()))
