@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import importlib.util
 import math
 import os
@@ -91,6 +92,7 @@ def need(uses: dict[str, str], extra: str = "train") -> None:
             raise ImportError(f'{use} {package}: pip install "fastbn[{extra}]"')
 
 
+@functools.cache
 def processes() -> Any:
     """mpi4py's communicator of all processes, of which the first one alone prints from here on, errors too."""
     need({"mpi4py": "--mpi needs"}, "mpi")
